@@ -1,0 +1,347 @@
+"""Every option of a training run, defined once.
+
+The command line, `--help`, the saved config.yaml and the checks of values all come from the
+dataclasses below: a field's name is its flag (`weight_decay` → `--weight-decay`) and its YAML key,
+its metadata holds the help text and the bounds. Names are unique over all sections, so that a
+config file is flat.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from fastcnn.errors import UsageError, nearest
+
+
+def option(
+    default: Any,
+    help: str,  # noqa: A002 - the word every command line uses
+    low: float | None = None,
+    high: float | None = None,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> Any:
+    """A dataclass field with help text and bounds (closed unless open_low / open_high)."""
+    metadata = {
+        "help": help,
+        "low": low,
+        "high": high,
+        "open_low": open_low,
+        "open_high": open_high,
+    }
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    arch: str = option("vgg16", "network; `fastcnn archs` lists them")
+    init: Literal["he", "xavier", "uniform", "torch"] = option(
+        "he", "weights: He normal, Glorot uniform, uniform in ±0.05, or torch's own default"
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    data: str = option(
+        "cifar10", "cifar10, digits, or the path of an image folder or of a tar of one"
+    )
+    data_dir: str | None = option(None, "folder that holds (or receives) the CIFAR-10 archive")
+    image_size: int | None = option(
+        None, "resize every image to this many pixels a side", low=8, high=1024
+    )
+    train_subset: int | None = option(None, "train on this many images, drawn by the seed", low=1)
+    test_subset: int | None = option(None, "test on this many images, drawn by the seed", low=1)
+    val_fraction: float = option(
+        0.0,
+        "part of the training images held out for validation; 0: the test images are the "
+        "validation images",
+        low=0,
+        high=1,
+        open_high=True,
+    )
+    test_fraction: float = option(
+        0.2,
+        "part of a folder without test/ or val/ that becomes the test images",
+        low=0,
+        high=1,
+        open_low=True,
+        open_high=True,
+    )
+    loader: Literal["resident", "torch"] = option(
+        "resident",
+        "resident: images on the device, augmented in batches; "
+        "torch: DataLoader and torchvision transforms",
+    )
+    workers: int = option(2, "worker processes of the torch loader", low=0, high=256)
+    batch_size: int = option(128, "images a training step", low=1)
+    eval_batch_size: int = option(512, "images an evaluation step", low=1)
+    drop_last: bool = option(False, "drop the last, smaller training batch of an epoch")
+    shuffle: bool = option(True, "a new order of the training images every epoch")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    crop_padding: int = option(
+        4, "pad by this many pixels, then crop at random; 0: off", low=0, high=512
+    )
+    crop_mode: Literal["reflect", "zero"] = option("reflect", "what the padding holds")
+    flip: Literal["random", "alternating", "none"] = option(
+        "random", "mirror left-right: at random, or every image every other epoch"
+    )
+    rotation: float = option(0.0, "rotate by up to this many degrees", low=0, high=180)
+    shift: float = option(
+        0.0, "shift by up to this fraction of the side", low=0, high=1, open_high=True
+    )
+    cutout: int = option(0, "side in pixels of a square set to the mean; 0: off", low=0, high=1024)
+    resized_crop: float = option(
+        1.0,
+        "smallest area of a random resized crop; 1: off",
+        low=0,
+        high=1,
+        open_low=True,
+    )
+    color_jitter: float = option(
+        0.0, "strength of random brightness, contrast and saturation", low=0, high=1
+    )
+    normalize: Literal["zscore", "unit", "centered", "mean-image"] = option(
+        "zscore",
+        "inputs: mean 0 and deviation 1 a channel, [0, 1], [-0.5, 0.5], "
+        "or [0, 1] less the mean training image",
+    )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    epochs: int = option(60, "passes over the training images", low=1, high=1_000_000)
+    optimizer: Literal["sgd", "adam", "adamw"] = option("sgd", "the optimiser")
+    lr: float = option(0.1, "peak learning rate", low=0, open_low=True)
+    momentum: float = option(0.9, "momentum of SGD", low=0, high=1, open_high=True)
+    nesterov: bool = option(True, "Nesterov momentum (SGD)")
+    weight_decay: float = option(5e-4, "weight decay", low=0)
+    decay: Literal["auto", "l2", "decoupled"] = option(
+        "auto",
+        "l2: the gradient of ½·λ·‖w‖² joins the gradient; decoupled: w shrinks by lr·λ; "
+        "auto: decoupled for adamw, else l2",
+    )
+    exempt_norm_bias: bool = option(True, "no weight decay on norms and biases")
+    schedule: Literal["constant", "step", "milestones", "cosine", "one-cycle", "inverse-time"] = (
+        option("one-cycle", "how the learning rate moves")
+    )
+    warmup_epochs: float = option(
+        0.0,
+        "linear rise of the learning rate; with one-cycle: its rise, 0 = 23 % of the run",
+        low=0,
+    )
+    step_epochs: int = option(30, "step: epochs between two drops", low=1)
+    milestones: list[int] = option([], "milestones: epochs at which the rate drops")
+    gamma: float = option(0.1, "step, milestones: factor of a drop", low=0, open_low=True, high=1)
+    final_lr: float = option(
+        0.0, "cosine, one-cycle: last learning rate as a fraction of the peak", low=0, high=1
+    )
+    time_decay: float = option(1e-6, "inverse-time: d in lr / (1 + d·step)", low=0)
+    label_smoothing: float = option(0.1, "label smoothing", low=0, high=1, open_high=True)
+    mixup: float = option(0.0, "alpha of mixup; 0: off", low=0)
+    cutmix: float = option(0.0, "alpha of cutmix; 0: off", low=0)
+    clip_grad: float = option(0.0, "largest norm of the gradient; 0: off", low=0)
+    ema: float = option(
+        0.0,
+        "decay a step of averaged weights, which are then evaluated; 0: off",
+        low=0,
+        high=1,
+        open_high=True,
+    )
+    early_stop: int = option(
+        0, "stop after this many epochs without a better validation figure; 0: off", low=0
+    )
+    best_metric: Literal["val_top1", "val_loss"] = option(
+        "val_top1", "the validation figure that best.pt and early stopping follow"
+    )
+    restore_best: bool = option(
+        False, "test the best-validation model, not the last; needs validation images of their own"
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    recipe: Literal["modern", "report"] = option(
+        "modern",
+        "where unset options come from: the project's recipe for the network, "
+        "or the one printed in the network's report",
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    amp: bool = option(False, "mixed precision, where the hardware has it")
+    amp_dtype: Literal["bf16", "fp16"] = option("bf16", "half precision of --amp")
+    threads: int | None = option(None, "CPU threads; default: all cores", low=1, high=1024)
+    deterministic: bool = option(False, "bit-equal runs on the same machine, build and batch size")
+    seed: int = option(0, "seed of weights, order, augmentation, subsets", low=0, high=2**31 - 1)
+    checkpoint_steps: int = option(
+        0, "also write last.pt every N steps; 0: at the end of an epoch", low=0
+    )
+    fast_dev_run: bool = option(False, "one batch of everything, to see that it works")
+
+
+@dataclass(frozen=True)
+class PlaceConfig:
+    """Where a run is written. Not part of the saved configuration, which describes only the run."""
+
+    output: str = option("runs", "folder of all runs")
+    name: str | None = option(None, "name of the run folder; default: <arch>-<n>")
+    resume: str | None = option(None, "continue the run in this folder at its last checkpoint")
+    allow_changes: bool = option(
+        False, "with --resume: accept options that differ from the saved ones"
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. `flat()` and `from_flat()` turn it into the keys of a config file and back."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by name: plain Python values only."""
+        return {
+            item.name: getattr(section, item.name)
+            for section in (self.model, self.data, self.augment, self.optim, self.run)
+            for item in dataclasses.fields(section)
+        }
+
+    @classmethod
+    def from_flat(cls, options: dict[str, Any]) -> "Config":
+        """Build and check a configuration; missing options take their defaults.
+
+        Raises UsageError for an unknown name, a wrong type, a value out of bounds or a
+        combination that makes no sense.
+        """
+        known = options_by_name()
+        for name, value in options.items():
+            if name not in known:
+                raise UsageError(f"unknown option '{name}'{nearest(name, known)}")
+            known[name].check(value)
+        sections = {}
+        for section in dataclasses.fields(cls):
+            names = [item.name for item in dataclasses.fields(SECTIONS[section.name])]
+            values = {name: options[name] for name in names if name in options}
+            sections[section.name] = SECTIONS[section.name](**values)
+        config = cls(**sections)
+        check_combinations(config)
+        return config
+
+
+SECTIONS: dict[str, Any] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "augment": AugmentConfig,
+    "optim": OptimConfig,
+    "run": RunConfig,
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option as the command line needs it."""
+
+    name: str
+    section: str
+    type: Any
+    default: Any
+    help: str
+    bounds: Mapping[str, Any]
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return get_args(self.type) if get_origin(self.type) is Literal else ()
+
+    @property
+    def scalar(self) -> Any:
+        """int, float, bool, str or list: the type without `| None`."""
+        if self.choices:
+            return str
+        if get_origin(self.type) is list:
+            return list
+        return next((t for t in get_args(self.type) if t is not type(None)), self.type)
+
+    def check(self, value: Any) -> None:
+        """Raise UsageError unless `value` has the option's type and lies within its bounds."""
+        if value is None and type(None) in get_args(self.type):
+            return
+        if self.choices:
+            if value not in self.choices:
+                valid = ", ".join(self.choices)
+                hint = nearest(str(value), self.choices)
+                raise UsageError(f"{self.flag}: '{value}' is not one of {valid}{hint}")
+            return
+        if self.scalar is list:
+            if not isinstance(value, list) or any(type(v) is not int or v < 1 for v in value):
+                raise UsageError(f"{self.flag}: expected whole numbers from 1 up, got {value!r}")
+            return
+        fits = type(value) is self.scalar or (self.scalar is float and type(value) is int)
+        if not fits:
+            words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+            raise UsageError(f"{self.flag}: expected {words[self.scalar]}, got {value!r}")
+        if self.scalar in (int, float):
+            self._check_bounds(value)
+
+    def _check_bounds(self, value: float) -> None:
+        low, high = self.bounds.get("low"), self.bounds.get("high")
+        if not math.isfinite(value):
+            raise UsageError(f"{self.flag}: expected a finite number, got {value}")
+        if low is not None and (value < low or (self.bounds.get("open_low") and value == low)):
+            word = "more than" if self.bounds.get("open_low") else "at least"
+            raise UsageError(f"{self.flag}: must be {word} {low}, got {value}")
+        if high is not None and (value > high or (self.bounds.get("open_high") and value == high)):
+            word = "less than" if self.bounds.get("open_high") else "at most"
+            raise UsageError(f"{self.flag}: must be {word} {high}, got {value}")
+
+
+def options_of(section: str, cls: type) -> list[Option]:
+    """The options of one dataclass, in its order."""
+    hints = get_type_hints(cls)
+    found = []
+    for item in dataclasses.fields(cls):
+        default = item.default
+        if item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
+        help_text = item.metadata["help"]
+        found.append(
+            Option(item.name, section, hints[item.name], default, help_text, item.metadata)
+        )
+    return found
+
+
+@functools.cache
+def options_by_name() -> dict[str, Option]:
+    """Every option of a configuration, in the order of `--help`."""
+    return {
+        option.name: option
+        for section, cls in SECTIONS.items()
+        for option in options_of(section, cls)
+    }
+
+
+def check_combinations(config: Config) -> None:
+    """Raise UsageError where two options contradict each other."""
+    optim, augment = config.optim, config.augment
+    if optim.optimizer == "adamw" and optim.decay == "l2":
+        raise UsageError("--decay l2: adamw decouples its decay; use --optimizer adam")
+    if optim.schedule == "milestones" and not optim.milestones:
+        raise UsageError("--schedule milestones: give the epochs, e.g. --milestones 30 45")
+    if optim.milestones != sorted(set(optim.milestones)):
+        raise UsageError(f"--milestones: expected rising epochs, got {optim.milestones}")
+    if optim.schedule == "one-cycle" and optim.warmup_epochs >= optim.epochs:
+        raise UsageError("--warmup-epochs: must be less than --epochs")
+    if augment.resized_crop < 1 and augment.crop_padding > 0:
+        raise UsageError("--resized-crop: takes the place of pad-and-crop; add --crop-padding 0")

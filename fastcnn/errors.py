@@ -1,0 +1,44 @@
+"""Errors that a user can act on: one line (what, where, what to do) and an exit code each."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FastcnnError(Exception):
+    """Base of every error that the command prints as one line; `exit_code` ends the process."""
+
+    exit_code = 1
+
+
+class UsageError(FastcnnError):
+    """A wrong option, name or combination of options."""
+
+    exit_code = 2
+
+
+class DataError(FastcnnError):
+    """Images, labels or archives that are missing, unreadable or not what they claim to be."""
+
+    exit_code = 3
+
+
+class CheckpointError(FastcnnError):
+    """A checkpoint that is missing, damaged or does not fit."""
+
+    exit_code = 4
+
+
+class NumbersError(FastcnnError):
+    """A loss or a gradient that is not finite."""
+
+    exit_code = 6
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the valid name closest to `name`, or "" if none is close."""
+    close = difflib.get_close_matches(name, list(valid), n=5, cutoff=0.5)
+    if not close:
+        return ""
+    # among equally close names, swapped letters ("vgg61") are likelier than wrong ones
+    swapped = [candidate for candidate in close if sorted(candidate) == sorted(name)]
+    return f"; did you mean '{(swapped or close)[0]}'?"

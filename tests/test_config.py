@@ -1,0 +1,70 @@
+"""Options: one definition for flags, YAML, help and checks."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastcnn.config import SECTIONS, Config, options_by_name
+from fastcnn.errors import UsageError
+
+
+def test_flat_and_back_is_the_same_configuration():
+    config = Config.from_flat({"lr": 0.25, "milestones": [3, 5], "amp": True, "arch": "cnn-a"})
+    assert Config.from_flat(config.flat()) == config
+    assert (config.optim.lr, config.optim.milestones) == (0.25, [3, 5])
+
+
+def test_names_are_unique_over_the_sections():
+    names = [item.name for cls in SECTIONS.values() for item in dataclasses.fields(cls)]
+    assert sorted(names) == sorted(options_by_name())
+
+
+def test_every_default_passes_its_own_check_and_has_a_help_text():
+    for option in options_by_name().values():
+        option.check(option.default)
+        assert option.help
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lrr": 1.0}, "unknown option 'lrr'; did you mean 'lr'?"),
+        ({"lr": -1.0}, "--lr: must be more than 0, got -1.0"),
+        ({"lr": float("nan")}, "--lr: expected a finite number"),
+        ({"lr": "fast"}, "--lr: expected a number, got 'fast'"),
+        ({"epochs": 0}, "--epochs: must be at least 1, got 0"),
+        ({"epochs": 2.5}, "--epochs: expected a whole number, got 2.5"),
+        ({"epochs": True}, "--epochs: expected a whole number"),
+        ({"amp": 1}, "--amp: expected true or false"),
+        ({"val_fraction": 1.0}, "--val-fraction: must be less than 1"),
+        ({"optimizer": "sdg"}, "is not one of sgd, adam, adamw; did you mean 'sgd'?"),
+        ({"milestones": [2, 0]}, "--milestones: expected whole numbers from 1 up"),
+        ({"schedule": "milestones"}, "--schedule milestones: give the epochs"),
+        ({"milestones": [5, 3]}, "--milestones: expected rising epochs"),
+        ({"optimizer": "adamw", "decay": "l2"}, "use --optimizer adam"),
+        ({"warmup_epochs": 60}, "--warmup-epochs: must be less than --epochs"),
+        ({"resized_crop": 0.5}, "add --crop-padding 0"),
+        ({"arch": None}, "--arch: expected a text"),
+    ],
+)
+def test_bad_values_are_one_line_that_names_the_flag(options, words):
+    with pytest.raises(UsageError) as caught:
+        Config.from_flat(options)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@given(st.floats(allow_nan=True, allow_infinity=True), st.sampled_from(["lr", "ema", "rotation"]))
+def test_a_number_is_refused_or_kept(value, name):
+    bounds = options_by_name()[name].bounds
+    low, high = bounds["low"], bounds["high"]
+    inside = value > low if bounds["open_low"] else value >= low
+    if high is not None:
+        inside = inside and (value < high if bounds["open_high"] else value <= high)
+    if inside and value != float("inf"):
+        assert Config.from_flat({name: value}).flat()[name] == value
+    else:
+        with pytest.raises(UsageError):
+            Config.from_flat({name: value})
