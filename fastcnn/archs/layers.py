@@ -1,0 +1,151 @@
+"""The modules of a network: a torch.nn convolution or linear layer, and one call for the rest.
+
+What follows the product (activation, batch norm, residual, pool) is a single op of fastcnn.ops, so
+that it can be one kernel. `conv`, `linear` and `norm` are torch.nn modules under their usual names,
+so that weights move to and from a plain torch.nn network.
+
+`norm.num_batches_tracked` stays in the state dict for that exchange but does not count: batch norm
+here has a fixed momentum (0.1), which never reads it, and counting costs a kernel a layer and step.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastcnn.archs import spec
+from fastcnn.ops import reference
+
+MOMENTUM = 0.1
+
+
+class ConvNormAct(nn.Module):
+    """Convolution → [activation] → [batch norm] → [+ residual] → [activation] → [max-pool].
+
+    `conv`: nn.Conv2d. `norm`: nn.BatchNorm2d or None. `l2`: λ of the penalty λ·Σw² on conv.weight,
+    which the training loss adds.
+    """
+
+    def __init__(self, channels: int, record: spec.Conv) -> None:
+        super().__init__()
+        top, bottom, left, right = record.pads
+        self.stride = record.stride
+        self.padding = (top, left)
+        # a convolution pads both sides alike; the extra pixel of an even kernel comes before it
+        self.extra_padding = (0, right - left, 0, bottom - top)
+        self.conv = nn.Conv2d(
+            channels,
+            record.filters,
+            record.kernel_size,
+            self.stride,
+            self.padding,
+            bias=record.has_bias,
+        )
+        self.norm = nn.BatchNorm2d(record.filters) if record.norm else None
+        self.pre_slope = record.pre_slope
+        self.post_slope = record.post_slope
+        pool = record.pool
+        self.pool = (pool.size, pool.stride, pool.padding) if pool else None
+        self.l2 = record.l2
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x: (N, channels, H, W), residual and result: (N, filters, P, Q), all channels-last.
+
+        Raises ValueError for one value a channel in training with a norm, for a residual of another
+        shape and for a residual of a layer that pools.
+        """
+        if residual is not None and self.pool:
+            raise ValueError("residual: expected none in a layer that pools")
+        if self.norm is None:
+            # the op adds the bias: on a GPU torch's convolution would, in a pass of its own
+            y = self._convolve(x, None)
+            if self.pool:
+                return reference.bias_act_pool(y, self.conv.bias, self.post_slope, self.pool)
+            return reference.bias_act(y, self.conv.bias, self.post_slope, residual)
+        y = self._convolve(x, self.conv.bias)
+        arguments = (*_tensors(self.norm), self.training, MOMENTUM, self.norm.eps)
+        slopes = (self.pre_slope, self.post_slope)
+        if self.pool:
+            return reference.bn_act_pool(y, *arguments, *slopes, self.pool)
+        return reference.bn_act(y, *arguments, *slopes, residual)
+
+    def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        conv = self.conv
+        if any(self.extra_padding):
+            x = F.pad(x, self.extra_padding)
+        return F.conv2d(x, conv.weight, bias, self.stride, self.padding)
+
+
+class LinearNormAct(nn.Module):
+    """Linear → [activation] → [batch norm] → [activation] → [dropout].
+
+    `linear`: nn.Linear. `norm`: nn.BatchNorm1d or None. `l2`: as in `ConvNormAct`.
+    """
+
+    def __init__(self, channels: int, record: spec.Linear) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, record.units, bias=record.has_bias)
+        self.norm = nn.BatchNorm1d(record.units) if record.norm else None
+        self.pre_slope = record.pre_slope
+        self.post_slope = record.post_slope
+        self.dropout = record.dropout
+        self.l2 = record.l2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, channels), result: (N, units).
+
+        Raises ValueError for a batch of one image in training with a norm.
+        """
+        y = self.linear(x)
+        if self.norm is None:
+            y = reference.bias_act(y, None, self.post_slope)
+        else:
+            arguments = (*_tensors(self.norm), self.training, MOMENTUM, self.norm.eps)
+            y = reference.bn_act(y, *arguments, self.pre_slope, self.post_slope)
+        return F.dropout(y, self.dropout, self.training) if self.dropout else y
+
+
+class ResidualBlock(nn.Module):
+    """Basic block of He et al. 2016: relu(conv2(conv1(x)) + shortcut(x)), all with batch norm.
+
+    `projection`: 1x1 convolution → batch norm on the shortcut, or None where the shape stays.
+    """
+
+    def __init__(self, channels: int, record: spec.Residual) -> None:
+        super().__init__()
+        first, second = record.convs
+        projection = record.projection(channels)
+        self.conv1 = ConvNormAct(channels, first)
+        self.conv2 = ConvNormAct(record.filters, second)
+        self.projection = ConvNormAct(channels, projection) if projection else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, channels, H, W), result: (N, filters, P, Q), channels-last."""
+        shortcut = x if self.projection is None else self.projection(x)
+        return self.conv2(self.conv1(x), shortcut)
+
+
+class GlobalAvgPool(nn.Module):
+    """Mean over the pixels: (N, K, P, Q) → (N, K)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # the backward of nn.AdaptiveAvgPool2d throws in deterministic mode
+        return x.mean((2, 3))
+
+
+def make(record: spec.Layer, channels: int) -> nn.Module:
+    """Return the module of a layer record; channels: size of its input's second dimension."""
+    match record:
+        case spec.Conv():
+            return ConvNormAct(channels, record)
+        case spec.Linear():
+            return LinearNormAct(channels, record)
+        case spec.Residual():
+            return ResidualBlock(channels, record)
+        case spec.GlobalAvgPool():
+            return GlobalAvgPool()
+        case spec.Flatten():
+            # copies a channels-last image into NCHW order, that of a torch.nn network's weights
+            return nn.Flatten(1)
+
+
+def _tensors(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return norm.weight, norm.bias, norm.running_mean, norm.running_var  # type: ignore[return-value]

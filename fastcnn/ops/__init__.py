@@ -1,0 +1,1 @@
+"""The operations after a convolution or a linear layer; `reference` holds them in plain torch."""

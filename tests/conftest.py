@@ -1,0 +1,46 @@
+"""Shapes and tolerances that several test files share; threads and GPU."""
+
+import pytest
+import torch
+
+# (N, K, P, Q): one channel, odd sizes, channel counts off every vector width, single pixels
+SHAPES = [
+    (2, 1, 3, 5),
+    (3, 3, 4, 4),
+    (2, 17, 5, 3),
+    (2, 65, 3, 3),
+    (4, 3, 1, 1),
+    (1, 3, 7, 2),
+]
+# apex#1768: a channels-last Welford was wrong here
+LARGE_SHAPE = (2, 65, 100, 100)
+
+# pool: window, stride, padding
+POOLS = [(2, 2, 0), (3, 2, 0), (3, 2, 1)]
+
+# GRADCHECK: its defaults let an error of 1e-4 pass
+GRADCHECK = {"atol": 1e-7, "rtol": 1e-7}
+# absolute and relative, between two orders of the same arithmetic
+TOLERANCE = {
+    torch.float64: {"atol": 1e-10, "rtol": 1e-10},
+    torch.float32: {"atol": 2e-5, "rtol": 2e-5},
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    # results on the CPU are bit-equal only at a fixed number of threads
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
