@@ -1,0 +1,219 @@
+"""CIFAR-10 (Krizhevsky 2009) from its python or binary archive, or from either one unpacked.
+
+An archive is checked by MD5 before a byte of it is used, its known members are read by name and
+nothing is extracted. The python batches are pickles: they go through an unpickler that can make
+arrays and plain values and nothing else.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+import tarfile
+import urllib.request
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastcnn.config import DataConfig
+from fastcnn.data.decode import resize
+from fastcnn.data.progress import progress_bar
+from fastcnn.data.store import Block, Contents, Dataset, cache_dir, fingerprint, load_packed, pack
+from fastcnn.errors import DataError
+
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+PYTHON_ARCHIVE, BINARY_ARCHIVE = "cifar-10-python.tar.gz", "cifar-10-binary.tar.gz"
+MD5 = {
+    PYTHON_ARCHIVE: "c58f30108f718f92721af3b95e74349a",
+    BINARY_ARCHIVE: "c32a1d4ab5d03f1284b67883e8d87530",
+}
+PYTHON_FOLDER, BINARY_FOLDER = "cifar-10-batches-py", "cifar-10-batches-bin"
+PYTHON_BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+BINARY_BATCHES = [f"{name}.bin" for name in PYTHON_BATCHES]
+CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())  # noqa: SIM905
+PIXELS = 3 * 32 * 32  # bytes of an image: planes of red, green and blue
+TIMEOUT_S = 30
+BLOCK = 1 << 20
+
+Read = Callable[[str], bytes]  # the bytes of a batch by its file name
+Parse = Callable[[str, bytes], tuple[np.ndarray, np.ndarray]]
+
+
+def load_cifar10(config: DataConfig) -> Dataset:
+    """Return the 50,000 training and 10,000 test images.
+
+    Looked for in `config.data_dir` or, without one, in the cache folder's cifar10/, and downloaded
+    into it if missing. Raises DataError for an archive with another MD5, for batches that are not
+    CIFAR-10's and for a download that fails.
+    """
+    size = config.image_size
+    if config.data_dir is None:
+        if (packed := _already_packed(size)) is not None:
+            return packed
+        folder = cache_dir() / "cifar10"
+    else:
+        folder = Path(config.data_dir).expanduser()
+    for name in (PYTHON_ARCHIVE, BINARY_ARCHIVE):
+        if (folder / name).is_file():
+            return _from_archive(folder / name, size)
+    for name, batches in ((PYTHON_FOLDER, PYTHON_BATCHES), (BINARY_FOLDER, BINARY_BATCHES)):
+        if (folder / name).is_dir():
+            return _from_folder(folder / name, batches, size)
+    _download(folder / PYTHON_ARCHIVE)
+    return _from_archive(folder / PYTHON_ARCHIVE, size)
+
+
+def _already_packed(size: int | None) -> Dataset | None:
+    keys = [fingerprint("cifar10", md5, size) for md5 in MD5.values()]
+    found = (load_packed("cifar10", key) for key in keys)
+    return next((dataset for dataset in found if dataset is not None), None)
+
+
+def _from_archive(path: Path, size: int | None) -> Dataset:
+    expected = MD5[path.name]
+    found = _md5(path)
+    if found != expected:
+        raise DataError(f"{path}: MD5 {found}, expected {expected}; remove it to download it again")
+    return pack(
+        "cifar10", fingerprint("cifar10", expected, size), partial(_read_archive, path, size)
+    )
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _read_archive(path: Path, size: int | None) -> Contents:
+    binary = path.name == BINARY_ARCHIVE
+    folder, batches = (BINARY_FOLDER, BINARY_BATCHES) if binary else (PYTHON_FOLDER, PYTHON_BATCHES)
+    found: dict[str, bytes] = {}
+    with tarfile.open(path, mode="r:gz") as archive:
+        for member in archive:
+            name = member.name.removeprefix(f"{folder}/")
+            if member.isfile() and name in batches and (file := archive.extractfile(member)):
+                found[name] = file.read()
+    missing = [name for name in batches if name not in found]
+    if missing:
+        raise DataError(f"{path}: {folder}/{missing[0]} is missing")
+    return _contents(path, batches, found.__getitem__, size)
+
+
+def _from_folder(folder: Path, batches: list[str], size: int | None) -> Dataset:
+    def read(name: str) -> bytes:
+        try:
+            return (folder / name).read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read {folder / name}: {error.strerror}") from error
+
+    try:
+        status = [(folder / name).stat() for name in batches]
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}; unpack the archive again") from error
+    stamps = [[s.st_size, s.st_mtime_ns] for s in status]
+    key = fingerprint("cifar10 folder", str(folder.resolve()), stamps, size)
+    return pack("cifar10", key, partial(_contents, folder, batches, read, size))
+
+
+def _contents(where: Path, batches: list[str], read: Read, size: int | None) -> Contents:
+    parse: Parse = parse_binary if batches is BINARY_BATCHES else parse_python
+    parsed = [parse(f"{where}: {name}", read(name)) for name in batches]
+    for name, (_, found) in zip(batches, parsed, strict=True):
+        if found.min() < 0 or found.max() >= len(CLASSES):
+            span = f"{found.min()} to {found.max()}"
+            raise DataError(f"{where}: {name}: labels {span}, expected 0 to 9")
+    labels = {"train": np.concatenate([found for _, found in parsed[:-1]]), "test": parsed[-1][1]}
+    return Contents(CLASSES, labels, _blocks([pixels for pixels, _ in parsed], size))
+
+
+def _blocks(batches: list[np.ndarray], size: int | None) -> Iterator[Block]:
+    start = 0
+    for number, planes in enumerate(batches):
+        split, first = ("test", 0) if number == len(batches) - 1 else ("train", start)
+        start += len(planes)
+        images = np.ascontiguousarray(planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        for at in range(0, len(images), 1000):
+            part = images[at : at + 1000]
+            yield split, range(first + at, first + at + len(part)), resize(part, size or 32)
+
+
+def parse_binary(where: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Return pixels uint8 (n, 3072) and labels int64 (n,) of records of one label byte and an
+    image. Raises DataError unless the length is a whole number of records."""
+    if not data or len(data) % (PIXELS + 1):
+        raise DataError(f"{where}: {len(data)} bytes, expected a multiple of {PIXELS + 1}")
+    records = np.frombuffer(data, dtype=np.uint8).reshape(-1, PIXELS + 1)
+    return records[:, 1:], records[:, 0].astype(np.int64)
+
+
+def parse_python(where: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Return pixels uint8 (n, 3072) and labels int64 (n,) of a pickled batch.
+
+    Raises DataError for a pickle that needs anything but arrays and plain values, or is not a
+    batch.
+    """
+    try:
+        batch = BatchUnpickler(io.BytesIO(data), encoding="bytes").load()
+        pixels, labels = batch[b"data"], np.array(batch[b"labels"], dtype=np.int64)
+    except Exception as error:  # a cut or forged pickle may raise anything
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{where}: not a CIFAR-10 batch ({text}); unpack the archive again"
+        ) from error
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
+        raise DataError(f"{where}: pixels are not an array of uint8")
+    if len(labels) == 0 or labels.ndim != 1 or pixels.shape != (len(labels), PIXELS):
+        raise DataError(f"{where}: pixels {pixels.shape}, labels {labels.shape}")
+    return pixels, labels
+
+
+class BatchUnpickler(pickle.Unpickler):
+    """An unpickler that finds the three names an array is made of, and no others."""
+
+    admitted: dict[tuple[str, str], Any] = {  # noqa: RUF012
+        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.admitted:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
+        return self.admitted[module, name]
+
+
+def _download(path: Path) -> None:
+    """Fetch the python archive to a temporary name, check it, then give it its own name."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(URL, timeout=TIMEOUT_S) as response, open(part, "wb") as file:
+            total = int(response.headers.get("Content-Length", 0))
+            with progress_bar("downloading CIFAR-10", total) as advance:
+                while block := response.read(BLOCK):
+                    file.write(block)
+                    advance(len(block))
+        found = _md5(part)
+        if found != MD5[PYTHON_ARCHIVE]:
+            raise DataError(
+                f"{URL}: MD5 {found}, expected {MD5[PYTHON_ARCHIVE]}; try again, or put "
+                f"{PYTHON_ARCHIVE} into the folder of --data-dir"
+            )
+        os.replace(part, path)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"cannot download CIFAR-10 to {path.parent} ({error}); put {PYTHON_ARCHIVE} into the "
+            "folder of --data-dir, or take --data digits or --data PATH"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)

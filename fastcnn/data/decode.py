@@ -1,0 +1,75 @@
+"""Image files and arrays become uint8 RGB of the wanted size.
+
+Grey, palette, 16-bit and CMYK images become RGB; transparent parts become white, as on a page.
+A photograph is turned the way its EXIF orientation says. Of an animation, the first frame counts.
+"""
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit, where it begins to warn of decompression bombs
+EXTENSIONS = frozenset(
+    (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
+
+
+class BadImageError(ValueError):
+    """One image that cannot be read; the message says why, the caller knows which."""
+
+
+def decode(data: bytes, image_size: int | None) -> np.ndarray:
+    """Return the image in `data` as uint8 (H, W, 3), stretched to `image_size` a side if given
+    (bilinear, antialiased).
+
+    Raises BadImageError for an empty, cut, undecodable or too large (over MAX_PIXELS) image.
+    """
+    from PIL import Image
+
+    if not data:
+        raise BadImageError("empty")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImageError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS}")
+            rgb = _to_rgb(image)
+            if image_size is not None and rgb.size != (image_size, image_size):
+                rgb = rgb.resize((image_size, image_size), Image.Resampling.BILINEAR)
+            return np.asarray(rgb)
+    except BadImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImageError(f"more than {MAX_PIXELS} pixels") from error
+    except Exception as error:  # a decoder may raise anything on garbage
+        text = str(error).split("<")[0].strip() or type(error).__name__
+        raise BadImageError(text.splitlines()[0]) from error
+
+
+def _to_rgb(image: Any) -> Any:
+    from PIL import Image, ImageOps
+
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "RGB" and "transparency" not in image.info:
+        image.load()
+        return image
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535) // 257
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise BadImageError("floating-point pixels; expected 8 or 16 bits")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        page = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(page, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def resize(pixels: np.ndarray, side: int) -> np.ndarray:
+    """Stretch uint8 (n, H, W, 3) to (n, side, side, 3), bilinear and antialiased."""
+    if pixels.shape[1:3] == (side, side):
+        return pixels
+    nchw = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(nchw, (side, side), mode="bilinear", antialias=True)
+    return np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy())

@@ -1,0 +1,47 @@
+"""scikit-learn's handwritten digits: 1,797 grey images of 8x8, there without a download."""
+
+from functools import partial
+
+import numpy as np
+
+from fastcnn.data.decode import resize
+from fastcnn.data.listing import stratum
+from fastcnn.data.store import Contents, Dataset, pack
+from fastcnn.errors import UsageError
+
+CLASSES = tuple("0123456789")
+TEST_FRACTION = 0.2  # fixed, so that figures compare
+
+
+def load_digits(side: int) -> Dataset:
+    """Return the digits as RGB of `side` pixels a side, four fifths of each class to train.
+
+    Raises UsageError where scikit-learn is missing.
+    """
+    return pack("digits", f"digits-{side}", partial(_contents, side))
+
+
+def _contents(side: int) -> Contents:
+    try:
+        from sklearn import datasets
+    except (ImportError, OSError) as error:
+        raise UsageError(
+            f"--data digits: scikit-learn cannot be imported ({error}); pip install scikit-learn"
+        ) from error
+    grey, labels = datasets.load_digits(return_X_y=True)
+    pixels = np.rint(grey.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8).repeat(3, axis=3)
+    held = np.concatenate(
+        [
+            np.flatnonzero(labels == label)[stratum((labels == label).sum(), TEST_FRACTION, name)]
+            for label, name in enumerate(CLASSES)
+        ]
+    )
+    parts = {"train": np.setdiff1d(np.arange(len(labels)), held), "test": np.sort(held)}
+    return Contents(
+        CLASSES,
+        {split: labels[chosen].astype(np.int64) for split, chosen in parts.items()},
+        (
+            (split, range(len(chosen)), resize(pixels[chosen], side))
+            for split, chosen in parts.items()
+        ),
+    )

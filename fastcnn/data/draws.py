@@ -1,0 +1,35 @@
+"""Seeded draws: every random choice depends on (seed, purpose, epoch, sample) and nothing else.
+
+The random numbers of an epoch are drawn for all samples at once, on the CPU, and indexed by
+sample. So neither batch size nor position nor device changes what becomes of a sample, and a run
+resumed in mid-epoch goes on exactly where it stopped.
+"""
+
+import hashlib
+
+import torch
+
+
+def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
+    """Return a 63-bit seed of its own for each purpose and numbers (epoch, sample)."""
+    text = "/".join([str(seed), purpose, *map(str, numbers)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generator(seed: int, purpose: str, *numbers: int) -> torch.Generator:
+    """Return a CPU generator seeded by `derive_seed`."""
+    return torch.Generator().manual_seed(derive_seed(seed, purpose, *numbers))
+
+
+def epoch_order(seed: int, epoch: int, samples: int, shuffle: bool) -> torch.Tensor:
+    """Return int64 (samples,): the order of an epoch, a permutation or, unshuffled, 0, 1, 2, …"""
+    if not shuffle:
+        return torch.arange(samples)
+    return torch.randperm(samples, generator=generator(seed, "order", epoch))
+
+
+def alternating_flip(seed: int, epoch: int, samples: int) -> torch.Tensor:
+    """Return bool (samples,): a fixed random half on even epochs, the other half on odd ones."""
+    order = torch.randperm(samples, generator=generator(seed, "alternating flip"))
+    half = order < samples // 2
+    return half if epoch % 2 == 0 else ~half

@@ -1,0 +1,150 @@
+"""From the paths of image files to splits and classes; the same for a folder and for a tar.
+
+    train/<class>/…, with test/ or val/ or both    val/ beside test/ is for validation, alone it
+                                                   is the test set
+    <class>/…                                      a fixed part of every class becomes the test set
+
+A single folder around either layout is looked through. Hidden files are left out.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from fastcnn.data.decode import EXTENSIONS
+from fastcnn.data.draws import derive_seed
+from fastcnn.data.store import SPLITS
+from fastcnn.errors import DataError
+
+TEST_SPLIT_SEED = 0  # class folders are split alike in every run, whatever its seed
+
+Parts = tuple[str, ...]
+Classes = dict[str, list[str]]  # class name → paths of its images, both sorted
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Classes in the order of their labels; per split the (path, label) of every image, paths
+    relative to the root; the number of files that are no images of a class."""
+
+    classes: tuple[str, ...]
+    splits: dict[str, list[tuple[str, int]]]
+    ignored: int
+
+
+def find_layout(
+    where: str, files: Iterable[str], folders: Iterable[str], test_fraction: float
+) -> Layout:
+    """Sort the files below the root `where` into splits and classes.
+
+    `folders` are those that exist, maybe empty. Raises DataError for no images, a class without
+    images, train/ without its test images, and splits with different classes.
+    """
+    seen, kept = _visible(files), _visible(folders)
+    if not seen:
+        raise DataError(f"{where}: no files; expected folders of images, one a class")
+    root = _outer(seen, kept)
+    depth = len(root)
+    tops = {path[depth] for path in kept if len(path) > depth}
+    tops |= {path[depth] for path in seen if len(path) > depth + 1}
+    splits = _splits(where, root, tops, seen, kept, test_fraction)
+    classes = _common_classes(where, splits)
+    numbered = {
+        split: [(path, label) for label, name in enumerate(classes) for path in found[name]]
+        for split, found in splits.items()
+    }
+    return Layout(classes, numbered, len(seen) - sum(map(len, numbered.values())))
+
+
+def _visible(paths: Iterable[str]) -> list[Parts]:
+    parts = (PurePosixPath(path).parts for path in paths)
+    return [path for path in parts if path and not any(part.startswith(".") for part in path)]
+
+
+def _outer(files: list[Parts], folders: list[Parts]) -> Parts:
+    """Return the folders around the layout: single ones with at least two levels inside."""
+    outer: Parts = ()
+    while True:
+        depth = len(outer)
+        tops = {path[depth] for path in files + folders if len(path) > depth}
+        if len(tops) > 1 or tops & set(SPLITS) or any(len(path) < depth + 3 for path in files):
+            return outer
+        outer += tuple(tops)
+
+
+def _splits(
+    where: str,
+    root: Parts,
+    tops: set[str],
+    files: list[Parts],
+    folders: list[Parts],
+    test_fraction: float,
+) -> dict[str, Classes]:
+    """Return the images by split and class."""
+
+    def below(*inner: str) -> Classes:
+        return _by_class("/".join((where, *inner)), (*root, *inner), files, folders)
+
+    tests = sorted(tops & {"test", "val"})
+    if "train" in tops and tests:
+        named = dict(zip(("test", "val"), tests, strict=False))
+        return {"train": below("train"), **{to: below(source) for to, source in named.items()}}
+    if "train" in tops and tops != {"train"}:
+        other = min(tops - {"train"})
+        raise DataError(f"{where}: has train/ and {other}/; call the test images' folder test/")
+    if tests:
+        raise DataError(f"{where}: has {tests[0]}/ but no train/")
+    return _stratified(where, below(*(("train",) if tops == {"train"} else ())), test_fraction)
+
+
+def _by_class(where: str, root: Parts, files: list[Parts], folders: list[Parts]) -> Classes:
+    depth = len(root)
+    names = {path[depth] for path in folders if path[:depth] == root and len(path) > depth}
+    found: Classes = {}
+    others: dict[str, str] = {}
+    for path in files:
+        if path[:depth] != root or len(path) < depth + 2:
+            continue
+        names.add(path[depth])
+        if PurePosixPath(path[-1]).suffix.lower() in EXTENSIONS:
+            found.setdefault(path[depth], []).append("/".join(path))
+        else:
+            others.setdefault(path[depth], path[-1])
+    if not names:
+        raise DataError(f"{where}: no class folders; expected folders of images, one a class")
+    for name in sorted(names - found.keys()):
+        seen = f"; {others[name]} has no image's extension" if name in others else ""
+        raise DataError(f"{where}/{name}: no images{seen}; add some or remove the folder")
+    return {name: sorted(found[name]) for name in sorted(found)}
+
+
+def _common_classes(where: str, splits: dict[str, Classes]) -> Parts:
+    classes = splits["train"]
+    for split, found in splits.items():
+        for name in sorted(classes.keys() ^ found.keys()):
+            held, lacked = ("train", split) if name in classes else (split, "train")
+            raise DataError(f"{where}: class '{name}' is in the {held} images, not in {lacked}")
+    return tuple(classes)
+
+
+def _stratified(where: str, found: Classes, fraction: float) -> dict[str, Classes]:
+    """Split every class: at least one image for training and, of two or more, one for testing."""
+    train: Classes = {}
+    test: Classes = {}
+    for name, paths in found.items():
+        if len(paths) < 2:
+            raise DataError(f"{where}/{name}: one image; two are needed, to train and to test")
+        held = set(stratum(len(paths), fraction, name).tolist())
+        train[name] = [path for i, path in enumerate(paths) if i not in held]
+        test[name] = [path for i, path in enumerate(paths) if i in held]
+    return {"train": train, "test": test}
+
+
+def stratum(count: int, fraction: float, name: str) -> np.ndarray:
+    """Return which of a class's `count` images are test images: round(count · fraction) of them,
+    at least 1 and at most count - 1, drawn by a fixed seed."""
+    held = min(max(round(count * fraction), 1), count - 1)
+    rng = np.random.default_rng(derive_seed(TEST_SPLIT_SEED, f"test images of {name}"))
+    return np.sort(rng.permutation(count)[:held])

@@ -1,0 +1,124 @@
+"""Loaders: batches of labelled images on the device, with a position that can be saved.
+
+for x, y in loader:     the rest of the current epoch; then the next epoch begins
+    x                   (n, 3, H, W), normalised, channels-last strides
+    y                   int64 (n,)
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fastcnn.config import AugmentConfig, DataConfig
+from fastcnn.data import augment as augmentation
+from fastcnn.data.draws import epoch_order
+from fastcnn.data.normalize import Normalization
+from fastcnn.data.store import Images
+from fastcnn.errors import DataError, UsageError
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class Loader:
+    """The order of samples and the position in it; a subclass delivers the batches.
+
+    `samples` is the number of images, `epoch` and `position` (samples handed out of this epoch)
+    what `state_dict` saves. One iteration at a time.
+    """
+
+    def __init__(
+        self, samples: int, *, batch_size: int, seed: int, shuffle: bool, drop_last: bool
+    ) -> None:
+        if samples == 0:
+            raise DataError("no images to load")
+        if drop_last and samples < batch_size:
+            raise UsageError(
+                f"--drop-last: {samples} images make no whole batch of {batch_size}; "
+                f"take --batch-size {samples} or less"
+            )
+        self.samples = samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.epoch = 0
+        self.position = 0
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        whole, rest = divmod(self.samples, self.batch_size)
+        return whole + (1 if rest and not self.drop_last else 0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self.epoch
+        order = epoch_order(self.seed, epoch, self.samples, self.shuffle)[self.position :]
+        batches = [chunk for chunk in order.split(self.batch_size) if len(chunk)]
+        if self.drop_last and batches and len(batches[-1]) < self.batch_size:
+            batches.pop()
+        for index, batch in zip(batches, self.deliver(epoch, batches), strict=True):
+            self.position += len(index)
+            yield batch
+        self.epoch, self.position = epoch + 1, 0
+
+    def deliver(self, epoch: int, batches: list[torch.Tensor]) -> Iterator[Batch]:
+        """Yield the batch of each int64 index tensor, in order."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, int]:
+        """Return {"epoch", "position"}: what was handed out, whatever was prefetched.
+
+        After the last batch, and until the iteration ends, position is the end of the epoch.
+        """
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved position, also with another batch size.
+
+        Raises DataError for a position outside the epoch.
+        """
+        epoch, position = int(state["epoch"]), int(state["position"])
+        if epoch < 0 or not 0 <= position <= self.samples:
+            raise DataError(
+                f"position {position} of epoch {epoch}: there are {self.samples} images"
+            )
+        self.epoch, self.position = epoch, position
+
+
+def make_loader(
+    images: Images,
+    data: DataConfig,
+    augment: AugmentConfig | None,
+    normalization: Normalization,
+    *,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    seed: int,
+    shuffle: bool,
+    drop_last: bool,
+) -> Loader:
+    """Return the loader that `data.loader` names; `augment` None is for evaluation.
+
+    The order is a permutation by (seed, epoch), each sample once an epoch; what becomes of a sample
+    depends on (seed, epoch, sample) alone. Raises DataError for no images, UsageError for a batch
+    larger than the set with `drop_last`, for padding that cannot be reflected and for --loader
+    torch without torchvision.
+    """
+    if augment is not None:
+        augmentation.check(augment, *images.pixels.shape[1:3])
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "device": device,
+        "dtype": dtype,
+        "seed": seed,
+        "shuffle": shuffle,
+        "drop_last": drop_last,
+    }
+    if data.loader == "torch":
+        from fastcnn.data.torch_loader import TorchLoader
+
+        return TorchLoader(images, augment, normalization, workers=data.workers, **options)
+    from fastcnn.data.resident import ResidentLoader
+
+    return ResidentLoader(images, augment, normalization, **options)

@@ -1,0 +1,114 @@
+"""Normalisation of uint8 pixels: fitted on the training images, kept in the checkpoint.
+
+Every mode is y = x · scale + bias in float32, with scale and bias a channel (or, for the mean
+image, a bias a pixel), so that all loaders share one formula and agree to the bit.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from fastcnn.data.store import Images
+
+Mode = Literal["zscore", "unit", "centered", "mean-image"]
+# float32 sums of up to 256 squares of uint8 stay below 2^24, so they are exact in any order
+EXACT_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """`mean`, `std`: of each channel of the training images, in [0, 1]. `mean_image`: nested
+    lists (H, W, 3) in [0, 1] for mode mean-image, else None."""
+
+    mode: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    mean_image: list[list[list[float]]] | None = None
+
+    @classmethod
+    def fit(cls, images: Images, mode: Mode) -> "Normalization":
+        """Measure the training images; a channel without variation gets std 1."""
+        sums, squares = _sums(images.pixels)
+        values = len(images) * sums.shape[0] * sums.shape[1]
+        mean = sums.sum((0, 1)) / values / 255
+        variance = squares.sum((0, 1)) / values / 255**2 - mean**2
+        # constant channels leave a rounding error of about 1e-17 in place of 0
+        std = np.sqrt(np.where(variance > 1e-12, variance, 1.0))
+        mean_image = (sums / len(images) / 255).tolist() if mode == "mean-image" else None
+        return cls(mode, _three(mean), _three(std), mean_image)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return strings, floats and lists only, fit for a checkpoint or JSON."""
+        plain = asdict(self)
+        return {**plain, "mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "Normalization":
+        return cls(plain["mode"], _three(plain["mean"]), _three(plain["std"]), plain["mean_image"])
+
+    @property
+    def fill(self) -> tuple[float, float, float]:
+        """What the mean colour (mode mean-image: the mean image) becomes: the colour of cutout."""
+        if self.mode == "unit":
+            return self.mean
+        if self.mode == "centered":
+            return _three([mean - 0.5 for mean in self.mean])
+        return (0.0, 0.0, 0.0)
+
+    def scale_bias(self, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return float32 scale (width·3,) and bias, (width·3,) or (H, width·3).
+
+        y = x · scale + bias. A whole row, not three channels: the inner loop then runs over
+        contiguous memory.
+        """
+        mean, std = np.array(self.mean), np.array(self.std)
+        scale, bias = np.full(3, 1 / 255), np.zeros(3)
+        if self.mode == "zscore":
+            scale, bias = 1 / (255 * std), -mean / std
+        elif self.mode == "centered":
+            bias = np.full(3, -0.5)
+        rows = np.tile(bias, (1, width))[0]
+        if self.mode == "mean-image":
+            rows = -np.array(self.mean_image).reshape(-1, width * 3)
+        return (
+            torch.tensor(np.tile(scale, width), dtype=torch.float32, device=device),
+            torch.tensor(rows, dtype=torch.float32, device=device),
+        )
+
+    def apply(self, pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Normalise (n, H, W, 3), uint8 or float in 0..255, to the same shape in `dtype`."""
+        return normalize(pixels, *self.scale_bias(pixels.shape[2], pixels.device), dtype)
+
+
+def normalize(
+    pixels: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return contiguous (n, H, W, 3) of `dtype`: x · scale + bias, computed in float32."""
+    rows = pixels.reshape(*pixels.shape[:2], -1)
+    result = rows.float().mul_(scale) if rows.dtype == torch.uint8 else rows.float().mul(scale)
+    return result.add_(bias).to(dtype).view(pixels.shape)
+
+
+def _sums(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return float64 (H, W, 3): the exact sums over N of the pixels and of their squares.
+
+    NumPy on one thread, in chunks that stay in cache: 0.07 s for CIFAR-10, where the same in
+    PyTorch on two busy cores took 0.2 to 5 s.
+    """
+    flat = pixels.reshape(len(pixels), -1)
+    sums, squares = np.zeros(flat.shape[1]), np.zeros(flat.shape[1])
+    buffer = np.empty((EXACT_CHUNK, flat.shape[1]), dtype=np.float32)
+    for start in range(0, len(flat), EXACT_CHUNK):
+        chunk = flat[start : start + EXACT_CHUNK]
+        values = buffer[: len(chunk)]
+        values[...] = chunk
+        sums += values.sum(0)
+        squares += np.square(values, out=values).sum(0)
+    return sums.reshape(pixels.shape[1:]), squares.reshape(pixels.shape[1:])
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    first, second, third = (float(value) for value in values)
+    return (first, second, third)

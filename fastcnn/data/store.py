@@ -1,0 +1,303 @@
+"""The store: every reader's images as uint8 NHWC arrays, packed once into the cache folder.
+
+An entry of the cache is a folder `<key>/` with `<split>.pixels.npy`, `<split>.labels.npy` and
+`meta.json`. It is written under a temporary name and renamed, so that a reader sees a whole entry
+or none, and two processes that pack the same data at once both end with a good one. Later starts
+map the pixels into memory and decode nothing.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastcnn.data.progress import progress_bar
+from fastcnn.errors import DataError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of a cache entry; part of every fingerprint
+SPLITS = ("train", "test", "val")
+Block = tuple[str, Sequence[int], np.ndarray]  # split, positions, pixels of a few images
+STALE_SECONDS = 86_400  # an unfinished entry older than this was left by a killed process
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images: `pixels` uint8 (N, H, W, 3), maybe memory-mapped; `labels` int64 (N,)."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images with the names of their classes; `labels` index into `classes`.
+
+    `digest` is the sha256 (hex) of pixels, labels and class names, and, where `split` drew a part
+    of them, of the drawn indices.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Images
+    test: Images
+    val: Images | None
+    digest: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a reader hands over for packing.
+
+    `labels` holds int64 (N,) per split. `blocks` yields (split, positions, pixels), pixels uint8
+    (n, H, W, 3), in any order, every position once.
+    """
+
+    classes: tuple[str, ...]
+    labels: dict[str, np.ndarray]
+    blocks: Iterator[Block]
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return the sha256 (hex) of plain values, for the key of a cache entry."""
+    text = json.dumps([FORMAT, *parts], separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def cache_dir() -> Path:
+    """Return a folder that can be written: FASTCNN_CACHE, else XDG_CACHE_HOME/fastcnn, else
+    ~/.cache/fastcnn; where that fails, a folder of this user among the temporary files.
+
+    Raises DataError if neither can be written.
+    """
+    wanted = _wanted_cache()
+    reason = _unwritable(wanted)
+    if reason is None:
+        return wanted
+    other = Path(tempfile.gettempdir()) / f"fastcnn-{os.getuid()}"
+    other_reason = _unwritable(other)
+    if other_reason is None and other.stat().st_uid != os.getuid():
+        other_reason = "belongs to another user"
+    if other_reason is not None:
+        raise DataError(
+            f"no cache folder: {wanted}: {reason}; {other}: {other_reason}; "
+            "set FASTCNN_CACHE to a folder that can be written"
+        )
+    log.warning("cache folder %s: %s; using %s", wanted, reason, other)
+    return other
+
+
+def _wanted_cache() -> Path:
+    if named := os.environ.get("FASTCNN_CACHE"):
+        return Path(named).expanduser()
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "fastcnn"
+    return Path("~/.cache/fastcnn").expanduser()
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Return why nothing can be written into `folder`, or None if it can (created if missing)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def load_packed(name: str, key: str) -> Dataset | None:
+    """Return the dataset of the cache entry `key`, or None if there is none or it is damaged."""
+    entry = cache_dir() / key
+    return _load(name, entry) if entry.exists() else None
+
+
+def pack(name: str, key: str, read: Callable[[], Contents]) -> Dataset:
+    """Return the dataset of the cache entry `key`; `read` is called only to build the entry.
+
+    Raises DataError for labels out of range, fewer than two classes, an empty split, blocks that
+    miss a position, and a full disk.
+    """
+    cache = cache_dir()
+    entry = cache / key
+    if (dataset := load_packed(name, key)) is not None:
+        return dataset
+    _remove_stale(cache)
+    temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{key[:16]}-", dir=cache))
+    try:
+        _write(temporary, read())
+        return _publish(name, temporary, entry)
+    except OSError as error:
+        raise DataError(f"cannot pack {name} into {cache}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(name: str, temporary: Path, entry: Path) -> Dataset:
+    """Rename a finished entry to its name, unless another process was first with a good one."""
+    for _ in range(10):
+        with contextlib.suppress(OSError):
+            temporary.rename(entry)
+        if (dataset := _load(name, entry)) is not None:
+            return dataset
+        aside = Path(tempfile.mkdtemp(prefix=".tmp-damaged-", dir=entry.parent))
+        with contextlib.suppress(OSError):
+            entry.rename(aside / "entry")
+        shutil.rmtree(aside, ignore_errors=True)
+    raise DataError(f"cannot write the cache entry {entry}; remove it and start again")
+
+
+def _remove_stale(cache: Path) -> None:
+    for path in cache.glob(".tmp-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _load(name: str, entry: Path) -> Dataset | None:
+    """Map an entry into memory; None, with a warning, if a file is missing, cut or altered."""
+    try:
+        meta = json.loads((entry / "meta.json").read_text("utf-8"))
+        found = {
+            split: Images(
+                _map(entry / f"{split}.pixels.npy", np.uint8, shape),
+                np.array(_map(entry / f"{split}.labels.npy", np.int64, shape[:1])),
+            )
+            for split, shape in meta["shapes"].items()
+        }
+        classes = tuple(meta["classes"])
+        for images in found.values():
+            if images.labels.min() < 0 or images.labels.max() >= len(classes):
+                raise ValueError("labels out of range")
+        digest = str(meta["digest"])
+        return Dataset(name, classes, found["train"], found["test"], found.get("val"), digest)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("cache entry %s is damaged (%s); it is built again", entry, error)
+        return None
+
+
+def _map(path: Path, dtype: Any, shape: Sequence[int]) -> np.ndarray:
+    # copy-on-write: torch takes the array without a copy, and no write reaches the file
+    array = np.load(path, mmap_mode="c", allow_pickle=False)
+    if array.dtype != dtype or list(array.shape) != list(shape):
+        raise ValueError(f"{path.name} holds {array.dtype} {array.shape}, expected {shape}")
+    if path.stat().st_size != array.offset + array.nbytes:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes")
+    return array
+
+
+def _write(folder: Path, contents: Contents) -> None:
+    _check(contents)
+    for split, labels in contents.labels.items():
+        _save(folder / f"{split}.labels.npy", labels)
+    sides = _write_pixels(folder, contents)
+    meta = {
+        "shapes": {split: [len(labels), *sides, 3] for split, labels in contents.labels.items()},
+        "classes": contents.classes,
+        "digest": _digest(folder, contents),
+    }
+    with open(folder / "meta.json", "w", encoding="utf-8") as file:
+        json.dump(meta, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check(contents: Contents) -> None:
+    if len(contents.classes) < 2:
+        raise DataError(f"one class only ({', '.join(contents.classes)}); two are needed")
+    for split, labels in contents.labels.items():
+        if len(labels) == 0:
+            raise DataError(f"no {split} images")
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= len(contents.classes):
+            worst = low if low < 0 else high
+            raise DataError(
+                f"{split} labels: expected 0 to {len(contents.classes) - 1}, got {worst}"
+            )
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_pixels(folder: Path, contents: Contents) -> tuple[int, int]:
+    """Write every block at its place with file writes: a full disk is an error, where a write
+    through a memory map would kill the process. Return height and width."""
+    counts = {split: len(labels) for split, labels in contents.labels.items()}
+    missing = {split: np.ones(count, dtype=bool) for split, count in counts.items()}
+    sides: tuple[int, int] | None = None
+    with contextlib.ExitStack() as stack:
+        files: dict[str, tuple[Any, int]] = {}
+        advance = stack.enter_context(progress_bar("packing images", sum(counts.values())))
+        for split, positions, pixels in contents.blocks:
+            if sides is None:
+                sides = (pixels.shape[1], pixels.shape[2])
+                _check_space(folder, sum(counts.values()) * pixels[0].size)
+                for name, count in counts.items():
+                    file = stack.enter_context(open(folder / f"{name}.pixels.npy", "wb"))
+                    files[name] = (file, _header(file, (count, *sides, 3)))
+            file, start = files[split]
+            _put(file, start, positions, pixels)
+            missing[split][positions] = False
+            advance(len(positions))
+        for file, _ in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    for split, left in missing.items():
+        if left.any():
+            raise DataError(f"{int(left.sum())} of {counts[split]} {split} images are missing")
+    if sides is None:
+        raise DataError("no images")
+    return sides
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DataError(
+            f"cache folder {folder.parent}: {needed} bytes needed, {free} free; "
+            "free some or set FASTCNN_CACHE to a folder on another disk"
+        )
+
+
+def _header(file: Any, shape: tuple[int, ...]) -> int:
+    """Write a .npy header of uint8 `shape`; return its length in bytes."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return int(file.tell())
+
+
+def _put(file: Any, start: int, positions: Sequence[int], pixels: np.ndarray) -> None:
+    """Write images at their positions, a run of consecutive positions in one go."""
+    pixels = np.ascontiguousarray(pixels)
+    breaks = np.flatnonzero(np.diff(np.asarray(positions)) != 1) + 1
+    for run in np.split(np.arange(len(positions)), breaks):
+        file.seek(start + int(positions[run[0]]) * pixels[0].size)
+        file.write(pixels[run[0] : run[-1] + 1].data)
+
+
+def _digest(folder: Path, contents: Contents) -> str:
+    digest = hashlib.sha256(json.dumps(contents.classes).encode())
+    for split in SPLITS:
+        if split in contents.labels:
+            for part in ("pixels", "labels"):
+                array = np.load(folder / f"{split}.{part}.npy", mmap_mode="r")
+                digest.update(f"{split} {part} {array.shape}".encode())
+                digest.update(array.reshape(-1).view(np.uint8))
+    return digest.hexdigest()

@@ -1,0 +1,255 @@
+"""The torch loader: DataLoader and torchvision transforms, one image at a time.
+
+Slow, and the oracle for the resident loader: the same parameters and distribution by other code.
+Each sample's random numbers come from (seed, epoch, sample); the main process's generators are
+left as they were.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from fastcnn.config import AugmentConfig
+from fastcnn.data.draws import alternating_flip, derive_seed
+from fastcnn.data.loaders import Batch, Loader
+from fastcnn.data.normalize import Normalization, normalize
+from fastcnn.data.store import Images
+from fastcnn.errors import DataError, UsageError
+
+POLL_S = 2  # between two looks at whether the workers are alive
+WORKER_TIMEOUT_S = 120  # without a batch for so long, a worker is taken to hang
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+class TorchLoader(Loader):
+    """See loaders.make_loader. Raises DataError when a worker dies or hangs."""
+
+    def __init__(
+        self,
+        images: Images,
+        augment: AugmentConfig | None,
+        normalization: Normalization,
+        *,
+        workers: int,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
+        shuffle: bool,
+        drop_last: bool,
+    ) -> None:
+        super().__init__(
+            len(images), batch_size=batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last
+        )
+        self.device = device
+        self.labels = torch.from_numpy(images.labels)
+        self.schedule = Schedule()
+        self.loader = DataLoader(
+            Samples(images, augment, normalization, dtype, seed),
+            batch_sampler=self.schedule,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            timeout=POLL_S if workers else 0,
+            # fork shares the images without a copy; workers run neither threads nor CUDA
+            multiprocessing_context="fork" if workers else None,
+            worker_init_fn=_obey_parent,
+            pin_memory=device.type == "cuda",
+            # iterating draws a seed: from here, not from the main process's generator
+            generator=torch.Generator(),
+        )
+
+    def deliver(self, epoch: int, batches: list[torch.Tensor]) -> Iterator[Batch]:
+        self.schedule.batches = [[(epoch, i) for i in batch.tolist()] for batch in batches]
+        fetched = self._start()
+        for index in batches:
+            x = _next(fetched).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+            yield x, self.labels[index].to(self.device, non_blocking=True)
+        # lets DataLoader see its end, so that the workers are ready for the next epoch
+        next(fetched, None)
+
+    def _start(self) -> Iterator[torch.Tensor]:
+        """Start (the first time) or reset the workers.
+
+        They inherit the blocked signals, which reach the whole process group: the main process
+        saves a checkpoint and then ends them. Torch's own handler of a worker's death would raise
+        wherever the main process happens to be, in the middle of a save too; `_next` looks for
+        dead workers instead.
+        """
+        before = signal.getsignal(signal.SIGCHLD)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        try:
+            return iter(self.loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, before)
+
+
+def _next(fetched: Iterator[torch.Tensor]) -> torch.Tensor:
+    """Return the next batch; DataError when a worker is dead, or after WORKER_TIMEOUT_S."""
+    deadline = time.monotonic() + WORKER_TIMEOUT_S
+    while True:
+        try:
+            return next(fetched)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0].strip()
+            if "DataLoader" not in reason:
+                raise
+            if "timed out" in reason and time.monotonic() < deadline:
+                continue
+            raise _worker_error(reason) from error
+        except (OSError, EOFError) as error:
+            # the worker died while it handed a batch over
+            raise _worker_error(f"a DataLoader worker is gone ({error})") from error
+
+
+def _worker_error(reason: str) -> DataError:
+    return DataError(f"--loader torch: {reason}; --workers 0 loads without workers")
+
+
+class Schedule:
+    """The batches that DataLoader asks for next: lists of (epoch, sample)."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class Samples(torch.utils.data.Dataset):
+    """Augmented, normalised images as batches (n, H, W, 3), fetched by (epoch, sample)."""
+
+    def __init__(
+        self,
+        images: Images,
+        augment: AugmentConfig | None,
+        normalization: Normalization,
+        dtype: torch.dtype,
+        seed: int,
+    ) -> None:
+        self.pixels = torch.from_numpy(np.ascontiguousarray(images.pixels))
+        self.augment = augment
+        self.dtype = dtype
+        self.seed = seed
+        self.fill = normalization.fill
+        self.scale, self.bias = normalization.scale_bias(self.pixels.shape[2], torch.device("cpu"))
+        self.transforms = [] if augment is None else transforms(augment, *self.pixels.shape[1:3])
+        self.flips: dict[int, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[torch.Tensor]:
+        state = torch.get_rng_state()
+        try:
+            return [self.sample(epoch, sample) for epoch, sample in keys]
+        finally:
+            torch.set_rng_state(state)
+
+    def sample(self, epoch: int, sample: int) -> torch.Tensor:
+        # torch.manual_seed would also reseed the main process's CUDA generators
+        torch.default_generator.manual_seed(derive_seed(self.seed, "sample", epoch, sample))
+        image = self.pixels[sample].permute(2, 0, 1)
+        if self.augment is not None and self.augment.flip == "alternating":
+            image = image.flip(2) if self.alternates(epoch)[sample] else image
+        for transform in self.transforms:
+            image = transform(image)
+        x = normalize(image.permute(1, 2, 0)[None], self.scale, self.bias, self.dtype)[0]
+        if self.augment is not None and self.augment.cutout > 0:
+            cut_out(x, self.augment.cutout, self.fill)
+        return x
+
+    def alternates(self, epoch: int) -> torch.Tensor:
+        if epoch not in self.flips:
+            self.flips = {epoch: alternating_flip(self.seed, epoch, len(self))}
+        return self.flips[epoch]
+
+
+def transforms(augment: AugmentConfig, height: int, width: int) -> list[Transform]:
+    """Return torchvision transforms of one image (3, H, W), uint8 to uint8 or float in 0..255.
+
+    Raises UsageError where torchvision is missing or does not fit torch.
+    """
+    v2 = _torchvision_v2()
+    geometry: list[Transform] = []
+    exact: list[Transform] = []
+    if augment.crop_padding > 0:
+        mode = "reflect" if augment.crop_mode == "reflect" else "constant"
+        exact.append(
+            v2.RandomCrop((height, width), padding=augment.crop_padding, padding_mode=mode)
+        )
+    if augment.flip == "random":
+        exact.append(v2.RandomHorizontalFlip())
+    if augment.resized_crop < 1:
+        scale = (augment.resized_crop, 1.0)
+        geometry.append(v2.RandomResizedCrop((height, width), scale=scale, antialias=True))
+    if augment.rotation > 0 or augment.shift > 0:
+        bilinear = v2.InterpolationMode.BILINEAR
+        translate = (augment.shift, augment.shift)
+        # fill=0 would darken the edge twice, by the zeros outside and by a mask
+        geometry.append(
+            v2.RandomAffine(augment.rotation, translate, interpolation=bilinear, fill=None)
+        )
+    if (strength := augment.color_jitter) > 0:
+        # one after the other: a single ColorJitter would shuffle the three
+        geometry += [
+            v2.ColorJitter(brightness=strength),
+            v2.ColorJitter(contrast=strength),
+            v2.ColorJitter(saturation=strength),
+        ]
+    if not geometry:
+        return exact
+    # in float, so that nothing is rounded to whole grey levels in between
+    return [*exact, v2.ToDtype(torch.float32, scale=True), *geometry, lambda image: image * 255]
+
+
+def _torchvision_v2() -> Any:
+    try:
+        from torchvision.transforms import v2
+    except (ImportError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"--loader torch: torchvision cannot be imported ({reason}); install the torchvision "
+            "made for this torch, or take --loader resident"
+        ) from error
+    return v2
+
+
+def cut_out(x: torch.Tensor, side: int, fill: tuple[float, float, float]) -> None:
+    """Set a square of `side` pixels around a random pixel of x (H, W, 3) to `fill`, in place."""
+    height, width, _ = x.shape
+    top = int(torch.randint(height, ())) - side // 2
+    left = int(torch.randint(width, ())) - side // 2
+    x[max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)] = torch.tensor(
+        fill, dtype=x.dtype
+    )
+
+
+def _obey_parent(worker: int) -> None:
+    """End when the main process sends SIGTERM, as it does to a worker that hangs.
+
+    SIGTERM is blocked (TorchLoader._start); from anybody else it is dropped.
+    """
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

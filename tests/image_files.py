@@ -1,0 +1,100 @@
+"""Small image files, folders, archives and arrays for the tests of fastcnn.data."""
+
+import io
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastcnn.data.store import Images
+
+
+def noise(shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def make_images(count, height=8, width=8, classes=3, seed=0):
+    return Images(
+        noise((count, height, width, 3), seed), np.arange(count, dtype=np.int64) % classes
+    )
+
+
+def coordinates(count, side=16):
+    """Images whose pixel (y, x) holds y in red, x in green and the image's number in blue."""
+    y, x = np.mgrid[:side, :side]
+    pixels = np.zeros((count, side, side, 3), dtype=np.uint8)
+    pixels[..., 0], pixels[..., 1] = y + 1, x + 1
+    pixels[..., 2] = (np.arange(count) % 256)[:, None, None]
+    return Images(pixels, np.arange(count, dtype=np.int64))
+
+
+def encoded(array, format="PNG", **options):  # noqa: A002 - Pillow's word
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, format, **options)
+    return file.getvalue()
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def write_folder(root: Path, splits=("train", "test"), classes=("ant", "bee"), count=3, side=8):
+    """Write PNG files root/<split>/<class>/<n>.png; an empty split name leaves that level out."""
+    for number, split in enumerate(splits):
+        for label, name in enumerate(classes):
+            for i in range(count):
+                image = noise((side, side, 3), seed=100 * number + 10 * label + i)
+                write(root / split / name / f"{i}.png", encoded(image))
+    return root
+
+
+def write_tar(path: Path, members: dict[str, bytes], mode="w") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes bytes as Python 2 wrote its strings, as in the CIFAR-10 archive."""
+
+    def save_bytes(self, data):
+        self.write(pickle.BINSTRING + len(data).to_bytes(4, "little") + data)
+        self.memoize(data)
+
+    dispatch = pickle._Pickler.dispatch | {bytes: save_bytes}
+
+
+def cifar_pickle(pixels, labels) -> bytes:
+    file = io.BytesIO()
+    batch = {b"batch_label": b"x", b"labels": list(map(int, labels)), b"data": pixels}
+    Python2Pickler(file, 2).dump(batch)
+    return file.getvalue()
+
+
+def cifar_batches(count=20):
+    """Return {batch: (planes uint8 (count, 3072), labels)} for the six batches."""
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    return {
+        name: (noise((count, 3072), seed=n), (np.arange(count) + n) % 10)
+        for n, name in enumerate(names)
+    }
+
+
+def cifar_python(batches):
+    return {f"cifar-10-batches-py/{name}": cifar_pickle(*b) for name, b in batches.items()}
+
+
+def cifar_binary(batches):
+    return {
+        f"cifar-10-batches-bin/{name}.bin": np.hstack(
+            [labels[:, None].astype(np.uint8), planes]
+        ).tobytes()
+        for name, (planes, labels) in batches.items()
+    }

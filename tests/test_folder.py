@@ -1,0 +1,449 @@
+"""Image folders and tars: layouts, image kinds, bad files, bad archives."""
+
+import io
+import logging
+import os
+import struct
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+from image_files import encoded, noise, write, write_folder, write_tar
+from PIL import Image
+
+from fastcnn.config import DataConfig
+from fastcnn.data import folder, load_dataset, tar
+from fastcnn.data.decode import BadImageError, decode
+from fastcnn.errors import DataError, UsageError
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTCNN_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "images"
+
+
+def load(path, **options):
+    return load_dataset(DataConfig(data=str(path), **options), 32)
+
+
+def members_of(root):
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+def image(number=0, side=8):
+    return encoded(noise((side, side, 3), seed=number))
+
+
+# Layouts
+
+
+def test_train_and_test_folders(root):
+    dataset = load(write_folder(root))
+    assert dataset.name == "images"
+    assert dataset.classes == ("ant", "bee")
+    assert dataset.val is None
+    assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert np.array_equal(dataset.train.pixels[4], noise((8, 8, 3), seed=11))
+    assert np.array_equal(dataset.test.pixels[4], noise((8, 8, 3), seed=111))
+
+
+def test_val_alone_is_the_test_set(root):
+    dataset = load(write_folder(root, ("train", "val")))
+    assert dataset.val is None
+    assert np.array_equal(dataset.test.pixels[0], noise((8, 8, 3), seed=100))
+
+
+def test_val_beside_test_is_for_validation(root):
+    dataset = load(write_folder(root, ("train", "test", "val")))
+    assert np.array_equal(dataset.test.pixels[0], noise((8, 8, 3), seed=100))
+    assert np.array_equal(dataset.val.pixels[0], noise((8, 8, 3), seed=200))
+
+
+@pytest.mark.parametrize("split", ["", "train"])
+@pytest.mark.parametrize(("fraction", "held"), [(0.2, 2), (0.5, 5), (0.01, 1), (0.99, 9)])
+def test_class_folders_are_split_by_class(root, split, fraction, held):
+    dataset = load(write_folder(root, (split,), ("ant", "bee", "cow"), 10), test_fraction=fraction)
+    assert np.bincount(dataset.test.labels).tolist() == [held] * 3
+    assert np.bincount(dataset.train.labels).tolist() == [10 - held] * 3
+    images = np.concatenate([dataset.train.pixels, dataset.test.pixels])
+    assert len({bytes(pixels) for pixels in images}) == 30
+
+
+def test_nested_outer_and_hidden(root):
+    write_folder(root / "outer" / "inner", ("train", "test"))
+    write(root / "outer/inner/train/ant/more/deep.png", image(500))
+    write(root / "outer/inner/train/ant/.hidden.png", b"not an image")
+    write(root / ".git/config", b"x")
+    dataset = load(root)
+    assert np.bincount(dataset.train.labels).tolist() == [4, 3]
+
+
+def test_other_files_are_counted(root, caplog):
+    write_folder(root)
+    write(root / "train/ant/notes.txt", b"x")
+    write(root / "README.md", b"x")
+    with caplog.at_level(logging.WARNING):
+        dataset = load(root)
+    assert "2 files left out" in caplog.text
+    assert len(dataset.train) == 6
+
+
+def test_links_are_followed_and_loops_end(root, tmp_path):
+    write_folder(tmp_path / "elsewhere", ("",))
+    write_folder(root)
+    for split in ("train", "test"):
+        (root / split / "cow").symlink_to(tmp_path / "elsewhere" / "ant")
+    (tmp_path / "elsewhere" / "ant" / "loop").symlink_to(root / "train")
+    dataset = load(root)
+    assert dataset.classes == ("ant", "bee", "cow")
+    # under test/cow/loop the training folder is seen once more, but not under itself
+    assert np.bincount(dataset.train.labels).tolist() == [3, 3, 3]
+
+
+def test_fingerprint_decides_on_packing_again(root, monkeypatch):
+    write_folder(root)
+    calls = []
+    real = folder.decode
+    monkeypatch.setattr(folder, "decode", lambda *args: calls.append(1) or real(*args))
+    first = load(root)
+    assert len(calls) == 12
+    load(root)
+    assert len(calls) == 12
+    load(root, image_size=16)
+    assert len(calls) == 24
+    write(root / "train/ant/0.png", image(99))
+    os.utime(root / "train/ant/0.png", (1, 1))
+    assert load(root).digest != first.digest
+    assert len(calls) == 36
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: root.mkdir(), "no files"),
+        (lambda root: write_folder(root, ("train", "test"), ("ant",)), "one class only"),
+        (lambda root: write_folder(root, ("test",)), "has test/ but no train/"),
+        (lambda root: write_folder(root, ("train", "valid")), "train/ and valid/"),
+        (lambda root: write(root / "a.png", image()), "no class folders"),
+        (lambda root: write_folder(root, ("",), count=1), "one image"),
+        (lambda root: (write_folder(root) / "train" / "cow").mkdir(), "cow: no images"),
+        (
+            lambda root: write(write_folder(root) / "train/cow/x.txt", b"x"),
+            r"cow: no images; x.txt has no image's extension",
+        ),
+        (
+            lambda root: write(write_folder(root) / "test/cow/0.png", image()),
+            "class 'cow' is in the test images, not in train",
+        ),
+        (
+            lambda root: write(write_folder(root) / "train/cow/0.png", image()),
+            "class 'cow' is in the train images, not in test",
+        ),
+    ],
+)
+def test_bad_layouts(root, make, message):
+    make(root)
+    with pytest.raises(DataError, match=message) as error:
+        load(root)
+    assert "\n" not in str(error.value)
+
+
+# Sizes
+
+
+def test_different_sizes_name_the_odd_file(root):
+    write(write_folder(root) / "train/bee/1.png", encoded(noise((6, 9, 3))))
+    with pytest.raises(
+        DataError, match=r"train/bee/1\.png has 9 x 6 .*train/ant/0\.png 8 x 8.*--image-size 8"
+    ):
+        load(root)
+
+
+def test_image_size_makes_one_size(root):
+    write(write_folder(root) / "train/bee/1.png", encoded(noise((6, 9, 3))))
+    dataset = load(root, image_size=12)
+    assert dataset.train.pixels.shape == (6, 12, 12, 3)
+    assert dataset.test.pixels.shape == (6, 12, 12, 3)
+
+
+def test_resizing_is_antialiased():
+    stripes = np.zeros((64, 64, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    small = decode(encoded(stripes), 8)
+    # without antialiasing every column would be 0 or 255
+    assert abs(small[:, 1:-1].astype(int) - 127.5).max() < 2
+
+
+def test_equal_oblong_images_are_kept(root):
+    for path in write_folder(root).rglob("*.png"):
+        path.write_bytes(encoded(noise((6, 9, 3))))
+    assert load(root).train.pixels.shape == (6, 6, 9, 3)
+
+
+# Image kinds
+
+
+GREY = noise((5, 7))
+
+
+def test_grey_and_palette():
+    expected = np.repeat(GREY[..., None], 3, 2)
+    assert np.array_equal(decode(encoded(GREY), None), expected)
+    palette = Image.fromarray(noise((5, 7, 3))).quantize(16)
+    file = io.BytesIO()
+    palette.save(file, "PNG")
+    assert np.array_equal(decode(file.getvalue(), None), np.asarray(palette.convert("RGB")))
+    assert np.array_equal(
+        decode(encoded(GREY > 127), None), np.repeat((GREY > 127)[..., None], 3, 2) * 255
+    )
+
+
+def test_transparent_is_white():
+    rgba = noise((5, 7, 4))
+    rgba[0, :, 3], rgba[1:, :, 3] = 0, 255
+    result = decode(encoded(rgba), None)
+    assert (result[0] == 255).all()
+    assert np.array_equal(result[1:], rgba[1:, :, :3])
+    half = np.full((1, 1, 4), 128, dtype=np.uint8)
+    half[..., :3] = 0
+    assert abs(int(decode(encoded(half), None)[0, 0, 0]) - 127) <= 1
+
+
+def test_transparent_palette_colour_is_white():
+    image = Image.fromarray(noise((5, 7, 3))).quantize(4)
+    file = io.BytesIO()
+    image.save(file, "PNG", transparency=2)
+    result = decode(file.getvalue(), None)
+    assert (result[np.asarray(image) == 2] == 255).all()
+
+
+def test_sixteen_bits():
+    deep = GREY.astype(np.uint16) * 257
+    assert np.array_equal(decode(encoded(deep), None)[..., 1], GREY)
+    assert np.array_equal(decode(encoded(deep, "TIFF"), None)[..., 1], GREY)
+    between = np.array([[65000, 65535, 256]], dtype=np.uint16)
+    assert decode(encoded(between), None)[0, :, 0].tolist() == [252, 255, 0]
+
+
+def test_cmyk():
+    file = io.BytesIO()
+    Image.new("CMYK", (7, 5), (0, 255, 255, 0)).save(file, "JPEG", quality=100)
+    red = decode(file.getvalue(), None)
+    assert red.shape == (5, 7, 3)
+    assert red[..., 0].min() > 240
+    assert red[..., 1:].max() < 15
+
+
+def test_exif_orientation():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    block = np.zeros((16, 32, 3), dtype=np.uint8)
+    block[:8] = 255
+    turned = decode(encoded(block, "JPEG", exif=exif, quality=95), None)
+    assert turned.shape == (32, 16, 3)
+    assert turned[:, 10:].min() > 200
+    assert turned[:, :6].max() < 55
+
+
+def test_renamed_kind_is_read_by_content(root):
+    write(write_folder(root) / "train/ant/0.png", encoded(noise((8, 8, 3)), "BMP"))
+    assert np.array_equal(load(root).train.pixels[0], noise((8, 8, 3)))
+
+
+def test_floating_point_is_refused():
+    with pytest.raises(BadImageError, match="floating-point"):
+        decode(encoded(GREY.astype(np.float32), "TIFF"), None)
+
+
+# Unreadable files
+
+
+def png_header(width, height):
+    """A PNG that claims a size and holds no pixels."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    ihdr = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return b"\x89PNG\r\n\x1a\n" + ihdr + struct.pack(">I", 0) + b"IDAT" + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "empty"),
+        (b"this is text", "cannot identify image file"),
+        (encoded(noise((32, 32, 3)))[:-300], ""),
+        (encoded(noise((32, 32, 3)), "JPEG")[:400], "(?i)truncated"),
+        (png_header(10_000, 10_000), "pixels"),
+        (png_header(20_000, 20_000), "pixels"),
+        (bytes(1000), "cannot identify image file"),
+    ],
+)
+def test_undecodable(data, message, recwarn):
+    with pytest.raises(BadImageError, match=message):
+        decode(data, None)
+
+
+def test_bad_files_are_named_and_counted(root, recwarn):
+    write_folder(root, count=8)
+    for i, data in enumerate([b"", b"text", png_header(20_000, 20_000), png_header(9999, 9999)]):
+        write(root / f"train/ant/{i}.png", data)
+    write(root / "test/bee/7.png", image()[:60])
+    with pytest.raises(DataError, match=r"5 unreadable .*train/ant/0\.png: empty.*and 2 more") as e:
+        load(root)
+    assert "\n" not in str(e.value)
+    assert not list(recwarn)
+
+
+def test_file_cut_between_listing_and_reading(root, monkeypatch):
+    write_folder(root)
+    real = folder._contents
+
+    def cut_first(*args):
+        os.truncate(root / "train/ant/0.png", 20)
+        return real(*args)
+
+    monkeypatch.setattr(folder, "_contents", cut_first)
+    with pytest.raises(DataError, match=r"train/ant/0\.png: changed while it was read"):
+        load(root)
+
+
+def test_file_gone_between_listing_and_reading(root, monkeypatch):
+    write_folder(root)
+    real = folder._contents
+    monkeypatch.setattr(
+        folder, "_contents", lambda *a: (root / "train/ant/0.png").unlink() or real(*a)
+    )
+    with pytest.raises(DataError, match=r"train/ant/0\.png: No such file"):
+        load(root)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_keep_the_order(root, monkeypatch, threads):
+    monkeypatch.setattr(folder, "THREADED_BYTES", 0 if threads > 1 else 1 << 20)
+    monkeypatch.setattr(folder, "CHUNK", 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(threads))
+    dataset = load(write_folder(root, count=9))
+    for i in range(9):
+        assert np.array_equal(dataset.train.pixels[9 + i], noise((8, 8, 3), seed=10 + i))
+
+
+# Tars
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz", "w:bz2"])
+@pytest.mark.parametrize("prefix", ["", "./", "top/"])
+def test_tar_equals_folder(root, tmp_path, mode, prefix):
+    members = members_of(write_folder(root, ("train", "test", "val")))
+    shuffled = dict(sorted(members.items(), key=lambda item: hash(item[1])))
+    path = write_tar(
+        tmp_path / f"x.tar{mode[1:].replace(':', '.')}",
+        {prefix + name: data for name, data in shuffled.items()},
+        mode,
+    )
+    before = sorted(tmp_path.iterdir())
+    from_tar, from_folder = load(path), load(root)
+    assert from_tar.digest == from_folder.digest
+    assert from_tar.classes == from_folder.classes
+    assert np.array_equal(from_tar.val.pixels, from_folder.val.pixels)
+    assert {p.name for p in tmp_path.iterdir()} - {p.name for p in before} == {"cache"}
+
+
+def test_tar_is_packed_once(root, tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "x.tar", members_of(write_folder(root)))
+    first = load(path)
+    monkeypatch.setattr(tar, "_list", None)
+    assert load(path).digest == first.digest
+
+
+def special(name, kind, target=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        special("../evil.png", tarfile.REGTYPE),
+        special("train/../../evil.png", tarfile.REGTYPE),
+        special("/tmp/evil.png", tarfile.REGTYPE),
+        special("train/ant/link.png", tarfile.SYMTYPE, "/etc/passwd"),
+        special("train/ant/link.png", tarfile.LNKTYPE, "train/ant/0.png"),
+        special("train/ant/device.png", tarfile.CHRTYPE),
+        special("train/ant/fifo.png", tarfile.FIFOTYPE),
+    ],
+)
+def test_dangerous_members_are_refused(root, tmp_path, member):
+    path = write_tar(tmp_path / "x.tar", members_of(write_folder(root)))
+    with tarfile.open(path, "a") as archive:
+        archive.addfile(member)
+    with pytest.raises(DataError, match="refused") as error:
+        load(path)
+    assert member.name in str(error.value)
+    assert not list(tmp_path.rglob("evil*"))
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize("part", [0.3, 0.5, 0.8])
+def test_cut_tar(root, tmp_path, mode, part):
+    path = write_tar(tmp_path / "x.tar", members_of(write_folder(root, count=20)), mode)
+    os.truncate(path, int(path.stat().st_size * part))
+    with pytest.raises(DataError, match="cut"):
+        load(path)
+
+
+def test_tar_cut_between_members(root, tmp_path):
+    members = members_of(write_folder(root))
+    path = write_tar(tmp_path / "x.tar", members)
+    with tarfile.open(path) as archive:
+        end = archive.getmembers()[-1].offset
+    os.truncate(path, end)
+    with pytest.raises(DataError, match="end of the archive is missing"):
+        load(path)
+
+
+def test_garbage_tar_and_wrong_name(tmp_path):
+    with pytest.raises(DataError, match="not a tar"):
+        load(write(tmp_path / "x.tar", b"garbage" * 1000))
+    with pytest.raises(UsageError, match=r"ending in \.tar"):
+        load(write(tmp_path / "x.rar", b"garbage"))
+
+
+def test_tar_with_a_name_twice(root, tmp_path):
+    path = write_tar(tmp_path / "x.tar", members_of(write_folder(root)))
+    with tarfile.open(path, "a") as archive:
+        archive.addfile(tarfile.TarInfo("train/ant/0.png"))
+    with pytest.raises(DataError, match="twice"):
+        load(path)
+
+
+def test_tar_that_grows_is_refused(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(tar, "GROWTH_GRACE", 1 << 16)
+    members = {**members_of(write_folder(root)), "train/ant/zeros.bmp": bytes(4 << 20)}
+    path = write_tar(tmp_path / "x.tar.gz", members, "w:gz")
+    with pytest.raises(DataError, match="unpacks to over"):
+        load(path)
+
+
+def test_too_long_files_are_refused(root, tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "x.tar", members_of(write_folder(root)))
+    for module in (folder, tar):
+        monkeypatch.setattr(module, "MAX_FILE_BYTES", 100)
+    for where in (root, path):
+        with pytest.raises(DataError, match="bytes, over 100"):
+            load(where)
+
+
+def test_corrupt_image_in_a_tar_is_named(root, tmp_path):
+    members = members_of(write_folder(root)) | {"train/bee/0.png": b"text"}
+    with pytest.raises(DataError, match=r"train/bee/0\.png: cannot identify"):
+        load(write_tar(tmp_path / "x.tar", members))
