@@ -1,0 +1,48 @@
+"""Settings of the process that a command makes before the first tensor, never at import.
+
+glibc gives every large tensor back to the kernel and faults it in again at the next allocation;
+with its thresholds raised it keeps them. Denormal numbers, which fill gradients once the loss nears
+zero, take the slow path of the processor; flushed, they are zeros. ../README.md says what both
+gain.
+"""
+
+import ctypes
+import os
+
+import torch
+
+# <malloc.h>: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD; the last may not exceed 32 MiB * 32
+MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 256 * 2**20, -3: 2**30}
+
+
+def keep_freed_memory() -> bool:
+    """Keep glibc from returning freed tensors to the system; False where there is no glibc."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    return all(mallopt(option, value) == 1 for option, value in MALLOC_OPTIONS.items())
+
+
+def tune_process(threads: int | None = None) -> None:
+    """Set threads (default: the cores this process may use), denormals and allocator.
+
+    To be called before the first parallel region: the worker threads inherit the flush mode.
+    """
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(threads or usable_cores())
+    keep_freed_memory()
+
+
+def usable_cores() -> int:
+    """Cores that the scheduler lets this process use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def make_deterministic() -> None:
+    """Ask torch for algorithms that give the same bits twice (same machine, build and batch)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

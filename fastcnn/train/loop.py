@@ -1,0 +1,254 @@
+"""The epochs of a run: train, evaluate, record, save; interruption and resumption."""
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastcnn.archs.spec import parameters
+from fastcnn.errors import CheckpointError, NumbersError, UsageError
+from fastcnn.train import checkpoint
+from fastcnn.train.evaluate import Evaluation, evaluate
+from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
+from fastcnn.train.metrics import Figures
+from fastcnn.train.progress import Progress, format_seconds
+from fastcnn.train.rundir import RunFolder, versions
+from fastcnn.train.setup import Setup, load_trained
+from fastcnn.train.step import TrainStep
+
+
+@dataclass
+class Progressed:
+    """How far a run has come. `trained`: the epoch's steps are done, its evaluation is not."""
+
+    epoch: int = 0
+    trained: bool = False
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_value: float | None = None
+
+
+class Training:
+    """A run in its folder: `train()` carries it from where it stands to its end."""
+
+    def __init__(self, setup: Setup, folder: RunFolder, quiet: bool = False):
+        config = setup.config
+        self.setup, self.folder = setup, folder
+        self.epochs = 1 if config.run.fast_dev_run else config.optim.epochs
+        self.progress = Progress(self.epochs, len(setup.train_loader), quiet)
+        self.step = TrainStep(
+            setup.model,
+            config.optim,
+            setup.precision,
+            len(setup.train_loader),
+            config.run.seed,
+            setup.device,
+        )
+        self.at = Progressed()
+
+    def train(self) -> dict[str, Any]:
+        """Run the remaining epochs and return the summary; raises Interrupted with all saved."""
+        evaluation = None
+        with StopAtStepEdge() as stop:
+            try:
+                while self.at.epoch < self.epochs and not self._stopped_improving():
+                    if not self.at.trained:
+                        self._train_epoch(stop)
+                    evaluation = self._finish_epoch(stop)
+                return self._finish(evaluation, stop)
+            except Interrupted:
+                self._save()
+                raise
+            except torch.OutOfMemoryError as error:
+                raise UsageError(
+                    f"out of GPU memory at --batch-size {self.setup.config.data.batch_size}: try "
+                    f"{max(1, self.setup.config.data.batch_size // 2)}"
+                ) from error
+
+    def _train_epoch(self, stop: StopAtStepEdge) -> None:
+        setup, every = self.setup, self.setup.config.run.checkpoint_steps
+        setup.model.train()
+        steps_done = self.step.step - self.at.epoch * self.step.steps_per_epoch
+        batch_size = setup.config.data.batch_size
+        before, start = self.at.seconds, time.perf_counter()
+        with self.progress.epoch(self.at.epoch + 1, steps_done, batch_size) as shown:
+            for images, labels in setup.train_loader:
+                self.step(images, labels)
+                shown.update(self.step.metrics)
+                self.at.seconds = before + time.perf_counter() - start
+                stop.check()
+                if every and self.step.step % every == 0:
+                    self._save()
+                if setup.config.run.fast_dev_run:
+                    break
+        self.step.metrics.read()
+        self.at.seconds = before + time.perf_counter() - start
+        self.at.trained = True
+
+    def _finish_epoch(self, stop: StopAtStepEdge) -> Evaluation:
+        """Evaluate the epoch just trained, record it, save."""
+        trained = self.step.metrics.read()
+        self._require_finite(trained.loss, "training loss")
+        evaluation = self._evaluate(self.setup.val_loader, stop)
+        self._require_finite(evaluation.figures.loss, "validation loss")
+        self._record(trained, evaluation)
+        self.at.epoch += 1
+        self.at.trained, self.at.seconds = False, 0.0
+        self.step.metrics.reset()
+        self.folder.write_metrics(self.at.history)
+        if self.at.best_epoch == self.at.epoch:
+            self._save_best()
+        self._save()
+        return evaluation
+
+    def _evaluate(self, loader: Any, stop: StopAtStepEdge) -> Evaluation:
+        setup = self.setup
+        return evaluate(
+            self.step.evaluated_model,
+            loader,
+            setup.classes,
+            setup.precision,
+            setup.device,
+            after_batch=stop.check,
+            batches=1 if setup.config.run.fast_dev_run else None,
+        )
+
+    def _record(self, trained: Figures, evaluation: Evaluation) -> None:
+        figures, last_step = evaluation.figures, self.step.step - 1
+        row: dict[str, Any] = {
+            "epoch": self.at.epoch + 1,
+            "train_loss": trained.loss,
+            "train_top1": trained.top1,
+            "val_loss": figures.loss,
+            "val_top1": figures.top1,
+            "val_top5": figures.top5,
+            "lr": self.step.lr_of(last_step),
+            "images_per_s": trained.images / max(self.at.seconds, 1e-9),
+            "seconds": self.at.seconds + evaluation.seconds,
+        }
+        self.at.history.append(row)
+        metric = self.setup.config.optim.best_metric
+        value = row[metric] if metric == "val_top1" else -row[metric]
+        if self.at.best_value is None or value > self.at.best_value:
+            self.at.best_value, self.at.best_epoch = value, row["epoch"]
+        self.progress.say(self._line(row))
+
+    def _line(self, row: dict[str, Any]) -> str:
+        left = sum(r["seconds"] for r in self.at.history) / len(self.at.history)
+        left *= self.epochs - row["epoch"]
+        rest = f"  {format_seconds(left)} left" if left else ""
+        return (
+            f"epoch {row['epoch']}/{self.epochs}  train loss {row['train_loss']:.4f} "
+            f"top-1 {row['train_top1']:.2%}  val loss {row['val_loss']:.4f} "
+            f"top-1 {row['val_top1']:.2%} top-5 {row['val_top5']:.2%}  "
+            f"{row['images_per_s']:,.0f} images/s{rest}"
+        )
+
+    def _stopped_improving(self) -> bool:
+        patience = self.setup.config.optim.early_stop
+        return bool(patience) and self.at.epoch - self.at.best_epoch >= patience
+
+    def _require_finite(self, value: float, what: str) -> None:
+        if not math.isfinite(value):
+            kept = f"; the last good checkpoint is {self.folder.last}" if self.at.epoch else ""
+            raise NumbersError(
+                f"{what} is {value} in epoch {self.at.epoch + 1}: lower --lr or use --clip-grad 1"
+                f"{kept}"
+            )
+
+    def _finish(self, evaluation: Evaluation | None, stop: StopAtStepEdge) -> dict[str, Any]:
+        """Test the model the run ends with, and write summary.json and the confusion counts."""
+        setup, best = self.setup, self.setup.config.optim.restore_best
+        if best:
+            model = load_trained(self.folder.best, setup.device).model
+            self.step.evaluated_model.load_state_dict(model.state_dict())
+        if setup.test_loader is not None:
+            evaluation = self._evaluate(setup.test_loader, stop)
+        elif evaluation is None:
+            evaluation = self._evaluate(setup.val_loader, stop)
+        summary = self._summary(evaluation)
+        self.folder.write_confusion(evaluation.confusion, setup.dataset.classes)
+        self.folder.write_summary(summary)
+        return summary
+
+    def _summary(self, test: Evaluation) -> dict[str, Any]:
+        setup, config, history = self.setup, self.setup.config, self.at.history
+        best = config.optim.restore_best
+        row = history[self.at.best_epoch - 1 if best else -1]
+        trained_s = sum(r["seconds"] for r in history)
+        identity = setup.identity()
+        return {
+            "arch": setup.network.name,
+            "parameters": parameters(setup.network, setup.image_size, setup.classes),
+            "data": setup.dataset.name,
+            "images": identity["data"]["sizes"],
+            "epochs": len(history),
+            "best_epoch": self.at.best_epoch,
+            "best_val_top1": max(r["val_top1"] for r in history),
+            "tested_model": "best" if best else "last",
+            "validation_images": "test" if setup.dataset.val is None else "val",
+            "val_loss": row["val_loss"],
+            "val_top1": row["val_top1"],
+            "val_top5": row["val_top5"],
+            "test_loss": test.figures.loss,
+            "test_top1": test.figures.top1,
+            "test_top5": test.figures.top5,
+            "train_seconds": trained_s,
+            "images_per_s": sum(r["images_per_s"] for r in history) / len(history),
+            "backend": "torch",
+            "loader": config.data.loader,
+            "device": setup.device_name,
+            "amp": config.run.amp,
+            "precision": setup.precision.name,
+            "recipe": config.run.recipe,
+            "seed": config.run.seed,
+            "versions": versions(),
+        }
+
+    def _save_best(self) -> None:
+        state = self.setup.identity()
+        model = self.step.evaluated_model.state_dict()
+        row = self.at.history[self.at.best_epoch - 1]
+        state |= {"model": model, "epoch": self.at.best_epoch, "val": row}
+        checkpoint.save(state, self.folder.best)
+
+    def _save(self) -> None:
+        step = self.step
+        state = {
+            **self.setup.identity(),
+            "model": step.model.state_dict(),
+            "ema": step.ema.model.state_dict() if step.ema else None,
+            "optimizer": step.optimizer.state_dict(),
+            "scaler": step.scaler.state_dict(),
+            "rng": checkpoint.rng_state(self.setup.device),
+            "loader": self.setup.train_loader.state_dict(),
+            "sums": step.metrics.sums.clone(),
+            "step": step.step,
+            "progress": vars(self.at) | {"history": [dict(row) for row in self.at.history]},
+        }
+        checkpoint.save(state, self.folder.last)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a checkpoint of this very run; raises CheckpointError if the data changed."""
+        identity = self.setup.identity()
+        for name in ("network", "data"):
+            if state[name] != identity[name]:
+                changed = [k for k in identity[name] if state[name].get(k) != identity[name][k]]
+                raise CheckpointError(
+                    f"{self.folder.last}: the {name} changed since ({', '.join(changed)}); "
+                    "restore it, or start a new run"
+                )
+        step = self.step
+        checkpoint.load_weights(step.model, state["model"], self.folder.last)
+        if step.ema:
+            checkpoint.load_weights(step.ema.model, state["ema"], self.folder.last)
+        step.optimizer.load_state_dict(state["optimizer"])
+        step.scaler.load_state_dict(state["scaler"])
+        step.metrics.sums.copy_(state["sums"])
+        step.step = state["step"]
+        self.setup.train_loader.load_state_dict(state["loader"])
+        self.at = Progressed(**state["progress"])
+        checkpoint.set_rng_state(state["rng"], self.setup.device)

@@ -1,0 +1,54 @@
+"""Loss and accuracy, summed on the device: reading them is the only synchronisation."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Means over `images` images; accuracies are fractions of 1."""
+
+    loss: float
+    top1: float
+    top5: float
+    images: int
+
+
+class Metrics:
+    """Running sums of loss, top-1 and top-5 hits and images: float64 (4,), exact up to 2^53."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: `loss` is its mean (), `logits` (N, classes), `labels` int64 (N,)."""
+        count = labels.shape[0]
+        best = logits.topk(min(5, logits.shape[1])).indices
+        hits = best == labels[:, None]
+        row = torch.stack([loss.double() * count, hits[:, 0].sum(), hits.sum()])
+        self.sums[:3] += row
+        self.sums[3] += count
+
+    def read(self) -> Figures:
+        """Copy the sums to the host (synchronises) and divide."""
+        loss, top1, top5, count = self.sums.tolist()
+        return Figures(loss / max(count, 1), top1 / max(count, 1), top5 / max(count, 1), int(count))
+
+    def reset(self) -> None:
+        self.sums.zero_()
+
+
+def confusion(logits: Tensor, labels: Tensor) -> Tensor:
+    """Counts int64 (classes, classes): row = true class, column = predicted class."""
+    classes = logits.shape[1]
+    pairs = labels * classes + logits.argmax(1)
+    return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy in fp32, whatever the dtype of the logits."""
+    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)

@@ -1,0 +1,76 @@
+"""Which device a run takes, and which number format its arithmetic has there."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fastcnn.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`dtype` of the autocast regions, or None for plain fp32; `note` explains a refusal of AMP."""
+
+    device_type: str
+    dtype: torch.dtype | None = None
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """fp32, bf16 or fp16."""
+        names = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        return names[self.dtype]
+
+    @property
+    def scales_loss(self) -> bool:
+        """fp16 gradients underflow without a scaled loss; bf16 has fp32's range."""
+        return self.dtype is torch.float16
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None)
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn auto, cpu, cuda or cuda:N into a device that exists; raise UsageError otherwise."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device: '{name}' is not one of auto, cpu, cuda, cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device: '{name}' is not one of auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "--device cuda: torch sees no GPU here; use --device cpu, or see `fastcnn doctor`"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: there are only {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def choose_precision(device: torch.device, amp: bool, amp_dtype: str) -> Precision:
+    """bf16 or fp16 where the hardware computes in it, fp32 (with a note) where it would emulate."""
+    if not amp:
+        return Precision(device.type)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype]
+    if device.type == "cpu" and not cpu_computes_in(dtype):
+        return Precision(
+            "cpu", note=f"--amp: this CPU has no {amp_dtype} instructions; training runs in fp32"
+        )
+    if device.type == "cuda" and dtype is torch.bfloat16 and not gpu_computes_in_bf16(device):
+        note = "--amp: this GPU computes bf16 only by emulation; training runs in fp16"
+        return Precision("cuda", torch.float16, note)
+    return Precision(device.type, dtype)
+
+
+def gpu_computes_in_bf16(device: torch.device) -> bool:
+    """Whether this GPU has bf16 matrix instructions: Ampere (sm_80) and newer."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def cpu_computes_in(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products in `dtype` (AVX-512 BF16 or AMX; AMX FP16)."""
+    if dtype is torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_amx_fp16_supported()

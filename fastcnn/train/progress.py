@@ -1,0 +1,115 @@
+"""What a user sees of a running epoch: a bar on a terminal, plain lines elsewhere.
+
+The figures on the device are read at most twice a second (bar) or every 30 seconds (lines): the
+only synchronisation inside an epoch.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fastcnn.train.metrics import Metrics
+
+BAR_INTERVAL_S = 0.5
+LINE_INTERVAL_S = 30.0
+
+
+class Progress:
+    """Progress of a run over `epochs` epochs, written to standard error."""
+
+    def __init__(self, epochs: int, steps_per_epoch: int, quiet: bool = False):
+        from rich.console import Console
+
+        self.epochs = epochs
+        self.steps = steps_per_epoch
+        self.quiet = quiet
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.terminal = self.console.is_terminal
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        if self.quiet:
+            return
+        if self.terminal:
+            self.console.print(text, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)  # noqa: T201 - the line a log wants
+
+    @contextmanager
+    def epoch(self, number: int, steps_done: int, batch_size: int) -> Iterator["EpochProgress"]:
+        """Follow the training steps of epoch `number` (1-based)."""
+        if self.quiet or not self.terminal:
+            yield EpochProgress(self, None, None, number, steps_done, batch_size)
+            return
+        bar = self._bar()
+        with bar:
+            task = bar.add_task(
+                f"epoch {number}/{self.epochs}", total=self.steps, completed=steps_done, figures=""
+            )
+            yield EpochProgress(self, bar, task, number, steps_done, batch_size)
+
+    def _bar(self) -> Any:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )
+        return RichProgress(*columns, console=self.console, transient=True, refresh_per_second=4)
+
+
+class EpochProgress:
+    """One epoch's share of the progress; `update()` is cheap except when a sample is due."""
+
+    def __init__(
+        self,
+        run: Progress,
+        bar: Any,
+        task: Any,
+        number: int,
+        steps_done: int,
+        batch_size: int,
+    ):
+        self.run, self.bar, self.task, self.number = run, bar, task, number
+        self.done, self.batch_size = steps_done, batch_size
+        self.first = steps_done
+        self.start = time.perf_counter()
+        self.interval = BAR_INTERVAL_S if bar else LINE_INTERVAL_S
+        self.due = self.start + self.interval
+
+    def update(self, metrics: Metrics) -> None:
+        """Count a step and, when a sample is due, show the figures of the epoch so far."""
+        self.done += 1
+        now = time.perf_counter()
+        if now < self.due or self.run.quiet:
+            return
+        figures = metrics.read()
+        elapsed = time.perf_counter() - self.start
+        steps = self.done - self.first
+        left = (self.run.epochs - self.number + 1) * self.run.steps - self.done
+        text = (
+            f"loss {figures.loss:.3f}  top-1 {figures.top1:.1%}  "
+            f"{steps * self.batch_size / elapsed:,.0f} images/s  "
+            f"{format_seconds(left * elapsed / steps)} left"
+        )
+        if self.bar:
+            self.bar.update(self.task, completed=self.done, figures=text)
+        else:
+            place = f"epoch {self.number}/{self.run.epochs}  step {self.done}/{self.run.steps}"
+            self.run.say(f"{place}  {text}")
+        self.due = time.perf_counter() + self.interval
+
+
+def format_seconds(seconds: float) -> str:
+    """42 s, 3 min 05 s, 2 h 07 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

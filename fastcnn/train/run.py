@@ -1,0 +1,146 @@
+"""Start a run in a new folder, take one up where it was left, or evaluate what it reached."""
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastcnn.config import Config, PlaceConfig
+from fastcnn.errors import UsageError
+from fastcnn.train import checkpoint
+from fastcnn.train.evaluate import evaluate
+from fastcnn.train.host import tune_process
+from fastcnn.train.loop import Training
+from fastcnn.train.precision import choose_device, choose_precision
+from fastcnn.train.progress import Progress
+from fastcnn.train.rundir import RunFolder
+from fastcnn.train.setup import evaluation_data, evaluation_loader, load_trained, prepare
+
+# options that change neither the order of the data nor the arithmetic a step asks for
+NEUTRAL_ON_RESUME = {"device", "threads", "workers", "checkpoint_steps", "eval_batch_size"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run is and what it reached."""
+
+    folder: RunFolder
+    summary: dict[str, Any]
+
+
+def start(config: Config, place: PlaceConfig, command: list[str], quiet: bool = False) -> Outcome:
+    """Train `config` in a new run folder; `command` is recorded in environment.json.
+
+    With `fast_dev_run` the folder is a temporary one, left to the system to clear away.
+    """
+    if config.run.fast_dev_run:
+        place = replace(place, output=tempfile.mkdtemp(prefix="fastcnn-dev-run-"))
+    RunFolder.refuse_existing(place)
+    tune_process(config.run.threads)
+    setup = prepare(config)
+    folder = RunFolder.create(place, config.model.arch)
+    training = Training(setup, folder, quiet)
+    folder.write_start(config, command)
+    announce(training)
+    return Outcome(folder, training.train())
+
+
+def resume(
+    place: PlaceConfig, explicit: dict[str, Any], command: list[str], quiet: bool = False
+) -> Outcome:
+    """Continue the run in `place.resume`; `explicit` are the options given beside it.
+
+    Raises CheckpointError if there is nothing to continue, UsageError if `explicit` contradicts
+    the saved configuration without `place.allow_changes`.
+    """
+    folder = RunFolder.open(place.resume or "")
+    config = changed_config(folder.read_config(), explicit, place.allow_changes)
+    summary = folder.read_summary()
+    if summary is not None and summary["epochs"] >= config.optim.epochs:
+        Progress(0, 0, quiet).say(f"{folder.path} is finished: nothing to continue")
+        return Outcome(folder, summary)
+    tune_process(config.run.threads)
+    # a run killed before its first checkpoint begins anew in its folder
+    state = checkpoint.load(folder.last) if folder.last.exists() else None
+    training = Training(prepare(config), folder, quiet)
+    if state is not None:
+        training.restore(state)
+    folder.write_start(config, command)
+    announce(training)
+    return Outcome(folder, training.train())
+
+
+def changed_config(saved: Config, explicit: dict[str, Any], allow: bool) -> Config:
+    """The saved configuration with the options given anew, if these may differ."""
+    before, wanted = saved.flat(), saved.flat() | explicit
+    after = Config.from_flat(wanted)
+    changes = [name for name in after.flat() if after.flat()[name] != before[name]]
+    forbidden = [name for name in changes if name not in NEUTRAL_ON_RESUME]
+    if forbidden and not allow:
+        listed = "; ".join(f"{name}: {before[name]} → {wanted[name]}" for name in forbidden)
+        raise UsageError(f"--resume: options differ from the run's ({listed}); add --allow-changes")
+    return after
+
+
+def evaluate_run(
+    target: str,
+    data: str | None = None,
+    split_name: str = "test",
+    weights: str | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a run folder or a checkpoint file; `overrides` are data and run options by name.
+
+    `weights` is "last" or "best"; None takes the model that the run's summary speaks of.
+    Returns top1, top5 (fractions), loss, images, images_per_s, seconds and what was evaluated.
+    """
+    options = overrides or {}
+    tune_process(options.get("threads"))
+    device = choose_device(options.get("device", "auto"))
+    summary = RunFolder(Path(target)).read_summary() or {}
+    name = weights or summary.get("tested_model", "last")
+    trained = load_trained(checkpoint.locate(target, f"{name}.pt"), device)
+    run = trained.config.run
+    precision = choose_precision(
+        device, options.get("amp", run.amp), options.get("amp_dtype", run.amp_dtype)
+    )
+    data_options = {k: v for k, v in options.items() if hasattr(trained.config.data, k)}
+    dataset, images = evaluation_data(trained, data, split_name, data_options)
+    config = replace(trained.config, data=replace(trained.config.data, **data_options))
+    loader = evaluation_loader(images, config, trained.normalization, device)
+    result = evaluate(trained.model, loader, len(trained.classes), precision, device)
+    return {
+        "arch": trained.config.model.arch,
+        "checkpoint": str(trained.path),
+        "data": dataset.name,
+        "split": split_name,
+        "images": result.figures.images,
+        "top1": result.figures.top1,
+        "top5": result.figures.top5,
+        "loss": result.figures.loss,
+        "seconds": result.seconds,
+        "images_per_s": result.images_per_s,
+        "device": str(device),
+        "precision": precision.name,
+    }
+
+
+def announce(training: Training) -> None:
+    """Say what was decided before the first step."""
+    setup, progress = training.setup, training.progress
+    config, sizes = setup.config, setup.identity()["data"]["sizes"]
+    images = ", ".join(f"{count:,} {name}" for name, count in sizes.items())
+    progress.say(
+        f"{setup.network.name} on {setup.dataset.name} ({images} images, "
+        f"{setup.image_size}x{setup.image_size}, {setup.classes} classes)"
+    )
+    progress.say(
+        f"device {setup.device_name}, {setup.precision.name}, backend torch, "
+        f"loader {config.data.loader}, recipe {config.run.recipe}, seed {config.run.seed}"
+    )
+    for note in setup.notes:
+        progress.say(f"note: {note}")
+    where = f"run folder {training.folder.path}"
+    if training.step.step:
+        where += f", continued at epoch {training.at.epoch + 1}, step {training.step.step}"
+    progress.say(where)

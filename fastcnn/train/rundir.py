@@ -1,0 +1,177 @@
+"""The folder of a run: configuration, environment, metrics, summary and checkpoints."""
+
+import csv
+import io
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import fastcnn
+from fastcnn.config import Config, PlaceConfig
+from fastcnn.errors import CheckpointError, UsageError
+
+COLUMNS = (
+    "epoch",
+    "train_loss",
+    "train_top1",
+    "val_loss",
+    "val_top1",
+    "val_top5",
+    "lr",
+    "images_per_s",
+    "seconds",
+)
+
+
+class RunFolder:
+    """Paths and files of one run; every file is replaced whole."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def last(self) -> Path:
+        return self.path / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best.pt"
+
+    @staticmethod
+    def refuse_existing(place: PlaceConfig) -> None:
+        """Raise UsageError if the named run folder exists."""
+        if place.name and (Path(place.output) / place.name).exists():
+            path = Path(place.output) / place.name
+            raise UsageError(
+                f"run folder {path} exists; continue it with --resume {path}, "
+                "or give another --name"
+            )
+
+    @classmethod
+    def create(cls, place: PlaceConfig, arch: str) -> "RunFolder":
+        """Make `<output>/<name>`, or the next free `<output>/<arch>-<n>`.
+
+        Raises UsageError if the named folder exists or cannot be made.
+        """
+        root = Path(place.output)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            if place.name:
+                cls.refuse_existing(place)
+                (root / place.name).mkdir()
+                return cls(root / place.name)
+            return cls._numbered(root, arch)
+        except OSError as error:
+            raise UsageError(
+                f"--output: cannot make a run folder in {root}: {error.strerror}"
+            ) from error
+
+    @classmethod
+    def _numbered(cls, root: Path, arch: str) -> "RunFolder":
+        number = 1
+        while True:
+            path = root / f"{arch}-{number}"
+            try:
+                path.mkdir()
+                return cls(path)
+            except FileExistsError:
+                number += 1
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunFolder":
+        """An existing run; raises CheckpointError if `path` holds none."""
+        folder = Path(path)
+        if not (folder / "config.yaml").is_file():
+            raise CheckpointError(f"{folder} is not a run folder: it has no config.yaml")
+        return cls(folder)
+
+    def write_start(self, config: Config, command: list[str]) -> None:
+        """Write config.yaml and environment.json."""
+        text = yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True)
+        self._write("config.yaml", text)
+        self._write("environment.json", _json({"command": command, **environment()}))
+
+    def read_config(self) -> Config:
+        """The configuration that config.yaml holds; raises CheckpointError if it is unreadable."""
+        path = self.path / "config.yaml"
+        try:
+            options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        if not isinstance(options, dict):
+            raise CheckpointError(f"{path} holds no options")
+        return Config.from_flat(options)
+
+    def write_metrics(self, history: list[dict[str, Any]]) -> None:
+        """Write metrics.csv: one row an epoch."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: _short(row[key]) for key in COLUMNS} for row in history)
+        self._write("metrics.csv", text.getvalue())
+
+    def write_confusion(self, counts: torch.Tensor, classes: tuple[str, ...]) -> None:
+        """Write confusion_matrix.csv: rows true, columns predicted class."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["true \\ predicted", *classes])
+        writer.writerows([name, *row] for name, row in zip(classes, counts.tolist(), strict=True))
+        self._write("confusion_matrix.csv", text.getvalue())
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        self._write("summary.json", _json(summary))
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run, or None."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def _write(self, name: str, text: str) -> None:
+        temporary = self.path / f".{name}.part"
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, self.path / name)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise CheckpointError(f"cannot write {self.path / name}: {reason}") from error
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for environment.json and `versions` in summary.json."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "cpu": {
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+        },
+        "gpus": gpus,
+        "python": sys.version.split()[0],
+    }
+
+
+def versions() -> dict[str, str | None]:
+    return {
+        "fastcnn": fastcnn.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": str(torch.backends.cudnn.version())
+        if torch.backends.cudnn.is_available()
+        else None,
+    }
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,238 @@
+"""From a configuration to the objects of a run: device, images, loaders, network."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastcnn.archs import get_network
+from fastcnn.archs.init import initialise
+from fastcnn.archs.spec import Network, build
+from fastcnn.config import Config
+from fastcnn.data import Dataset, Images, Normalization, load_dataset, make_loader, split
+from fastcnn.errors import CheckpointError, DataError, UsageError
+from fastcnn.train import checkpoint
+from fastcnn.train.host import make_deterministic
+from fastcnn.train.precision import Precision, choose_device, choose_precision
+
+
+@dataclass
+class Setup:
+    """What a training run works with. `test_loader` is None where validation uses the test set."""
+
+    config: Config
+    network: Network
+    dataset: Dataset
+    device: torch.device
+    precision: Precision
+    normalization: Normalization
+    model: nn.Module
+    train_loader: Any
+    val_loader: Any
+    test_loader: Any
+    notes: list[str]
+
+    @property
+    def classes(self) -> int:
+        return len(self.dataset.classes)
+
+    @property
+    def image_size(self) -> int:
+        return self.dataset.train.pixels.shape[1]
+
+    @property
+    def device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        threads = torch.get_num_threads()
+        return f"cpu ({threads} thread{'s' if threads > 1 else ''})"
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint says of the network and data it belongs to: plain values."""
+        sizes = {name: len(images) for name, images in splits(self.dataset).items()}
+        return {
+            "config": self.config.flat(),
+            "network": {
+                "arch": self.network.name,
+                "classes": list(self.dataset.classes),
+                "image_size": self.image_size,
+            },
+            "normalization": self.normalization.to_plain(),
+            "data": {"name": self.dataset.name, "digest": self.dataset.digest, "sizes": sizes},
+        }
+
+
+def splits(dataset: Dataset) -> dict[str, Images]:
+    """train, val (if there is one) and test by name."""
+    found = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
+    return {name: images for name, images in found.items() if images is not None}
+
+
+def prepare(config: Config) -> Setup:
+    """Build everything a run needs; raises UsageError or DataError before the first step."""
+    device = choose_device(config.run.device)
+    precision = choose_precision(device, config.run.amp, config.run.amp_dtype)
+    configure_backend(config, device)
+    network = get_network(config.model.arch)
+    dataset = split(load_dataset(config.data, network.image_sizes[0]), config.data, config.run.seed)
+    check_dataset(dataset, config)
+    normalization = Normalization.fit(dataset.train, config.augment.normalize)
+    notes = [precision.note] if precision.note else []
+    drop_last = drops_last(len(dataset.train), network, config, notes)
+    train_loader = make_loader(
+        dataset.train,
+        config.data,
+        config.augment,
+        normalization,
+        batch_size=config.data.batch_size,
+        device=device,
+        seed=config.run.seed,
+        shuffle=config.data.shuffle,
+        drop_last=drop_last,
+    )
+    val_loader = evaluation_loader(dataset.val or dataset.test, config, normalization, device)
+    test_loader = None
+    if dataset.val is not None:
+        test_loader = evaluation_loader(dataset.test, config, normalization, device)
+    model = new_model(network, dataset, config, device)
+    return Setup(
+        config,
+        network,
+        dataset,
+        device,
+        precision,
+        normalization,
+        model,
+        train_loader,
+        val_loader,
+        test_loader,
+        notes,
+    )
+
+
+def configure_backend(config: Config, device: torch.device) -> None:
+    """Seed torch and choose the vendor library's algorithms."""
+    if config.run.deterministic:
+        make_deterministic()
+    elif device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    torch.manual_seed(config.run.seed)
+
+
+def new_model(
+    network: Network, dataset: Dataset, config: Config, device: torch.device
+) -> nn.Module:
+    """Network with initial weights drawn from the seed alone, in channels-last, on `device`."""
+    size = dataset.train.pixels.shape[1]
+    model = build(network, size, len(dataset.classes))
+    initialise(model, config.model.init, torch.Generator().manual_seed(config.run.seed))
+    return model.to(device)
+
+
+def check_dataset(dataset: Dataset, config: Config) -> None:
+    """Refuse what no network can train on, and model selection on the test images."""
+    height, width = dataset.train.pixels.shape[1:3]
+    if height != width:
+        raise DataError(
+            f"{dataset.name}: images are {width}x{height}; give --image-size to make them square"
+        )
+    if dataset.val is None and (config.optim.restore_best or config.optim.early_stop):
+        option = "--restore-best" if config.optim.restore_best else "--early-stop"
+        raise UsageError(
+            f"{option} would choose by the test images; hold some out with --val-fraction 0.1"
+        )
+
+
+def drops_last(samples: int, network: Network, config: Config, notes: list[str]) -> bool:
+    """Whether the last batch is dropped: on demand, or because batch norm cannot take one image."""
+    batch_size = config.data.batch_size
+    single = network.has_norm and samples % batch_size == 1
+    if network.has_norm and min(samples, batch_size) < 2:
+        raise UsageError(f"{network.name} has batch norm: it needs at least 2 images a batch")
+    if single and not config.data.drop_last:
+        notes.append(
+            f"the last batch of an epoch would be a single image, which batch norm cannot take: "
+            f"it is dropped ({samples} images, batches of {batch_size})"
+        )
+    if config.data.drop_last and samples < batch_size:
+        raise UsageError(f"--drop-last: {samples} images make no batch of {batch_size}")
+    return config.data.drop_last or single
+
+
+def evaluation_loader(
+    images: Images, config: Config, normalization: Normalization, device: torch.device
+) -> Any:
+    """Every image once, in order, without augmentation."""
+    return make_loader(
+        images,
+        config.data,
+        None,
+        normalization,
+        batch_size=config.data.eval_batch_size,
+        device=device,
+        seed=config.run.seed,
+        shuffle=False,
+        drop_last=False,
+    )
+
+
+@dataclass
+class TrainedModel:
+    """A network restored from a checkpoint, with what is needed to feed it."""
+
+    model: nn.Module
+    config: Config
+    classes: Sequence[str]
+    image_size: int
+    normalization: Normalization
+    data: dict[str, Any]
+    path: Path
+
+
+def load_trained(path: Path, device: torch.device) -> TrainedModel:
+    """Restore the evaluated (averaged, if any) model of a checkpoint, in evaluation mode."""
+    state = checkpoint.load(path)
+    try:
+        config = Config.from_flat(state["config"])
+        network = get_network(state["network"]["arch"])
+        classes, image_size = state["network"]["classes"], state["network"]["image_size"]
+        normalization = Normalization.from_plain(state["normalization"])
+        weights = state.get("ema") or state["model"]
+        data = state["data"]
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks the entry {error}") from error
+    model = build(network, image_size, len(classes))
+    checkpoint.load_weights(model, weights, path)
+    return TrainedModel(
+        model.to(device).eval(), config, classes, image_size, normalization, data, path
+    )
+
+
+def evaluation_data(
+    trained: TrainedModel, data: str | None, split_name: str, overrides: dict[str, Any]
+) -> tuple[Dataset, Images]:
+    """The images to evaluate on: the run's own split, or that split of other data.
+
+    Raises DataError where the classes differ from the network's, UsageError for a split that the
+    data does not have.
+    """
+    config = trained.config.data
+    if data is not None:
+        # other data is taken whole: the run's subset and held-out part describe its own images
+        config = replace(config, data=data, train_subset=None, test_subset=None, val_fraction=0.0)
+    config = replace(config, **overrides)
+    if data is not None and config.image_size is None:
+        config = replace(config, image_size=trained.image_size)
+    dataset = split(load_dataset(config, trained.image_size), config, trained.config.run.seed)
+    if list(dataset.classes) != list(trained.classes):
+        raise DataError(
+            f"{dataset.name} has {len(dataset.classes)} classes ({', '.join(dataset.classes[:3])}, "
+            f"…), the network {len(trained.classes)} ({', '.join(trained.classes[:3])}, …)"
+        )
+    found = splits(dataset)
+    if split_name not in found:
+        raise UsageError(f"--split {split_name}: {dataset.name} has only {', '.join(found)}")
+    return dataset, found[split_name]

@@ -1,0 +1,218 @@
+"""The command as a user types it: exit codes, one-line errors, nearest names, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fastcnn.cli import main
+from fastcnn.train import checkpoint
+
+SMALL = [
+    "train",
+    "--arch",
+    "murgolo-improved",
+    "--data",
+    "digits",
+    "--train-subset",
+    "96",
+    "--test-subset",
+    "32",
+    "--batch-size",
+    "16",
+    "--threads",
+    "1",
+]
+
+
+def run(capsys, *words):
+    code = main(list(words))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "expected"),
+    [
+        ("trian", 2, "unknown command 'trian'; did you mean 'train'?"),
+        ("", 2, "no command given"),
+        ("train --lrr 3", 2, "unknown option --lrr; did you mean '--lr'?"),
+        ("train --weigth-decay=1", 2, "did you mean '--weight-decay'?"),
+        ("train --no-ampp", 2, "did you mean '--no-amp'?"),
+        ("train --lr fast", 2, "--lr: expected a number, got 'fast'"),
+        ("train --lr -1", 2, "--lr: must be more than 0"),
+        ("train --lr nan", 2, "--lr: expected a number, got 'nan'"),
+        ("train --epochs 0", 2, "--epochs: must be at least 1"),
+        ("train --epochs 1.5", 2, "--epochs: expected a whole number"),
+        ("train --optimizer sdg", 2, "did you mean 'sgd'?"),
+        ("train --milestones 3 x", 2, "--milestones: expected whole numbers"),
+        ("train --arch vgg61", 2, "did you mean 'vgg16'?"),
+        ("train --data digts", 2, "did you mean 'digits'?"),
+        ("train --data no/such/folder", 3, "no such file or folder"),
+        ("train --loader dali", 2, "--loader: 'dali' is not one of resident, torch"),
+        ("train --config no-such.yaml", 2, "no-such.yaml"),
+        ("train --resume no/such/run", 4, "is not a run folder"),
+        ("train --data digits --train-subset 99999", 2, "99999"),
+        ("train --data digits --val-fraction 1.0", 2, "--val-fraction: must be less than 1"),
+        ("train --data digits --image-size 16", 2, "smallest size that works is 32x32"),
+        ("train --recipe report --arch resnet18 --data digits", 2, "no report describes resnet18"),
+        ("eval no/such/run", 4, "no checkpoint at"),
+        ("eval", 2, "run"),
+        ("archs nosuchnet", 2, "unknown architecture 'nosuchnet'"),
+        ("archs cnn-a --classes 1", 2, "--classes: must be at least 2"),
+        ("archs cnn-a --image-size 2", 2, "--image-size: must be at least 8"),
+    ],
+)
+def test_an_error_is_one_line_with_its_exit_code(
+    capsys, tmp_path, monkeypatch, words, code, expected
+):
+    monkeypatch.chdir(tmp_path)
+    found, out, err = run(capsys, *words.split())
+    assert (found, out) == (code, "")
+    assert err.startswith("fastcnn: ")
+    assert err.count("\n") == 1
+    assert expected in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_one_line(capsys):
+    code, _, err = run(capsys, "train", "--data", "digits", "--device", "cuda")
+    assert code == 2
+    assert "torch sees no GPU here" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("weigth_decay: 0.3\n", "did you mean 'weight_decay'?"),
+        ("lr: quick\n", "--lr: expected a number"),
+        ("lr: [1\n", ""),
+        ("- 1\n- 2\n", ""),
+        ("optimizer: sgdd\n", "did you mean 'sgd'?"),
+    ],
+)
+def test_a_bad_config_file_is_one_line(capsys, tmp_path, text, expected):
+    (tmp_path / "c.yaml").write_text(text)
+    code, _, err = run(capsys, "train", "--config", str(tmp_path / "c.yaml"))
+    assert code == 2
+    assert err.count("\n") == 1
+    assert expected in err
+
+
+def test_debug_shows_the_traceback(capsys):
+    _, _, err = run(capsys, "archs", "nosuchnet", "--debug")
+    assert "Traceback" in err
+
+
+def test_flags_stand_above_the_config_file(capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text("epochs: 2\nlr: 0.25\nseed: 7\n")
+    where = ["--output", str(tmp_path), "--name", "run"]
+    code, out, _ = run(
+        capsys, *SMALL, "--config", str(tmp_path / "c.yaml"), "--epochs", "1", *where
+    )
+    assert code == 0
+    assert f"run folder: {tmp_path / 'run'}" in out
+    config = checkpoint.load(tmp_path / "run" / "last.pt")["config"]
+    assert (config["epochs"], config["lr"], config["seed"]) == (1, 0.25, 7)
+
+
+def test_train_draws_its_figures_and_page_and_eval_reads_the_run(capsys, tmp_path):
+    where = ["--output", str(tmp_path), "--name", "run"]
+    code, out, err = run(capsys, *SMALL, "--epochs", "1", *where)
+    assert code == 0
+    assert "Test top-1" in out
+    assert "epoch 1/1" in err
+    folder = tmp_path / "run"
+    for name in ("curves.png", "confusion_matrix.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    page = (folder / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "http" not in page
+    code, out, _ = run(capsys, "eval", str(folder), "--json", "--threads", "1")
+    assert code == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert json.loads(out)["top1"] == summary["test_top1"]
+    code, out, _ = run(capsys, "eval", str(folder / "best.pt"), "--threads", "1")
+    assert "32 images: top-1" in out
+
+
+def test_archs_lists_every_network_and_shows_one(capsys):
+    code, out, _ = run(capsys, "archs", "--json")
+    listed = {entry["name"]: entry for entry in json.loads(out)}
+    assert code == 0
+    assert listed["cnn-a"]["parameters"] == 591_274
+    assert listed["vgg16"]["report"] == "bohnstedt2019"
+    assert listed["vgg16"]["train_mflop"] == pytest.approx(1_876, rel=2e-3)
+    _, out, _ = run(capsys, "archs", "mao-default")
+    assert "Conv2d-1" in out
+    assert "Total params: 256,058" in out
+    assert "Estimated Total Size (MB): 1.46" in out
+    _, out, _ = run(capsys, "archs", "vgg16", "--image-size", "64", "--classes", "200", "--json")
+    assert json.loads(out)["layers"][-1]["output_shape"] == [-1, 200]
+
+
+def test_doctor_reports_and_names_remedies(capsys):
+    code, out, _ = run(capsys, "doctor", "--json")
+    findings = {entry["subject"]: entry for entry in json.loads(out)}
+    assert code == 0
+    assert findings["torch"]["state"] == torch.__version__.split("+")[0]
+    assert all(entry["ok"] or entry["remedy"] for entry in findings.values())
+    code, out, _ = run(capsys, "doctor")
+    assert "torch" in out
+
+
+def spawn(tmp_path, *words):
+    command = [sys.executable, "-m", "fastcnn", *words, "--output", str(tmp_path)]
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+
+
+def wait_for(path, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+LONG = [*SMALL, "--epochs", "3", "--checkpoint-steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    process = spawn(folder, *LONG, "--name", "run")
+    assert process.wait(120) == 0
+    return checkpoint.load(folder / "run" / "last.pt")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)],
+)
+@pytest.mark.parametrize("after_s", [0.0, 0.15])
+def test_a_run_ended_by_a_signal_is_resumed_bit_equal(tmp_path, unbroken, number, code, after_s):
+    process = spawn(tmp_path, *LONG, "--name", "run")
+    wait_for(tmp_path / "run" / "last.pt", process)
+    time.sleep(after_s)
+    process.send_signal(number)
+    found = process.wait(60)
+    if found == 0:
+        pytest.skip("the run was faster than the signal")
+    assert found == code
+    state = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert 1 <= state["step"] <= 18
+    assert main(["train", "--resume", str(tmp_path / "run"), "--quiet"]) == 0
+    final = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert final["step"] == unbroken["step"] == 18
+    for name, tensor in unbroken["model"].items():
+        assert torch.equal(tensor, final["model"][name]), name
+    leftovers = [name for name in os.listdir(tmp_path / "run") if name.endswith(".part")]
+    assert number == signal.SIGKILL or leftovers == []

@@ -1,0 +1,155 @@
+"""One optimisation step: learning on every family, clipping, loss scaling, precision."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastcnn.archs import NETWORKS
+from fastcnn.archs.init import initialise
+from fastcnn.archs.spec import build
+from fastcnn.config import OptimConfig
+from fastcnn.errors import UsageError
+from fastcnn.train import precision
+from fastcnn.train.evaluate import evaluate
+from fastcnn.train.precision import Precision, choose_device, choose_precision
+from fastcnn.train.step import TrainStep
+
+CPU = torch.device("cpu")
+PLAIN = {"schedule": "constant", "label_smoothing": 0.0, "weight_decay": 0.0}
+
+
+def make_step(model, number_format=None, **options):
+    config = OptimConfig(**(PLAIN | options))
+    return TrainStep(model, config, Precision("cpu", number_format), 4, 0, CPU)
+
+
+def batch(count, size=32, classes=10):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(count, 3, size, size, generator=generator)
+    labels = torch.arange(count) % classes
+    return images.contiguous(memory_format=torch.channels_last), labels
+
+
+# one network a family, with the solver its modern recipe has
+FAMILIES = {
+    "cnn-a": {"optimizer": "adam", "lr": 1e-3},
+    "murgolo-improved": {"optimizer": "adam", "lr": 1e-3},
+    "mao-batchnorm": {"optimizer": "adam", "lr": 1e-3},
+    "tiny-d": {"optimizer": "adam", "lr": 1e-3},
+    "vgg11": {"optimizer": "sgd", "lr": 0.02},
+    "resnet18": {"optimizer": "sgd", "lr": 0.02},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_batch_is_learnt_by_heart(name):
+    network = NETWORKS[name]
+    model = build(network, network.image_sizes[0], 10)
+    initialise(model, "he", torch.Generator().manual_seed(0))
+    step = make_step(model, **FAMILIES[name])
+    images, labels = batch(20, network.image_sizes[0])
+    top1 = 0.0
+    while top1 < 0.99 and step.step < 80:
+        for _ in range(10):
+            step(images, labels)
+        top1 = evaluate(model, [(images, labels)], 10, step.precision, CPU).figures.top1
+    assert top1 >= 0.99
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_takes_a_step_at_every_size(name):
+    network = NETWORKS[name]
+    for size in network.image_sizes:
+        model = build(network, size, 10)
+        initialise(model, "he", torch.Generator().manual_seed(0))
+        before = [p.detach().clone() for p in model.parameters()]
+        step = make_step(model, optimizer="sgd", lr=1e-3, momentum=0.0)
+        step(*batch(4, size))
+        assert step.metrics.read().images == 4
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+        changed = [not torch.equal(b, p) for b, p in zip(before, model.parameters(), strict=True)]
+        assert sum(changed) > len(changed) / 2
+
+
+def linear_step(**options):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    nn.init.zeros_(model[1].weight)
+    nn.init.zeros_(model[1].bias)
+    images = torch.arange(48.0).view(4, 3, 2, 2)
+    return model, make_step(model, momentum=0.0, nesterov=False, **options), images
+
+
+def test_clipping_limits_the_norm_of_the_gradient():
+    labels = torch.tensor([0, 1, 2, 0])
+    for clip, expected in ((0.5, 0.5), (0.0, None)):
+        model, step, images = linear_step(optimizer="sgd", lr=1.0, clip_grad=clip)
+        step(images, labels)
+        norm = torch.cat([p.detach().flatten() for p in model.parameters()]).norm().item()
+        if expected:
+            assert norm == pytest.approx(expected, rel=1e-4)
+        else:
+            assert norm > 5
+
+
+@pytest.mark.parametrize("clip", [0.0, 1000.0])
+def test_fp16_scales_the_loss_and_the_update_does_not_see_it(clip):
+    labels = torch.tensor([0, 1, 2, 0])
+    plain_model, plain, images = linear_step(optimizer="sgd", lr=0.01, clip_grad=clip)
+    model, step, _ = linear_step(optimizer="sgd", lr=0.01, clip_grad=clip)
+    half = TrainStep(model, step.config, Precision("cpu", torch.float16), 4, 0, CPU)
+    half.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    plain(images, labels)
+    half(images, labels)
+    torch.testing.assert_close(plain_model[1].weight, model[1].weight, rtol=5e-3, atol=1e-4)
+
+
+def test_fp16_overflow_skips_the_step_and_halves_the_scale():
+    model, step, images = linear_step(optimizer="sgd", lr=0.01)
+    half = TrainStep(model, step.config, Precision("cpu", torch.float16), 4, 0, CPU)
+    half.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    half(images * 1e4, torch.tensor([0, 1, 2, 0]))
+    assert torch.equal(model[1].weight, torch.zeros(3, 12))
+    assert half.scaler.get_scale() == 2.0**15
+
+
+def test_mixed_targets_are_weighted():
+    _model, step, images = linear_step(optimizer="sgd", lr=1e-9, mixup=1.0)
+    step(images, torch.tensor([0, 1, 2, 0]))
+    assert step.metrics.read().loss == pytest.approx(
+        F.cross_entropy(torch.zeros(1, 3), torch.tensor([0])).item()
+    )
+
+
+def test_bf16_autocast_keeps_fp32_weights_and_loss():
+    model = build(NETWORKS["murgolo-base"], 32, 10)
+    step = make_step(model, torch.bfloat16, optimizer="sgd", lr=0.01)
+    step(*batch(8))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_amp_runs_in_fp32_where_the_cpu_would_emulate(monkeypatch):
+    monkeypatch.setattr(precision, "cpu_computes_in", lambda dtype: False)
+    chosen = choose_precision(CPU, True, "bf16")
+    assert chosen.dtype is None
+    assert chosen.note == "--amp: this CPU has no bf16 instructions; training runs in fp32"
+    monkeypatch.setattr(precision, "cpu_computes_in", lambda dtype: True)
+    assert choose_precision(CPU, True, "bf16") == Precision("cpu", torch.bfloat16)
+    assert choose_precision(CPU, True, "fp16").scales_loss
+    assert choose_precision(CPU, False, "fp16") == Precision("cpu")
+
+
+def test_amp_on_a_gpu_takes_bf16_only_where_it_is_native(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(precision, "gpu_computes_in_bf16", lambda device: False)
+    assert choose_precision(gpu, True, "bf16").dtype is torch.float16
+    monkeypatch.setattr(precision, "gpu_computes_in_bf16", lambda device: True)
+    assert choose_precision(gpu, True, "bf16") == Precision("cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["tpu", "mps", "cuda:99", "cuda"])
+def test_a_device_that_is_not_there_is_one_line(name):
+    if name == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(UsageError, match="--device"):
+        choose_device(name)
