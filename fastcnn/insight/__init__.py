@@ -1,0 +1,1 @@
+"""Pictures and pages of a run, drawn from the files in its folder."""

@@ -1,0 +1,111 @@
+"""PNG figures of a run: learning curves and the confusion matrix, from its CSV files."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+INK, FAINT = "#1f2430", "#d5d9e0"
+TRAIN, VAL, TOP5 = "#c2571a", "#1f5fa8", "#3b8f5a"
+LOG_FROM = 30  # spread of the losses above which a linear axis would hide the small ones
+NUMBERED_CLASSES = 20  # more cells than this leave no room for their figures
+
+
+def read_metrics(folder: Path) -> dict[str, list[float]]:
+    """metrics.csv by column; every list has one value an epoch."""
+    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else {})}
+
+
+def read_confusion(folder: Path) -> tuple[list[str], list[list[int]]]:
+    """Class names and counts (rows true, columns predicted) of confusion_matrix.csv."""
+    with (folder / "confusion_matrix.csv").open(newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    return header[1:], [[int(count) for count in row[1:]] for row in rows]
+
+
+def draw_curves(folder: Path) -> Path | None:
+    """Draw curves.png: loss, accuracy and learning rate over the epochs; None without metrics."""
+    metrics = read_metrics(folder)
+    if not metrics:
+        return None
+    figure, axes = _figure(1, 3, (12, 3.6))
+    epochs = metrics["epoch"]
+    _lines(
+        axes[0],
+        epochs,
+        [("train", metrics["train_loss"], TRAIN), ("val", metrics["val_loss"], VAL)],
+    )
+    _lines(
+        axes[1],
+        epochs,
+        [
+            ("train top-1", _percent(metrics["train_top1"]), TRAIN),
+            ("val top-1", _percent(metrics["val_top1"]), VAL),
+            ("val top-5", _percent(metrics["val_top5"]), TOP5),
+        ],
+    )
+    losses = metrics["train_loss"] + metrics["val_loss"]
+    if min(losses) > 0 and max(losses) > LOG_FROM * min(losses):
+        axes[0].set_yscale("log")
+    _lines(axes[2], epochs, [("learning rate", metrics["lr"], INK)])
+    for axis, title in zip(axes, ("loss", "accuracy, %", "learning rate"), strict=True):
+        axis.set_title(title, loc="left", fontsize=11, color=INK)
+        axis.set_xlabel("epoch")
+    axes[2].get_legend().remove()
+    return _save(figure, folder / "curves.png")
+
+
+def draw_confusion(folder: Path) -> Path:
+    """Draw confusion_matrix.png: share of each true class (row) predicted as each class."""
+    classes, counts = read_confusion(folder)
+    rates = [[count / max(1, sum(row)) for count in row] for row in counts]
+    side = min(14.0, 3.0 + 0.45 * len(classes))
+    figure, axes = _figure(1, 1, (side + 0.8, side))
+    axis = axes[0]
+    image = axis.imshow(rates, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axis, fraction=0.046, label="share of the true class")
+    if len(classes) <= NUMBERED_CLASSES:
+        axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+        axis.set_yticks(range(len(classes)), classes)
+        _number_cells(axis, counts, rates)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    axis.grid(False)
+    return _save(figure, folder / "confusion_matrix.png")
+
+
+def _number_cells(axis: Any, counts: list[list[int]], rates: list[list[float]]) -> None:
+    for row, (values, shares) in enumerate(zip(counts, rates, strict=True)):
+        for column, (value, share) in enumerate(zip(values, shares, strict=True)):
+            if value:
+                color = "white" if share > 0.5 else INK
+                axis.text(column, row, value, ha="center", va="center", fontsize=8, color=color)
+
+
+def _percent(values: list[float]) -> list[float]:
+    return [100 * value for value in values]
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+    # the figure class alone, without pyplot, needs no display and keeps no global list of figures
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, list(axes.flat)
+
+
+def _lines(axis: Any, epochs: list[float], curves: list[tuple[str, list[float], str]]) -> None:
+    marker = "o" if len(epochs) < 3 else None
+    for label, values, color in curves:
+        axis.plot(epochs, values, label=label, color=color, marker=marker, linewidth=1.6)
+    axis.legend(frameon=False, fontsize=9)
+    axis.grid(color=FAINT, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=130)
+    return path
