@@ -1,6 +1,7 @@
 """The `fastcnn` command: parse, call, print."""
 
 import json
+import logging
 import re
 import sys
 import traceback
@@ -247,11 +248,19 @@ def parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     return name, given
 
 
+def log_to_stderr(level: int) -> None:
+    """Let the package's notes and warnings appear as lines on standard error."""
+    logger = logging.getLogger("fastcnn")
+    logger.setLevel(level)
+    logger.handlers[:] = [logging.StreamHandler()]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return its exit code: 0 done, 2 usage, 3 data, 4 checkpoint, 6 numbers."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
         name, given = parse(words)
+        log_to_stderr(logging.WARNING if given.get("quiet") else logging.INFO)
         COMMANDS[name][1](given, ["fastcnn", *words])
     except FastcnnError as error:
         if "--debug" in words:

@@ -1,14 +1,21 @@
-"""A progress bar on standard error, where that is a terminal."""
+"""Progress of reading: a bar on standard error where that is a terminal, else a logged line."""
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def progress_bar(title: str, total: float) -> Iterator[Callable[[float], None]]:
     """Show a bar while the block runs; the block calls what it is given with each step's size."""
+    if not log.isEnabledFor(logging.INFO):
+        yield lambda step: None
+        return
     if not sys.stderr.isatty():
+        log.info("%s: %s", title, f"{total:,.0f}")
         yield lambda step: None
         return
     from rich.console import Console
