@@ -1,0 +1,57 @@
+"""What a command does to its own process, each in a process of its own."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, torch
+from fastcnn.train.host import keep_freed_memory
+torch.set_num_threads(1)
+if {tuned}:
+    assert keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 * 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+[faults() for _ in range(8)]  # until the heap has its size
+print(sum(faults() for _ in range(4)))
+"""
+
+DENORMAL = """
+import torch
+from fastcnn.train.host import tune_process
+{tune}
+print((torch.full((1000,), 1e-39) * 0.5).sum().item() == 0)
+"""
+
+THREADS = """
+import torch
+from fastcnn.train.host import tune_process, usable_cores
+tune_process({given})
+print(torch.get_num_threads() == {wanted})
+"""
+
+
+def output_of(code):
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's")
+def test_freed_tensors_are_not_faulted_in_again():
+    # 4 tensors of 64 MiB are 65,536 pages of 4 KiB
+    assert int(output_of(FAULTS.format(tuned=False))) > 100
+    assert int(output_of(FAULTS.format(tuned=True))) < 100
+
+
+def test_denormals_are_flushed():
+    assert output_of(DENORMAL.format(tune="")) == "False"
+    assert output_of(DENORMAL.format(tune="tune_process(2)")) == "True"
+
+
+def test_threads_are_those_asked_for():
+    assert output_of(THREADS.format(given=3, wanted=3)) == "True"
+    assert output_of(THREADS.format(given="", wanted="usable_cores()")) == "True"
