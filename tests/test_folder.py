@@ -375,7 +375,7 @@ def special(name, kind, target=""):
     [
         special("../evil.png", tarfile.REGTYPE),
         special("train/../../evil.png", tarfile.REGTYPE),
-        special("/tmp/evil.png", tarfile.REGTYPE),
+        special("/evil.png", tarfile.REGTYPE),
         special("train/ant/link.png", tarfile.SYMTYPE, "/etc/passwd"),
         special("train/ant/link.png", tarfile.LNKTYPE, "train/ant/0.png"),
         special("train/ant/device.png", tarfile.CHRTYPE),

@@ -5,6 +5,7 @@ for x, y in loader:     the rest of the current epoch; then the next epoch begin
     y                   int64 (n,)
 """
 
+import abc
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from fastcnn.errors import DataError, UsageError
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
-class Loader:
+class Loader(abc.ABC):
     """The order of samples and the position in it; a subclass delivers the batches.
 
     `samples` is the number of images, `epoch` and `position` (samples handed out of this epoch)
@@ -61,9 +62,9 @@ class Loader:
             yield batch
         self.epoch, self.position = epoch + 1, 0
 
+    @abc.abstractmethod
     def deliver(self, epoch: int, batches: list[torch.Tensor]) -> Iterator[Batch]:
         """Yield the batch of each int64 index tensor, in order."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, int]:
         """Return {"epoch", "position"}: what was handed out, whatever was prefetched.
