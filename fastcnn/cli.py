@@ -1,5 +1,6 @@
 """The `fastcnn` command: parse, call, print."""
 
+import argparse
 import json
 import logging
 import re
@@ -8,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Literal, NoReturn
 
-from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 import fastcnn
 from fastcnn.config import Option, PlaceConfig, options_by_name, options_of
@@ -16,6 +17,15 @@ from fastcnn.errors import FastcnnError, UsageError, nearest
 
 EVAL_OPTIONS = ("data_dir", "image_size", "loader", "eval_batch_size", "test_fraction")
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", list: "whole numbers"}
+METAVARS = {int: "N", float: "X", list: "N"}
+
+
+class PlainHelp(DefaultHelpFormatter):
+    """Help texts with the default behind them, without the library's notes on types."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        hidden = action.default in (None, [], argparse.SUPPRESS) or action.default is False
+        return action.help or "" if hidden else f"{action.help} (default: {action.default})"
 
 
 class Parser(ArgumentParser):
@@ -64,15 +74,27 @@ def option_names() -> list[str]:
     return [*options_by_name(), *(option.name for option in options_of("place", PlaceConfig))]
 
 
-def add_option(target: Any, option: Option) -> None:
-    """Add a config option as a flag."""
-    words: dict[str, Any] = {"default": option.default, "help": option.help}
+def new_parser(command: str, description: str, positional: str = "") -> Parser:
+    return Parser(
+        usage=f"fastcnn {command} {positional}[options]",
+        description=description,
+        formatter_class=PlainHelp,
+        print_config=None,
+    )
+
+
+def add_option(target: Any, option: Option, default: Any = None) -> None:
+    """Add a config option as a flag; `default` is what the help shows, if anything."""
+    words: dict[str, Any] = {"default": default, "help": option.help}
     if option.scalar is bool:
         target.add_argument(option.flag, action=ActionYesNo(no_prefix="no-"), **words)
     elif option.scalar is list:
-        target.add_argument(option.flag, type=int, nargs="*", **words)
-    else:
+        target.add_argument(option.flag, type=int, nargs="*", metavar="N", **words)
+    elif option.choices:
         target.add_argument(option.flag, type=option.type, **words)
+    else:
+        metavar = METAVARS.get(option.scalar, option.name.upper())
+        target.add_argument(option.flag, type=option.type, metavar=metavar, **words)
 
 
 def add_debug(parser: Parser) -> None:
@@ -80,7 +102,11 @@ def add_debug(parser: Parser) -> None:
 
 
 def train_parser() -> Parser:
-    parser = Parser(description="Train a network and write everything to a run folder.")
+    parser = new_parser(
+        "train",
+        "Train a network and write everything to a run folder. Defaults are those of the modern "
+        "recipe for a network with batch norm; --recipe and --arch change some of them.",
+    )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options")
     titles = {
         "model": "network",
@@ -91,21 +117,24 @@ def train_parser() -> Parser:
     }
     groups = {name: parser.add_argument_group(title) for name, title in titles.items()}
     for option in options_by_name().values():
-        add_option(groups[option.section], option)
+        add_option(groups[option.section], option, option.default)
     place = parser.add_argument_group("run folder")
     for option in options_of("place", PlaceConfig):
-        add_option(place, option)
+        add_option(place, option, option.default)
     parser.add_argument("--quiet", action="store_true", help="print nothing but the result")
     add_debug(parser)
     return parser
 
 
 def eval_parser() -> Parser:
-    parser = Parser(description="Evaluate a run or a checkpoint.")
+    parser = new_parser("eval", "Evaluate a run or a checkpoint.", "RUN ")
     parser.add_argument("run", type=str, help="run folder or checkpoint file")
     parser.add_argument("--data", type=str | None, help="other data than the run's own")
     parser.add_argument(
-        "--split", type=Literal["test", "val", "train"], default="test", help="which images"
+        "--split",
+        type=Literal["test", "val", "train"],
+        default="test",
+        help="which images",
     )
     parser.add_argument(
         "--weights",
@@ -120,7 +149,7 @@ def eval_parser() -> Parser:
 
 
 def archs_parser() -> Parser:
-    parser = Parser(description="List the networks, or show the layers of one.")
+    parser = new_parser("archs", "List the networks, or show the layers of one.", "[NAME] ")
     parser.add_argument("name", type=str, nargs="?", help="a network")
     add_option(parser, options_by_name()["image_size"])
     parser.add_argument("--classes", type=int | None, help="classes; default: the network's own")
@@ -130,7 +159,7 @@ def archs_parser() -> Parser:
 
 
 def doctor_parser() -> Parser:
-    parser = Parser(description="Show versions and devices, what is missing, and the remedy.")
+    parser = new_parser("doctor", "Show versions and devices, what is missing, and the remedy.")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_debug(parser)
     return parser
@@ -227,6 +256,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="fastcnn",
         description="Train convolutional image classifiers as fast as the hardware allows.",
+        formatter_class=PlainHelp,
     )
     parser.add_argument("--version", action="version", version=f"fastcnn {fastcnn.__version__}")
     commands = parser.add_subcommands(required=True, title="commands")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastcnn.cli import main
+from fastcnn.config import options_by_name
 from fastcnn.train import checkpoint
 
 SMALL = [
@@ -103,6 +104,17 @@ def test_a_bad_config_file_is_one_line(capsys, tmp_path, text, expected):
     assert code == 2
     assert err.count("\n") == 1
     assert expected in err
+
+
+def test_help_shows_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    for option in options_by_name().values():
+        assert option.flag in text
+    assert "--epochs N passes over the training images (default: 60)" in text
+    assert "type:" not in text
 
 
 def test_debug_shows_the_traceback(capsys):

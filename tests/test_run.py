@@ -303,7 +303,10 @@ def test_the_best_validation_model_is_tested(tmp_path, monkeypatch):
     assert found["loss"] == pytest.approx(outcome.summary["test_loss"], rel=1e-6)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("checkpoint_steps", [0, 1])
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
+    tmp_path, monkeypatch, checkpoint_steps
+):
     original = loop.TrainStep.__call__
 
     def poisoned(self, images, labels):
@@ -311,7 +314,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
 
     monkeypatch.setattr(loop.TrainStep, "__call__", poisoned)
     with pytest.raises(NumbersError, match=r"training loss is nan in epoch 2: .*last\.pt"):
-        start(tmp_path)
+        start(tmp_path, checkpoint_steps=checkpoint_steps)
     state = checkpoint.load(tmp_path / "run" / "last.pt")
     assert state["step"] == 3
     assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())

@@ -217,6 +217,7 @@ class Training:
 
     def _save(self) -> None:
         step = self.step
+        self._require_finite(step.metrics.read().loss, "training loss")
         state = {
             **self.setup.identity(),
             "model": step.model.state_dict(),
