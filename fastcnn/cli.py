@@ -1,23 +1,57 @@
 """The `fastcnn` command: parse, call, print."""
 
 import argparse
+import contextlib
 import json
 import logging
+import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NoReturn
 
-from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 import fastcnn
-from fastcnn.config import Option, PlaceConfig, options_by_name, options_of
+from fastcnn.config import PlaceConfig, options_by_name
 from fastcnn.errors import FastcnnError, UsageError, nearest
+from fastcnn.options import Option, options_of, read_config_file
 
-EVAL_OPTIONS = ("data_dir", "image_size", "loader", "eval_batch_size", "test_fraction")
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", list: "whole numbers"}
 METAVARS = {int: "N", float: "X", list: "N"}
+BROKEN_PIPE = 141  # what a shell reports of a command that SIGPIPE ended
+
+
+def own_option(name: str, kind: Any, default: Any, text: str, low: int | None = None) -> Option:
+    """An option of one command alone, which is no part of a configuration."""
+    return Option(name, "command", kind, default, text, {"low": low})
+
+
+EVAL_OWN = (
+    own_option("data", str | None, None, "other data than the run's own"),
+    own_option("split", Literal["test", "val", "train"], "test", "which images"),
+    own_option(
+        "weights",
+        Literal["last", "best"],
+        None,
+        "which checkpoint of a run; default: the one its summary speaks of",
+    ),
+)
+EVAL_SHARED = (
+    "data_dir",
+    "loader",
+    "workers",
+    "eval_batch_size",
+    "test_fraction",
+    "device",
+    "amp",
+    "amp_dtype",
+    "threads",
+)
+ARCHS_OWN = (
+    own_option("classes", int | None, None, "classes; default: the network's own", low=2),
+    own_option("image_size", int | None, None, "side of the images; default: the network's own", 8),
+)
 
 
 class PlainHelp(DefaultHelpFormatter):
@@ -32,46 +66,28 @@ class Parser(ArgumentParser):
     """A parser whose errors are one line with the nearest valid name."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UsageError(self.one_line(message))
+        raise UsageError(one_line(message))
 
-    def one_line(self, message: str) -> str:
-        """Turn the library's message, which may be a paragraph, into one line."""
-        if found := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
-            word = next((w for w in found[1].split() if w.startswith("-")), found[1].split()[0])
-            return f"unknown option {word}{nearest(word.split('=')[0], self.known_flags())}"
-        if found := re.search(r"does not accept option '([^']+)'", message):
-            return (
-                f"unknown option '{found[1]}' in the config file{nearest(found[1], option_names())}"
-            )
-        if found := re.search(r"invalid choice: '([^']*)'", message):
-            return f"unknown command '{found[1]}'{nearest(found[1], COMMANDS)}; see fastcnn --help"
-        if 'expected "subcommand"' in message:
-            return f"no command given; one of {', '.join(COMMANDS)} (see fastcnn --help)"
-        if found := re.match(r'Parser key "(?:\w+\.)?(\w+)"', message):
-            return self._wrong_value(found[1], message)
-        return " ".join(message.split())
 
-    def known_flags(self) -> list[str]:
-        """Flags of every command: an unknown one is reported by the outermost parser."""
-        return [flag for parser in PARSERS for flag in parser._option_string_actions]
+def one_line(message: str) -> str:
+    """Turn the library's message, which may be a paragraph, into one line."""
+    if found := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
+        words = found[1].split() or ["''"]
+        word = next((w for w in words if w.startswith("-")), words[0])
+        return f"unknown option {word}{nearest(word.split('=')[0], known_flags())}"
+    if found := re.search(r"invalid choice: '([^']*)'", message):
+        return f"unknown command '{found[1]}'{nearest(found[1], COMMANDS)}; see fastcnn --help"
+    if 'expected "subcommand"' in message:
+        return f"no command given; one of {', '.join(COMMANDS)} (see fastcnn --help)"
+    return " ".join(message.split())
 
-    def _wrong_value(self, name: str, message: str) -> str:
-        given = re.search(r"(?:Got value|Given value): (.*)", message)
-        value = given[1] if given else ""
-        option = options_by_name().get(name)
-        if option is None or not given:
-            return " ".join(message.split())
-        if option.choices:
-            valid = ", ".join(option.choices)
-            return f"{option.flag}: '{value}' is not one of {valid}{nearest(value, option.choices)}"
-        return f"{option.flag}: expected {WORDS.get(option.scalar, 'a text')}, got '{value}'"
+
+def known_flags() -> list[str]:
+    """Flags of every command: an unknown one is reported by the outermost parser."""
+    return [flag for parser in PARSERS for flag in parser._option_string_actions]
 
 
 PARSERS: list[Parser] = []
-
-
-def option_names() -> list[str]:
-    return [*options_by_name(), *(option.name for option in options_of("place", PlaceConfig))]
 
 
 def new_parser(command: str, description: str, positional: str = "") -> Parser:
@@ -79,22 +95,31 @@ def new_parser(command: str, description: str, positional: str = "") -> Parser:
         usage=f"fastcnn {command} {positional}[options]",
         description=description,
         formatter_class=PlainHelp,
-        print_config=None,
+        allow_abbrev=False,
     )
 
 
 def add_option(target: Any, option: Option, default: Any = None) -> None:
-    """Add a config option as a flag; `default` is what the help shows, if anything."""
+    """Add an option as a flag; `default` is what the help shows, if anything.
+
+    Values arrive as text and are read by `Option.parse`, so that flags and files share one check.
+    """
     words: dict[str, Any] = {"default": default, "help": option.help}
     if option.scalar is bool:
         target.add_argument(option.flag, action=ActionYesNo(no_prefix="no-"), **words)
-    elif option.scalar is list:
-        target.add_argument(option.flag, type=int, nargs="*", metavar="N", **words)
-    elif option.choices:
-        target.add_argument(option.flag, type=option.type, **words)
-    else:
-        metavar = METAVARS.get(option.scalar, option.name.upper())
-        target.add_argument(option.flag, type=option.type, metavar=metavar, **words)
+        return
+    metavar = "{" + ",".join(option.choices) + "}" if option.choices else None
+    words["metavar"] = metavar or METAVARS.get(option.scalar, option.name.upper())
+    if option.scalar is list:
+        words["nargs"] = "*"
+    target.add_argument(option.flag, **words)
+
+
+def read_values(given: dict[str, Any], options: Iterable[Option]) -> dict[str, Any]:
+    """The options among what the user gave, by name, read and checked."""
+    return {
+        option.name: option.parse(given[option.name]) for option in options if option.name in given
+    }
 
 
 def add_debug(parser: Parser) -> None:
@@ -107,7 +132,7 @@ def train_parser() -> Parser:
         "Train a network and write everything to a run folder. Defaults are those of the modern "
         "recipe for a network with batch norm; --recipe and --arch change some of them.",
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags stand above")
     titles = {
         "model": "network",
         "data": "data",
@@ -129,19 +154,9 @@ def train_parser() -> Parser:
 def eval_parser() -> Parser:
     parser = new_parser("eval", "Evaluate a run or a checkpoint.", "RUN ")
     parser.add_argument("run", type=str, help="run folder or checkpoint file")
-    parser.add_argument("--data", type=str | None, help="other data than the run's own")
-    parser.add_argument(
-        "--split",
-        type=Literal["test", "val", "train"],
-        default="test",
-        help="which images",
-    )
-    parser.add_argument(
-        "--weights",
-        type=Literal["last", "best"],
-        help="which checkpoint of a run; default: the one its summary speaks of",
-    )
-    for name in (*EVAL_OPTIONS, "device", "amp", "amp_dtype", "threads"):
+    for option in EVAL_OWN:
+        add_option(parser, option, option.default)
+    for name in EVAL_SHARED:
         add_option(parser, options_by_name()[name])
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_debug(parser)
@@ -151,8 +166,8 @@ def eval_parser() -> Parser:
 def archs_parser() -> Parser:
     parser = new_parser("archs", "List the networks, or show the layers of one.", "[NAME] ")
     parser.add_argument("name", type=str, nargs="?", help="a network")
-    add_option(parser, options_by_name()["image_size"])
-    parser.add_argument("--classes", type=int | None, help="classes; default: the network's own")
+    for option in ARCHS_OWN:
+        add_option(parser, option)
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_debug(parser)
     return parser
@@ -166,39 +181,51 @@ def doctor_parser() -> Parser:
 
 
 def run_train(given: dict[str, Any], command: list[str]) -> None:
-    from fastcnn.insight.figures import draw_confusion, draw_curves
-    from fastcnn.insight.page import lead, write_page
+    from fastcnn.insight import figures, page
     from fastcnn.recipes import resolve
     from fastcnn.train import run
 
-    place_names = {option.name for option in options_of("place", PlaceConfig)}
-    place = PlaceConfig(**{name: given[name] for name in place_names if name in given})
-    explicit = {name: value for name, value in given.items() if name in options_by_name()}
-    quiet = given.get("quiet", False)
-    if place.resume:
-        outcome = run.resume(place, explicit, command, quiet)
+    place_options = options_of("place", PlaceConfig)
+    explicit = read_values(given, options_by_name().values())
+    place = PlaceConfig(**read_values(given, place_options))
+    if "config" in given:
+        wanted = [*options_by_name().values(), *place_options]
+        values = read_config_file(given["config"], wanted)
+        place_names = {option.name for option in place_options}
+        placed = {name: values.pop(name) for name in place_names & values.keys()}
+        place = PlaceConfig(**(placed | read_values(given, place_options)))
+        explicit = values | explicit
+    if place.resume is not None:
+        if given.keys() & {"name", "output"}:
+            raise UsageError(
+                "--resume: a resumed run stays in its folder; leave --name, --output out"
+            )
+        outcome = run.resume(place, explicit, command, given.get("quiet", False))
     else:
-        outcome = run.start(resolve(explicit), place, command, quiet)
-    folder = outcome.folder.path
-    for draw in (draw_curves, draw_confusion, write_page):
-        draw(folder)
-    print(lead(outcome.summary))
-    print(f"run folder: {folder}")
+        outcome = run.start(resolve(explicit), place, command, given.get("quiet", False))
+    for draw in (figures.draw_curves, figures.draw_confusion, page.write_page):
+        try:
+            draw(outcome.folder.path)
+        except ImportError as error:
+            package = (error.name or str(error)).split(".")[0]
+            print(
+                f"note: {draw.__name__}: {package} is missing; see fastcnn doctor",
+                file=sys.stderr,
+            )
+    print(page.lead(outcome.summary))
+    print(f"run folder: {outcome.folder.path}")
 
 
 def run_eval(given: dict[str, Any], command: list[str]) -> None:
     from fastcnn.train.run import evaluate_run
 
-    names = {*EVAL_OPTIONS, "device", "amp", "amp_dtype", "threads"}
-    overrides = {name: given[name] for name in names if name in given}
-    for name, value in overrides.items():
-        options_by_name()[name].check(value)
+    own = read_values(given, EVAL_OWN)
     result = evaluate_run(
         given["run"],
-        data=given.get("data"),
-        split_name=given.get("split", "test"),
-        weights=given.get("weights"),
-        overrides=overrides,
+        data=own.get("data"),
+        split_name=own.get("split", "test"),
+        weights=own.get("weights"),
+        overrides=read_values(given, [options_by_name()[name] for name in EVAL_SHARED]),
     )
     if given.get("json"):
         print(json.dumps(result, indent=2))
@@ -213,11 +240,8 @@ def run_eval(given: dict[str, Any], command: list[str]) -> None:
 def run_archs(given: dict[str, Any], command: list[str]) -> None:
     from fastcnn.archs import table
 
-    if given.get("classes") is not None and given["classes"] < 2:
-        raise UsageError(f"--classes: must be at least 2, got {given['classes']}")
-    if given.get("image_size") is not None:
-        options_by_name()["image_size"].check(given["image_size"])
-    size, classes = given.get("image_size"), given.get("classes")
+    own = read_values(given, ARCHS_OWN)
+    size, classes = own.get("image_size"), own.get("classes")
     if given.get("name"):
         content: Any = table.network_table(given["name"], size, classes)
         show: Callable[[Any], None] = table.print_network
@@ -257,6 +281,7 @@ def build_parser() -> Parser:
         prog="fastcnn",
         description="Train convolutional image classifiers as fast as the hardware allows.",
         formatter_class=PlainHelp,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fastcnn {fastcnn.__version__}")
     commands = parser.add_subcommands(required=True, title="commands")
@@ -273,9 +298,7 @@ def parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     parser = build_parser()
     namespace = parser.parse_args(arguments, defaults=False)
     name = namespace.subcommand
-    given = dict(vars(namespace.get(name))) if namespace.get(name) else {}
-    given.pop("config", None)
-    return name, given
+    return name, dict(vars(namespace.get(name))) if namespace.get(name) else {}
 
 
 def log_to_stderr(level: int) -> None:
@@ -292,15 +315,30 @@ def main(arguments: list[str] | None = None) -> int:
         name, given = parse(words)
         log_to_stderr(logging.WARNING if given.get("quiet") else logging.INFO)
         COMMANDS[name][1](given, ["fastcnn", *words])
+        sys.stdout.flush()
     except FastcnnError as error:
-        if "--debug" in words:
-            traceback.print_exc()
-        print(f"fastcnn: {error}", file=sys.stderr)
-        return error.exit_code
+        return failed(str(error), error.exit_code, words)
     except KeyboardInterrupt:
-        print("fastcnn: interrupted", file=sys.stderr)
-        return 130
+        return failed("interrupted", 130, words)
+    except BrokenPipeError:
+        # whoever read the output has gone; let the interpreter's last flush go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return failed(f"{where}{error.strerror or error}", 1, words)
+    except Exception as error:  # a fault of this program: still one line, and how to see more
+        reason = " ".join(str(error).split())[:200]
+        return failed(f"unexpected {type(error).__name__}: {reason}; --debug shows where", 1, words)
     return 0
+
+
+def failed(message: str, exit_code: int, words: list[str]) -> int:
+    if "--debug" in words:
+        traceback.print_exc()
+    with contextlib.suppress(OSError):
+        print(f"fastcnn: {message}", file=sys.stderr)
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -8,33 +8,11 @@ config file is flat.
 
 import dataclasses
 import functools
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from fastcnn.errors import UsageError, nearest
-
-
-def option(
-    default: Any,
-    help: str,  # noqa: A002 - the word every command line uses
-    low: float | None = None,
-    high: float | None = None,
-    open_low: bool = False,
-    open_high: bool = False,
-) -> Any:
-    """A dataclass field with help text and bounds (closed unless open_low / open_high)."""
-    metadata = {
-        "help": help,
-        "low": low,
-        "high": high,
-        "open_low": open_low,
-        "open_high": open_high,
-    }
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+from fastcnn.options import Option, option, options_of
 
 
 @dataclass(frozen=True)
@@ -78,8 +56,8 @@ class DataConfig:
         "torch: DataLoader and torchvision transforms",
     )
     workers: int = option(2, "worker processes of the torch loader", low=0, high=256)
-    batch_size: int = option(128, "images a training step", low=1)
-    eval_batch_size: int = option(512, "images an evaluation step", low=1)
+    batch_size: int = option(128, "images a training step", low=1, high=1_000_000)
+    eval_batch_size: int = option(512, "images an evaluation step", low=1, high=1_000_000)
     drop_last: bool = option(False, "drop the last, smaller training batch of an epoch")
     shuffle: bool = option(True, "a new order of the training images every epoch")
 
@@ -145,8 +123,8 @@ class OptimConfig:
     )
     time_decay: float = option(1e-6, "inverse-time: d in lr / (1 + d·step)", low=0)
     label_smoothing: float = option(0.1, "label smoothing", low=0, high=1, open_high=True)
-    mixup: float = option(0.0, "alpha of mixup; 0: off", low=0)
-    cutmix: float = option(0.0, "alpha of cutmix; 0: off", low=0)
+    mixup: float = option(0.0, "alpha of mixup; 0: off", low=0, high=100)
+    cutmix: float = option(0.0, "alpha of cutmix; 0: off", low=0, high=100)
     clip_grad: float = option(0.0, "largest norm of the gradient; 0: off", low=0)
     ema: float = option(
         0.0,
@@ -246,82 +224,6 @@ SECTIONS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Option:
-    """One option as the command line needs it."""
-
-    name: str
-    section: str
-    type: Any
-    default: Any
-    help: str
-    bounds: Mapping[str, Any]
-
-    @property
-    def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        return get_args(self.type) if get_origin(self.type) is Literal else ()
-
-    @property
-    def scalar(self) -> Any:
-        """int, float, bool, str or list: the type without `| None`."""
-        if self.choices:
-            return str
-        if get_origin(self.type) is list:
-            return list
-        return next((t for t in get_args(self.type) if t is not type(None)), self.type)
-
-    def check(self, value: Any) -> None:
-        """Raise UsageError unless `value` has the option's type and lies within its bounds."""
-        if value is None and type(None) in get_args(self.type):
-            return
-        if self.choices:
-            if value not in self.choices:
-                valid = ", ".join(self.choices)
-                hint = nearest(str(value), self.choices)
-                raise UsageError(f"{self.flag}: '{value}' is not one of {valid}{hint}")
-            return
-        if self.scalar is list:
-            if not isinstance(value, list) or any(type(v) is not int or v < 1 for v in value):
-                raise UsageError(f"{self.flag}: expected whole numbers from 1 up, got {value!r}")
-            return
-        fits = type(value) is self.scalar or (self.scalar is float and type(value) is int)
-        if not fits:
-            words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-            raise UsageError(f"{self.flag}: expected {words[self.scalar]}, got {value!r}")
-        if self.scalar in (int, float):
-            self._check_bounds(value)
-
-    def _check_bounds(self, value: float) -> None:
-        low, high = self.bounds.get("low"), self.bounds.get("high")
-        if not math.isfinite(value):
-            raise UsageError(f"{self.flag}: expected a finite number, got {value}")
-        if low is not None and (value < low or (self.bounds.get("open_low") and value == low)):
-            word = "more than" if self.bounds.get("open_low") else "at least"
-            raise UsageError(f"{self.flag}: must be {word} {low}, got {value}")
-        if high is not None and (value > high or (self.bounds.get("open_high") and value == high)):
-            word = "less than" if self.bounds.get("open_high") else "at most"
-            raise UsageError(f"{self.flag}: must be {word} {high}, got {value}")
-
-
-def options_of(section: str, cls: type) -> list[Option]:
-    """The options of one dataclass, in its order."""
-    hints = get_type_hints(cls)
-    found = []
-    for item in dataclasses.fields(cls):
-        default = item.default
-        if item.default_factory is not dataclasses.MISSING:
-            default = item.default_factory()
-        help_text = item.metadata["help"]
-        found.append(
-            Option(item.name, section, hints[item.name], default, help_text, item.metadata)
-        )
-    return found
-
-
 @functools.cache
 def options_by_name() -> dict[str, Option]:
     """Every option of a configuration, in the order of `--help`."""
@@ -341,7 +243,7 @@ def check_combinations(config: Config) -> None:
         raise UsageError("--schedule milestones: give the epochs, e.g. --milestones 30 45")
     if optim.milestones != sorted(set(optim.milestones)):
         raise UsageError(f"--milestones: expected rising epochs, got {optim.milestones}")
-    if optim.schedule == "one-cycle" and optim.warmup_epochs >= optim.epochs:
+    if optim.warmup_epochs >= optim.epochs:
         raise UsageError("--warmup-epochs: must be less than --epochs")
     if augment.resized_crop < 1 and augment.crop_padding > 0:
         raise UsageError("--resized-crop: takes the place of pad-and-crop; add --crop-padding 0")

@@ -2,15 +2,13 @@
 
 import importlib.metadata
 import platform
-import shutil
-import subprocess
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import fastcnn
 from fastcnn.errors import FastcnnError
 
-# package, what it is for, how to get it; the first two cannot be done without
+# package, what it is for, how to get it
 PACKAGES = (
     ("torch", "everything", "pip install 'torch>=2.10'"),
     ("numpy", "everything", "pip install numpy"),
@@ -19,11 +17,10 @@ PACKAGES = (
     ("pillow", "image folders", "pip install pillow"),
     ("matplotlib", "curves.png, confusion_matrix.png", "pip install matplotlib"),
     ("jinja2", "index.html", "pip install jinja2"),
-    ("ninja", "building kernels", "pip install 'fastcnn[native]'"),
-    ("pybind11", "building kernels", "pip install 'fastcnn[native]'"),
+    ("rich", "progress", "pip install rich"),
+    ("jsonargparse", "everything", "pip install jsonargparse"),
 )
 MODULES = {"scikit-learn": "sklearn", "pillow": "PIL"}
-DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 
 
 @dataclass(frozen=True)
@@ -38,15 +35,12 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at packages, devices, compilers and the cache; never raises for what is missing."""
+    """Look at packages, devices and the cache; never raises for what is missing."""
     return [
         Finding("fastcnn", fastcnn.__version__),
         Finding("python", platform.python_version()),
         *[_package(*entry) for entry in PACKAGES],
-        _dali(),
         *_devices(),
-        _program("C++ compiler", ("g++", "clang++", "c++"), "install g++ to build the CPU kernels"),
-        _program("nvcc", ("nvcc",), "install the CUDA toolkit to build the CUDA kernels"),
         _cache(),
     ]
 
@@ -69,7 +63,7 @@ def print_report(findings: list[Finding]) -> None:
 
 
 def _package(name: str, purpose: str, remedy: str) -> Finding:
-    needed = name in ("torch", "numpy")
+    needed = purpose == "everything"
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -80,18 +74,6 @@ def _package(name: str, purpose: str, remedy: str) -> Finding:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Finding(name, f"{version}, but its import fails: {reason}", False, needed, remedy)
     return Finding(name, version)
-
-
-def _dali() -> Finding:
-    for name in DALI:
-        try:
-            return Finding("DALI", f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    remedy = "pip install 'fastcnn[dali]' (CUDA 12) or 'fastcnn[dali-cu13]' (CUDA 13)"
-    return Finding(
-        "DALI", "missing; not needed by the resident and torch loaders", False, False, remedy
-    )
 
 
 def _devices() -> list[Finding]:
@@ -129,21 +111,6 @@ def _gpu(torch: Any, index: int) -> Finding:
         f"this torch is built for {built}; install one for {capability} if kernels fail to load"
     )
     return Finding(f"GPU {index}", state, False, False, remedy)
-
-
-def _program(subject: str, names: tuple[str, ...], remedy: str) -> Finding:
-    path = next((found for found in map(shutil.which, names) if found), None)
-    if path is None:
-        return Finding(subject, "missing", False, False, remedy)
-    try:
-        text = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, timeout=20
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding(subject, f"{path} does not run: {error}", False, False, remedy)
-    lines = [line for line in text.splitlines() if line.strip()]
-    version = next((line for line in lines if "release" in line), lines[0] if lines else "")
-    return Finding(subject, f"{path} ({version.strip()})")
 
 
 def _cache() -> Finding:

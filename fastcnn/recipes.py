@@ -1,9 +1,10 @@
 """Recipes: the options that a network trains with when the user says nothing else.
 
 `modern` is the project's own recipe. `report` is the recipe printed in the report that a network
-comes from, as literally as the text allows; ../README.md says how well either does.
+comes from, as literally as the text allows.
 """
 
+from pathlib import Path
 from typing import Any
 
 from fastcnn.archs import get_network
@@ -28,7 +29,7 @@ PLAIN: dict[str, Any] = {
     "exempt_norm_bias": False,
 }
 
-# marie-2019.txt, 3.2: Adam, 0.001, weight decay 5e-4 as an L2 penalty, batches of 100, 50 epochs
+# marie2019, section 3.2: Adam, 0.001, weight decay 5e-4 as an L2 penalty, batches of 100, 50 epochs
 MARIE = PLAIN | {
     "optimizer": "adam",
     "lr": 1e-3,
@@ -40,7 +41,7 @@ MARIE = PLAIN | {
     "init": "torch",
 }
 
-# murgolo.txt, 2.2 and 3.1
+# murgolo, sections 2.2 and 3.1
 MURGOLO = PLAIN | {
     "optimizer": "sgd",
     "momentum": 0.9,
@@ -61,13 +62,13 @@ MURGOLO_IMPROVED = MURGOLO | {
     "restore_best": True,
 }
 
-# skagerstrom-2018.txt, tables 1 and 2, 3.3 and 4: A-D in [0, 1], E and F less the mean image
+# skagerstrom2018, tables 1 and 2, 3.3 and 4: A-D in [0, 1], E and F less the mean image
 SKAGERSTROM = PLAIN | {"weight_decay": 0.0, "normalize": "unit", "batch_size": 128, "epochs": 20}
 ADAM_RUI: dict[str, Any] = {"optimizer": "adam", "lr": 1e-3, "init": "uniform"}
 ADAM_HE: dict[str, Any] = {"optimizer": "adam", "lr": 1e-3, "init": "he"}
 LATE = {"normalize": "mean-image", "schedule": "inverse-time", "time_decay": 1e-6}
 
-# mao-2022.txt, 2.1, 2.2 and 4
+# mao2022, sections 2.1, 2.2 and 4
 MAO = PLAIN | {
     "optimizer": "sgd",
     "momentum": 0.0,
@@ -80,7 +81,7 @@ MAO = PLAIN | {
     "init": "torch",
 }
 
-# bohnstedt-2019.txt, 3.1, 3.2 and 4.1; rates and strengths are not printed: those of the Keras
+# bohnstedt2019, sections 3.1, 3.2 and 4.1; rates and strengths are not printed: those of the Keras
 # network that the text reprints (0.1, halved every 20 epochs, L2 5e-4, batches of 128)
 BOHNSTEDT = PLAIN | {
     "optimizer": "sgd",
@@ -145,4 +146,7 @@ def resolve(explicit: dict[str, Any]) -> Config:
     network = get_network(explicit.get("arch", known["arch"].default))
     recipe = explicit.get("recipe", known["recipe"].default)
     data = explicit.get("data", known["data"].default)
+    if Path(data).expanduser().exists():
+        # the run must find its images from another folder as well
+        explicit = explicit | {"data": str(Path(data).expanduser().resolve())}
     return Config.from_flat(recipe_options(network, recipe, data) | explicit)

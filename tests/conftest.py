@@ -1,5 +1,7 @@
 """Shapes and tolerances that several test files share; threads and GPU."""
 
+import os
+
 import pytest
 import torch
 
@@ -28,13 +30,17 @@ TOLERANCE = {
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    # results on the CPU are bit-equal only at a fixed number of threads
-    torch.set_num_threads(1)
+def _own_cache(tmp_path_factory):
+    # the user's cache would make a second run of the tests another one than the first
+    os.environ["FASTCNN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _process_settings():
+    # results on the CPU are bit-equal only at a fixed number of threads; a command that a test
+    # calls flushes denormals in this process
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(False)
     torch.manual_seed(0)
 
 

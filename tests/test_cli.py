@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from fastcnn import doctor
 from fastcnn.cli import main
 from fastcnn.config import options_by_name
 from fastcnn.train import checkpoint
@@ -47,7 +48,7 @@ def run(capsys, *words):
         ("train --no-ampp", 2, "did you mean '--no-amp'?"),
         ("train --lr fast", 2, "--lr: expected a number, got 'fast'"),
         ("train --lr -1", 2, "--lr: must be more than 0"),
-        ("train --lr nan", 2, "--lr: expected a number, got 'nan'"),
+        ("train --lr nan", 2, "--lr: expected a finite number, got nan"),
         ("train --epochs 0", 2, "--epochs: must be at least 1"),
         ("train --epochs 1.5", 2, "--epochs: expected a whole number"),
         ("train --optimizer sdg", 2, "did you mean 'sgd'?"),
@@ -57,6 +58,19 @@ def run(capsys, *words):
         ("train --data no/such/folder", 3, "no such file or folder"),
         ("train --loader dali", 2, "--loader: 'dali' is not one of resident, torch"),
         ("train --config no-such.yaml", 2, "no-such.yaml"),
+        ("train --epoch 1", 2, "unknown option --epoch; did you mean '--epochs'?"),
+        ("train --batch-size 99999999999999999999", 2, "--batch-size: must be at most"),
+        ("train --mixup 1e308", 2, "--mixup: must be at most 100"),
+        ("train --schedule cosine --warmup-epochs 90", 2, "--warmup-epochs: must be less than"),
+        ("train --name a/b --data digits", 2, "--name: expected the name of a folder"),
+        ("train --name ../a --data digits", 2, "--name: expected the name of a folder"),
+        ("train --name .. --data digits", 2, "--name: expected the name of a folder"),
+        ("train --resume x --name y", 2, "leave --name, --output out"),
+        ("train --data=", 2, "--data: expected a text, got none"),
+        ("train --resume=", 2, "--resume: expected a text, got none"),
+        ("eval run --weights bset", 2, "--weights: 'bset' is not one of last, best; did you"),
+        ("eval run --split tset", 2, "did you mean 'test'?"),
+        ("archs --classes x", 2, "--classes: expected a whole number, got 'x'"),
         ("train --resume no/such/run", 4, "is not a run folder"),
         ("train --data digits --train-subset 99999", 2, "99999"),
         ("train --data digits --val-fraction 1.0", 2, "--val-fraction: must be less than 1"),
@@ -94,12 +108,19 @@ def test_a_missing_gpu_is_one_line(capsys):
         ("weigth_decay: 0.3\n", "did you mean 'weight_decay'?"),
         ("lr: quick\n", "--lr: expected a number"),
         ("lr: [1\n", ""),
-        ("- 1\n- 2\n", ""),
+        ("- 1\n- 2\n", "expected lines of 'option: value'"),
+        ("", "expected lines of 'option: value'"),
         ("optimizer: sgdd\n", "did you mean 'sgd'?"),
+        ("arch: [1]\n", "--arch: expected a text"),
+        ("name: 5\n", "--name: expected a text, got 5"),
+        ("milestones: 3\n", "--milestones: expected whole numbers"),
+        ("lr: 0.1\nlr: 0.2\n", "lr stands there twice"),
+        ("1: 2\n", "unknown option '1'"),
+        (b"\xff\xfe\x00", "not YAML"),
     ],
 )
 def test_a_bad_config_file_is_one_line(capsys, tmp_path, text, expected):
-    (tmp_path / "c.yaml").write_text(text)
+    (tmp_path / "c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     code, _, err = run(capsys, "train", "--config", str(tmp_path / "c.yaml"))
     assert code == 2
     assert err.count("\n") == 1
@@ -122,12 +143,12 @@ def test_debug_shows_the_traceback(capsys):
     assert "Traceback" in err
 
 
-def test_flags_stand_above_the_config_file(capsys, tmp_path):
-    (tmp_path / "c.yaml").write_text("epochs: 2\nlr: 0.25\nseed: 7\n")
-    where = ["--output", str(tmp_path), "--name", "run"]
-    code, out, _ = run(
-        capsys, *SMALL, "--config", str(tmp_path / "c.yaml"), "--epochs", "1", *where
-    )
+@pytest.mark.parametrize("first", [True, False])
+def test_flags_stand_above_the_config_file(capsys, tmp_path, first):
+    (tmp_path / "c.yaml").write_text("epochs: 2\nlr: 2.5e-1\nseed: 7\nname: run\n")
+    where, file = ["--output", str(tmp_path)], ["--config", str(tmp_path / "c.yaml")]
+    flags = [*file, "--epochs", "1"] if first else ["--epochs", "1", *file]
+    code, out, _ = run(capsys, *SMALL, *flags, *where)
     assert code == 0
     assert f"run folder: {tmp_path / 'run'}" in out
     config = checkpoint.load(tmp_path / "run" / "last.pt")["config"]
@@ -152,6 +173,32 @@ def test_train_draws_its_figures_and_page_and_eval_reads_the_run(capsys, tmp_pat
     assert json.loads(out)["top1"] == summary["test_top1"]
     code, out, _ = run(capsys, "eval", str(folder / "best.pt"), "--threads", "1")
     assert "32 images: top-1" in out
+
+
+def test_an_unexpected_error_is_one_line_too(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "examine", lambda: {}["gone"])
+    code, _, err = run(capsys, "doctor")
+    assert (code, err) == (1, "fastcnn: unexpected KeyError: 'gone'; --debug shows where\n")
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])
+def test_training_goes_on_without_what_draws(tmp_path, missing):
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "from fastcnn.cli import main\n"
+        f"sys.exit(main({[*SMALL, '--epochs', '1', '--output', str(tmp_path)]!r}))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert f"{missing} is missing; see fastcnn doctor" in found.stderr
+    assert "Test top-1" in found.stdout
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = f"{sys.executable} -m fastcnn archs --json | head -1; exit ${{PIPESTATUS[0]}}"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert found.returncode in (0, 141)
+    assert found.stderr == ""
 
 
 def test_archs_lists_every_network_and_shows_one(capsys):

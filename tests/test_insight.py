@@ -1,6 +1,7 @@
 """Figures and page of a run, from files alone."""
 
 import json
+import warnings
 
 import pytest
 
@@ -54,6 +55,13 @@ def test_confusion_matrix_shows_rates_by_true_class_and_counts(folder, monkeypat
     assert axis.images[0].get_array().tolist() == [[0.75, 0.25], [0.0, 1.0]]
     assert sorted(text.get_text() for text in axis.texts) == ["1", "3", "6"]
     assert [tick.get_text() for tick in axis.get_yticklabels()] == ["a<b", "c"]
+
+
+def test_class_names_are_no_formulas(folder):
+    (folder / "confusion_matrix.csv").write_text("x,$\\frac$,犬\n$\\frac$,3,1\n犬,0,6\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert figures.draw_confusion(folder).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_without_an_epoch_has_no_curves(tmp_path):

@@ -220,8 +220,113 @@ def test_resume_refuses_other_options_and_lists_them(tmp_path):
     folder = start(tmp_path, epochs=1).folder.path
     with pytest.raises(UsageError, match=r"lr: 0.002 → 0.5; seed: 0 → 3.*--allow-changes"):
         resume(folder, lr=0.5, seed=3)
+    with pytest.raises(UsageError, match="seed cannot change in mid-run; start a new run"):
+        resume(folder, lr=0.5, seed=3, allow_changes=True)
     outcome = resume(folder, epochs=2, allow_changes=True)
     assert outcome.summary["epochs"] == 2
+    with pytest.raises(UsageError, match="the run has trained for more already"):
+        resume(folder, epochs=1, allow_changes=True)
+
+
+def test_a_configuration_edited_by_hand_counts_as_a_change(tmp_path):
+    folder = start(tmp_path, epochs=1).folder.path
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("lr: 0.002", "lr: 0.5"))
+    with pytest.raises(UsageError, match=r"lr: 0.002 → 0.5"):
+        resume(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"weight_decay": 0.5}, {"momentum": 0.1}, {"nesterov": False}, {"lr": 1.0}]
+)
+def test_changed_hyperparameters_take_effect(tmp_path, monkeypatch, change):
+    options = {"optimizer": "sgd", "lr": 0.05}
+    states = []
+    for name, changes in (("plain", {}), ("changed", change)):
+        with monkeypatch.context() as patch:
+            stop_at_check(patch, 4)
+            with pytest.raises(Interrupted):
+                start(tmp_path, name, **options)
+        resume(tmp_path / name, **changes, allow_changes=True)
+        states.append(final_state(tmp_path / name)["model"]["conv1.conv.weight"])
+    assert not torch.equal(*states)
+
+
+def test_an_interrupted_final_test_keeps_the_model_that_was_trained(tmp_path, monkeypatch):
+    options = {"val_fraction": 0.25, "restore_best": True, "ema": 0.5, "epochs": 3}
+    with monkeypatch.context() as patch:
+        fixed_validation(patch, [0.9, 0.5, 0.4])
+        whole = final_state(start(tmp_path, "whole", **options).folder.path)
+    with monkeypatch.context() as patch:
+        fixed_validation(patch, [0.9, 0.5, 0.4])
+        stop_at_check(patch, 10)  # three looks an epoch: the first batch of the test
+        with pytest.raises(Interrupted):
+            start(tmp_path, "broken", **options)
+    resume(tmp_path / "broken")
+    assert_same(whole, final_state(tmp_path / "broken"))
+
+
+DAMAGES = {
+    "no optimiser": lambda state: state.pop("optimizer"),
+    "no progress": lambda state: state.pop("progress"),
+    "no configuration": lambda state: state.pop("config"),
+    "odd configuration": lambda state: state.update(config={"lrr": 1}),
+    "progress of another kind": lambda state: state.update(progress=[1, 2]),
+    "another optimiser": lambda state: state["optimizer"].update(param_groups=[]),
+    "no data": lambda state: state.update(data=None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_checkpoint_with_odd_contents_is_named(tmp_path, damage):
+    folder = start(tmp_path, epochs=1).folder
+    state = checkpoint.load(folder.last)
+    state["progress"]["epoch"] = 0
+    DAMAGES[damage](state)
+    checkpoint.save(state, folder.last)
+    (folder.path / "summary.json").unlink()
+    with pytest.raises(CheckpointError, match=r"last\.pt"):
+        resume(folder.path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_a_damaged_summary_is_named(tmp_path, text):
+    folder = start(tmp_path, epochs=1).folder.path
+    (folder / "summary.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"summary\.json"):
+        resume(folder)
+
+
+def test_a_resumption_is_recorded_beside_the_first_command(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at_check(patch, 2)
+        with pytest.raises(Interrupted):
+            start(tmp_path)
+    run.resume(PlaceConfig(resume=str(tmp_path / "run")), {}, ["again"], quiet=True)
+    found = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert (found["command"], found["resumed_by"]) == (["test"], [["again"]])
+
+
+def test_evaluation_says_when_the_data_has_changed(tmp_path, caplog):
+    images = write_folder(tmp_path / "images", splits=("",), count=10, side=32)
+    options = {"data": str(images), "train_subset": None, "test_subset": None, "epochs": 1}
+    folder = start(tmp_path, **options).folder.path
+    run.evaluate_run(str(folder), overrides={"threads": 1})
+    assert caplog.text == ""
+    (images / "ant" / "0.png").unlink()
+    run.evaluate_run(str(folder), overrides={"threads": 1})
+    assert "has changed since training" in caplog.text
+    with pytest.raises(UsageError, match="--test-fraction"):
+        run.evaluate_run(str(folder), overrides={"test_fraction": 0.5})
+
+
+def test_weights_that_are_not_finite_are_not_evaluated(tmp_path):
+    folder = start(tmp_path, epochs=1).folder
+    state = checkpoint.load(folder.last)
+    state["model"]["fc2.linear.bias"].fill_(float("nan"))
+    checkpoint.save(state, folder.last)
+    with pytest.raises(NumbersError, match="broken weights"):
+        run.evaluate_run(str(folder.path), overrides={"threads": 1})
 
 
 def test_resume_refuses_other_data(tmp_path, monkeypatch):
@@ -229,8 +334,12 @@ def test_resume_refuses_other_data(tmp_path, monkeypatch):
         stop_at_check(patch, 2)
         with pytest.raises(Interrupted):
             start(tmp_path)
-    with pytest.raises(CheckpointError, match="the data changed since"):
-        resume(tmp_path / "run", test_subset=30, allow_changes=True)
+    path = tmp_path / "run" / "last.pt"
+    state = checkpoint.load(path)
+    state["data"]["digest"] = "0" * 64
+    checkpoint.save(state, path)
+    with pytest.raises(CheckpointError, match=r"the data changed since \(digest\)"):
+        resume(tmp_path / "run")
 
 
 def test_a_finished_run_is_left_alone(tmp_path):

@@ -77,6 +77,11 @@ def test_one_cycle_takes_its_rise_from_warmup_epochs():
     assert found.index(max(found)) == 4 * STEPS - 1
 
 
+def test_a_rise_of_less_than_a_step_is_a_step():
+    found = rates(schedule="one-cycle", warmup_epochs=0.01)
+    assert found[0] == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("schedule", ["one-cycle", "cosine", "step", "inverse-time"])
 def test_a_single_step_has_a_rate(schedule):
     rate = learning_rate(0, 1, OptimConfig(epochs=1, schedule=schedule))

@@ -1,6 +1,7 @@
 """PNG figures of a run: learning curves and the confusion matrix, from its CSV files."""
 
 import csv
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,9 @@ def draw_confusion(folder: Path) -> Path:
     image = axis.imshow(rates, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axis, fraction=0.046, label="share of the true class")
     if len(classes) <= NUMBERED_CLASSES:
-        axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-        axis.set_yticks(range(len(classes)), classes)
+        names = [name.replace("$", r"\$") for name in classes]  # a pair of $ would be a formula
+        axis.set_xticks(range(len(classes)), names, rotation=45, ha="right")
+        axis.set_yticks(range(len(classes)), names)
         _number_cells(axis, counts, rates)
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
@@ -107,5 +109,8 @@ def _lines(axis: Any, epochs: list[float], curves: list[tuple[str, list[float], 
 
 
 def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=130)
+    with warnings.catch_warnings():
+        # a class name in a script that the font lacks is drawn as boxes, and no cause for alarm
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(path, dpi=130)
     return path

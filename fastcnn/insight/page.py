@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def write_page(folder: Path) -> Path:
     text = template.render(
         title=f"{folder.name}: {summary['arch']} on {summary['data']}",
         lead=lead(summary),
-        command=" ".join(environment["command"]),
+        command=shlex.join(environment["command"]),
         figures=_figures(folder),
         tables=[
             {"title": "Summary", "rows": _flat(summary)},

@@ -1,8 +1,12 @@
-"""Checkpoints: plain tensors and Python values in one file, written whole or not at all."""
+"""Checkpoints: plain tensors and Python values in one file, written whole or not at all.
 
+The file is torch's zip archive; its members carry CRC-32 sums, which are checked before anything
+is read.
+"""
+
+import io
 import os
-import pickle
-import tempfile
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,41 +21,61 @@ FORMAT = 1
 def save(state: dict[str, Any], path: Path) -> None:
     """Write `state` to `path`: first to a temporary file beside it, then renamed.
 
-    Raises CheckpointError if the disk refuses; the checkpoint that was there stays.
+    Raises CheckpointError if the disk refuses; a checkpoint that was there stays.
     """
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    # into memory first: torch's own writer reports a full disk as an internal failure
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
+        with temporary.open("wb") as file:
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"cannot write {path}: {reason}; the former one is kept") from error
+    except OSError as error:
+        needed, free = buffer.getbuffer().nbytes, shutil.disk_usage(path.parent).free
+        kept = "; the former one is kept" if path.exists() else ""
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror or error} "
+            f"({needed:,} bytes needed, {free:,} free){kept}"
+        ) from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; nothing in the file can execute (weights_only).
 
-    Raises CheckpointError if it is missing, damaged, not one of ours or of a newer format.
+    Raises CheckpointError if it is missing, cut, altered, not one of ours or of a newer format.
     """
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; give a run folder or a .pt file")
+    _check_sums(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        reason = "not a checkpoint that is safe to load, or damaged"
-        raise CheckpointError(f"{path}: {reason} ({path.stat().st_size:,} bytes)") from error
-    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
+    except Exception as error:  # an unpickler may raise anything on a forged file
+        raise CheckpointError(f"{path}: not a checkpoint that is safe to load") from error
+    if not isinstance(state, dict) or type(state.get("format")) is not int:
         raise CheckpointError(f"{path}: not a checkpoint of fastcnn")
     if state["format"] > FORMAT:
         raise CheckpointError(
             f"{path}: format {state['format']} is newer than this fastcnn ({FORMAT}); upgrade it"
         )
     return state
+
+
+def _check_sums(path: Path) -> None:
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # a cut or altered directory raises anything
+        raise CheckpointError(
+            f"{path}: not a checkpoint, or cut or damaged ({size:,} bytes)"
+        ) from error
+    if damaged is not None:
+        raise CheckpointError(f"{path}: damaged: its part {damaged} does not match its checksum")
 
 
 def locate(target: str | Path, name: str = "last.pt") -> Path:

@@ -2,8 +2,7 @@
 
 glibc gives every large tensor back to the kernel and faults it in again at the next allocation;
 with its thresholds raised it keeps them. Denormal numbers, which fill gradients once the loss nears
-zero, take the slow path of the processor; flushed, they are zeros. ../README.md says what both
-gain.
+zero, take the slow path of the processor; flushed, they are zeros.
 """
 
 import ctypes
@@ -11,7 +10,7 @@ import os
 
 import torch
 
-# <malloc.h>: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD; the last may not exceed 32 MiB * 32
+# <malloc.h>: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
 MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 256 * 2**20, -3: 2**30}
 
 

@@ -8,7 +8,7 @@ from fastcnn.errors import FastcnnError
 
 
 class Interrupted(FastcnnError):
-    """The run was asked to stop; exit code 130 after Ctrl-C, 143 after SIGTERM."""
+    """The run was asked to stop; exit code 128 + signal: 130 after Ctrl-C, 143 after SIGTERM."""
 
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -16,19 +16,21 @@ class Interrupted(FastcnnError):
 
 
 class StopAtStepEdge:
-    """While entered, SIGINT and SIGTERM only set a flag, which `check()` turns into Interrupted.
+    """While entered, SIGINT, SIGTERM and SIGHUP set a flag, which `check()` turns into Interrupted.
 
-    Handlers do nothing else: a handler may run in the middle of any line, of a save as well.
+    A signal that was ignored before (a job in the background, nohup) stays ignored. Handlers do
+    nothing else: a handler may run in the middle of any line, of a save as well.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.requested = 0
         self._process = os.getpid()
 
     def __enter__(self) -> "StopAtStepEdge":
-        self._before = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
+        heard = [s for s in self.SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+        self._before = {s: signal.signal(s, self._handle) for s in heard}
         return self
 
     def __exit__(

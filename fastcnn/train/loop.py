@@ -13,6 +13,7 @@ from fastcnn.train import checkpoint
 from fastcnn.train.evaluate import Evaluation, evaluate
 from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
 from fastcnn.train.metrics import Figures
+from fastcnn.train.optimizer import load_optimizer_state
 from fastcnn.train.progress import Progress, format_seconds
 from fastcnn.train.rundir import RunFolder, versions
 from fastcnn.train.setup import Setup, load_trained
@@ -104,10 +105,12 @@ class Training:
         self._save()
         return evaluation
 
-    def _evaluate(self, loader: Any, stop: StopAtStepEdge) -> Evaluation:
+    def _evaluate(
+        self, loader: Any, stop: StopAtStepEdge, model: torch.nn.Module | None = None
+    ) -> Evaluation:
         setup = self.setup
         return evaluate(
-            self.step.evaluated_model,
+            model or self.step.evaluated_model,
             loader,
             setup.classes,
             setup.precision,
@@ -153,7 +156,8 @@ class Training:
 
     def _require_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):
-            kept = f"; the last good checkpoint is {self.folder.last}" if self.at.epoch else ""
+            saved = self.folder.last.exists()
+            kept = f"; the last good checkpoint is {self.folder.last}" if saved else ""
             raise NumbersError(
                 f"{what} is {value} in epoch {self.at.epoch + 1}: lower --lr or use --clip-grad 1"
                 f"{kept}"
@@ -161,12 +165,12 @@ class Training:
 
     def _finish(self, evaluation: Evaluation | None, stop: StopAtStepEdge) -> dict[str, Any]:
         """Test the model the run ends with, and write summary.json and the confusion counts."""
-        setup, best = self.setup, self.setup.config.optim.restore_best
-        if best:
-            model = load_trained(self.folder.best, setup.device).model
-            self.step.evaluated_model.load_state_dict(model.state_dict())
+        setup = self.setup
         if setup.test_loader is not None:
-            evaluation = self._evaluate(setup.test_loader, stop)
+            # a model of its own: an interruption here must save the one that was trained
+            restored = setup.config.optim.restore_best
+            model = load_trained(self.folder.best, setup.device).model if restored else None
+            evaluation = self._evaluate(setup.test_loader, stop, model)
         elif evaluation is None:
             evaluation = self._evaluate(setup.val_loader, stop)
         summary = self._summary(evaluation)
@@ -218,6 +222,7 @@ class Training:
     def _save(self) -> None:
         step = self.step
         self._require_finite(step.metrics.read().loss, "training loss")
+        self._require_finite(largest_weight(step.model), "largest weight")
         state = {
             **self.setup.identity(),
             "model": step.model.state_dict(),
@@ -233,7 +238,19 @@ class Training:
         checkpoint.save(state, self.folder.last)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint of this very run; raises CheckpointError if the data changed."""
+        """Take up a checkpoint of this very run.
+
+        Raises CheckpointError if the data changed or an entry is missing or not what it should be.
+        """
+        try:
+            self._restore(state)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self.folder.last}: not a checkpoint that this run can go on from "
+                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+            ) from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
         identity = self.setup.identity()
         for name in ("network", "data"):
             if state[name] != identity[name]:
@@ -246,10 +263,21 @@ class Training:
         checkpoint.load_weights(step.model, state["model"], self.folder.last)
         if step.ema:
             checkpoint.load_weights(step.ema.model, state["ema"], self.folder.last)
-        step.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(step.optimizer, state["optimizer"])
         step.scaler.load_state_dict(state["scaler"])
         step.metrics.sums.copy_(state["sums"])
         step.step = state["step"]
         self.setup.train_loader.load_state_dict(state["loader"])
         self.at = Progressed(**state["progress"])
         checkpoint.set_rng_state(state["rng"], self.setup.device)
+        if step.step > self.epochs * step.steps_per_epoch:
+            raise UsageError(
+                f"--epochs {self.epochs}: the run has trained for more already "
+                f"({step.step / step.steps_per_epoch:.1f})"
+            )
+
+
+def largest_weight(model: torch.nn.Module) -> float:
+    """The largest absolute weight; nan or inf where one is not finite."""
+    with torch.no_grad():
+        return float(torch.stack([p.abs().max() for p in model.parameters()]).max())

@@ -28,8 +28,8 @@ class Metrics:
         """Add a batch: `loss` is its mean (), `logits` (N, classes), `labels` int64 (N,)."""
         count = labels.shape[0]
         best = logits.topk(min(5, logits.shape[1])).indices
-        hits = best == labels[:, None]
-        row = torch.stack([loss.double() * count, hits[:, 0].sum(), hits.sum()])
+        top1, top5 = logits.argmax(1) == labels, best == labels[:, None]
+        row = torch.stack([loss.double() * count, top1.sum(), top5.sum()])
         self.sums[:3] += row
         self.sums[3] += count
 
@@ -46,7 +46,9 @@ def confusion(logits: Tensor, labels: Tensor) -> Tensor:
     """Counts int64 (classes, classes): row = true class, column = predicted class."""
     classes = logits.shape[1]
     pairs = labels * classes + logits.argmax(1)
-    return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
+    # bincount would wait for the device to learn its largest value
+    counts = torch.zeros(classes * classes, dtype=torch.int64, device=logits.device)
+    return counts.scatter_add_(0, pairs, torch.ones_like(pairs)).view(classes, classes)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:

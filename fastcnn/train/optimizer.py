@@ -22,12 +22,17 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         for parameter in module.parameters()
         if parameter.ndim > 1
     }
-    by_decay: dict[float, list[nn.Parameter]] = {}
+    # keyed by kind as well: a run resumed with another weight decay must find the same groups
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
-        exempt = config.exempt_norm_bias and parameter.ndim == 1
-        decay = 0.0 if exempt else own.get(id(parameter), config.weight_decay)
-        by_decay.setdefault(decay, []).append(parameter)
-    return [{"params": params, "weight_decay": decay} for decay, params in by_decay.items()]
+        if config.exempt_norm_bias and parameter.ndim == 1:
+            key = ("exempt", 0.0)
+        elif id(parameter) in own:
+            key = ("own", own[id(parameter)])
+        else:
+            key = ("decayed", config.weight_decay)
+        groups.setdefault(key, []).append(parameter)
+    return [{"params": params, "weight_decay": decay} for (_, decay), params in groups.items()]
 
 
 def is_decoupled(config: OptimConfig) -> bool:
@@ -67,6 +72,17 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     sgd = DecoupledSGD if is_decoupled(config) else torch.optim.SGD
     nesterov = config.nesterov and config.momentum > 0
     return sgd(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load moments and step counts; hyperparameters stay those of `optimizer`.
+
+    torch would bring the saved hyperparameters back, over those that a resumed run was given.
+    """
+    own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -24,7 +24,7 @@ class Progress:
 
         self.epochs = epochs
         self.steps = steps_per_epoch
-        self.quiet = quiet
+        self.quiet = quiet or sys.stderr is None
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.terminal = self.console.is_terminal
 
@@ -32,10 +32,14 @@ class Progress:
         """Print one line."""
         if self.quiet:
             return
-        if self.terminal:
-            self.console.print(text, markup=False)
-        else:
-            print(text, file=sys.stderr, flush=True)  # noqa: T201 - the line a log wants
+        try:
+            if self.terminal:
+                self.console.print(text, markup=False)
+            else:
+                print(text, file=sys.stderr, flush=True)  # noqa: T201 - the line a log wants
+        except OSError:
+            # whoever read the lines has gone; the run goes on without them
+            self.quiet = True
 
     @contextmanager
     def epoch(self, number: int, steps_done: int, batch_size: int) -> Iterator["EpochProgress"]:

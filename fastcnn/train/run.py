@@ -1,12 +1,14 @@
 """Start a run in a new folder, take one up where it was left, or evaluate what it reached."""
 
+import logging
+import math
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastcnn.config import Config, PlaceConfig
-from fastcnn.errors import UsageError
+from fastcnn.errors import CheckpointError, NumbersError, UsageError
 from fastcnn.train import checkpoint
 from fastcnn.train.evaluate import evaluate
 from fastcnn.train.host import tune_process
@@ -16,8 +18,39 @@ from fastcnn.train.progress import Progress
 from fastcnn.train.rundir import RunFolder
 from fastcnn.train.setup import evaluation_data, evaluation_loader, load_trained, prepare
 
+log = logging.getLogger(__name__)
+
 # options that change neither the order of the data nor the arithmetic a step asks for
 NEUTRAL_ON_RESUME = {"device", "threads", "workers", "checkpoint_steps", "eval_batch_size"}
+# options that the rest of a run can do with another value of, if its user says so
+CHANGEABLE_ON_RESUME = {
+    "epochs",
+    "lr",
+    "momentum",
+    "nesterov",
+    "weight_decay",
+    "schedule",
+    "warmup_epochs",
+    "step_epochs",
+    "milestones",
+    "gamma",
+    "final_lr",
+    "time_decay",
+    "label_smoothing",
+    "mixup",
+    "cutmix",
+    "clip_grad",
+    "early_stop",
+    "crop_padding",
+    "crop_mode",
+    "flip",
+    "rotation",
+    "shift",
+    "cutout",
+    "resized_crop",
+    "color_jitter",
+    "loader",
+}
 
 
 @dataclass(frozen=True)
@@ -31,11 +64,12 @@ class Outcome:
 def start(config: Config, place: PlaceConfig, command: list[str], quiet: bool = False) -> Outcome:
     """Train `config` in a new run folder; `command` is recorded in environment.json.
 
-    With `fast_dev_run` the folder is a temporary one, left to the system to clear away.
+    With `fast_dev_run` the folder is a temporary one, left to the system to clear away, unless
+    `place` names another.
     """
-    if config.run.fast_dev_run:
+    if config.run.fast_dev_run and place == PlaceConfig():
         place = replace(place, output=tempfile.mkdtemp(prefix="fastcnn-dev-run-"))
-    RunFolder.refuse_existing(place)
+    RunFolder.check_name(place)
     tune_process(config.run.threads)
     setup = prepare(config)
     folder = RunFolder.create(place, config.model.arch)
@@ -54,31 +88,50 @@ def resume(
     the saved configuration without `place.allow_changes`.
     """
     folder = RunFolder.open(place.resume or "")
-    config = changed_config(folder.read_config(), explicit, place.allow_changes)
+    # a run killed before its first checkpoint begins anew in its folder
+    state = checkpoint.load(folder.last) if folder.last.exists() else None
+    written = folder.read_config()
+    saved = saved_config(state, folder.last) if state else written
+    config = changed_config(saved, written.flat() | explicit, place.allow_changes)
     summary = folder.read_summary()
-    if summary is not None and summary["epochs"] >= config.optim.epochs:
+    if summary is not None and forecast(config) == forecast(saved):
         Progress(0, 0, quiet).say(f"{folder.path} is finished: nothing to continue")
         return Outcome(folder, summary)
     tune_process(config.run.threads)
-    # a run killed before its first checkpoint begins anew in its folder
-    state = checkpoint.load(folder.last) if folder.last.exists() else None
     training = Training(prepare(config), folder, quiet)
     if state is not None:
         training.restore(state)
-    folder.write_start(config, command)
+    folder.write_resumption(config, command)
     announce(training)
     return Outcome(folder, training.train())
 
 
-def changed_config(saved: Config, explicit: dict[str, Any], allow: bool) -> Config:
-    """The saved configuration with the options given anew, if these may differ."""
-    before, wanted = saved.flat(), saved.flat() | explicit
-    after = Config.from_flat(wanted)
-    changes = [name for name in after.flat() if after.flat()[name] != before[name]]
-    forbidden = [name for name in changes if name not in NEUTRAL_ON_RESUME]
-    if forbidden and not allow:
-        listed = "; ".join(f"{name}: {before[name]} → {wanted[name]}" for name in forbidden)
+def saved_config(state: dict[str, Any], path: Path) -> Config:
+    """The configuration in a checkpoint; raises CheckpointError if it holds none that is valid."""
+    try:
+        return Config.from_flat(state["config"])
+    except (KeyError, TypeError, AttributeError, UsageError) as error:
+        raise CheckpointError(f"{path}: holds no valid configuration ({error})") from error
+
+
+def forecast(config: Config) -> dict[str, Any]:
+    """The options that decide what a run arrives at."""
+    return {k: v for k, v in config.flat().items() if k not in NEUTRAL_ON_RESUME}
+
+
+def changed_config(saved: Config, wanted: dict[str, Any], allow: bool) -> Config:
+    """The configuration with the options given anew, if these may differ from the saved ones.
+
+    Raises UsageError for a difference that is not asked for by `allow`, or that no run could go on
+    with.
+    """
+    before, after = saved.flat(), Config.from_flat(wanted)
+    changes = {k: v for k, v in forecast(after).items() if v != before[k]}
+    listed = "; ".join(f"{name}: {before[name]} → {value}" for name, value in changes.items())
+    if changes and not allow:
         raise UsageError(f"--resume: options differ from the run's ({listed}); add --allow-changes")
+    if stuck := [name for name in changes if name not in CHANGEABLE_ON_RESUME]:
+        raise UsageError(f"--resume: {', '.join(stuck)} cannot change in mid-run; start a new run")
     return after
 
 
@@ -97,6 +150,8 @@ def evaluate_run(
     options = overrides or {}
     tune_process(options.get("threads"))
     device = choose_device(options.get("device", "auto"))
+    if weights and Path(target).is_file():
+        raise UsageError(f"--weights: {target} is a checkpoint itself; give its run folder")
     summary = RunFolder(Path(target)).read_summary() or {}
     name = weights or summary.get("tested_model", "last")
     trained = load_trained(checkpoint.locate(target, f"{name}.pt"), device)
@@ -106,9 +161,15 @@ def evaluate_run(
     )
     data_options = {k: v for k, v in options.items() if hasattr(trained.config.data, k)}
     dataset, images = evaluation_data(trained, data, split_name, data_options)
+    if data is None and dataset.digest != trained.data.get("digest"):
+        log.warning(
+            "note: %s has changed since training: other images, or split otherwise", dataset.name
+        )
     config = replace(trained.config, data=replace(trained.config.data, **data_options))
     loader = evaluation_loader(images, config, trained.normalization, device)
     result = evaluate(trained.model, loader, len(trained.classes), precision, device)
+    if not math.isfinite(result.figures.loss):
+        raise NumbersError(f"{trained.path}: the loss is {result.figures.loss}: broken weights")
     return {
         "arch": trained.config.model.arch,
         "checkpoint": str(trained.path),

@@ -30,7 +30,7 @@ COLUMNS = (
 
 
 class RunFolder:
-    """Paths and files of one run; every file is replaced whole."""
+    """Paths and files of one run; the files written here are replaced whole."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -44,8 +44,11 @@ class RunFolder:
         return self.path / "best.pt"
 
     @staticmethod
-    def refuse_existing(place: PlaceConfig) -> None:
-        """Raise UsageError if the named run folder exists."""
+    def check_name(place: PlaceConfig) -> None:
+        """Raise UsageError for a name that is no plain folder name, or that exists."""
+        name = place.name
+        if name is not None and (Path(name).name != name or name == ".." or not name.isprintable()):
+            raise UsageError(f"--name: expected the name of a folder, got {name!r}; see --output")
         if place.name and (Path(place.output) / place.name).exists():
             path = Path(place.output) / place.name
             raise UsageError(
@@ -59,11 +62,11 @@ class RunFolder:
 
         Raises UsageError if the named folder exists or cannot be made.
         """
+        cls.check_name(place)
         root = Path(place.output)
         try:
             root.mkdir(parents=True, exist_ok=True)
             if place.name:
-                cls.refuse_existing(place)
                 (root / place.name).mkdir()
                 return cls(root / place.name)
             return cls._numbered(root, arch)
@@ -93,9 +96,19 @@ class RunFolder:
 
     def write_start(self, config: Config, command: list[str]) -> None:
         """Write config.yaml and environment.json."""
-        text = yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True)
-        self._write("config.yaml", text)
+        self._write("config.yaml", config_text(config))
         self._write("environment.json", _json({"command": command, **environment()}))
+
+    def write_resumption(self, config: Config, command: list[str]) -> None:
+        """Rewrite config.yaml and add `command` to environment.json's `resumed_by`.
+
+        An older summary goes: until the run ends again, it is not finished.
+        """
+        self._write("config.yaml", config_text(config))
+        found = self._read_json("environment.json") or {"command": command, **environment()}
+        found.setdefault("resumed_by", []).append(command)
+        self._write("environment.json", _json(found))
+        (self.path / "summary.json").unlink(missing_ok=True)
 
     def read_config(self) -> Config:
         """The configuration that config.yaml holds; raises CheckpointError if it is unreadable."""
@@ -104,7 +117,7 @@ class RunFolder:
             options = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-        if not isinstance(options, dict):
+        if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
             raise CheckpointError(f"{path} holds no options")
         return Config.from_flat(options)
 
@@ -129,8 +142,19 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, or None."""
-        path = self.path / "summary.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return self._read_json("summary.json")
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        if not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}); remove it") from error
+        if not isinstance(found, dict) or not found:
+            raise CheckpointError(f"{path} is not what this program wrote; remove it")
+        return found
 
     def _write(self, name: str, text: str) -> None:
         temporary = self.path / f".{name}.part"
@@ -140,6 +164,11 @@ class RunFolder:
         except OSError as error:
             reason = error.strerror or str(error)
             raise CheckpointError(f"cannot write {self.path / name}: {reason}") from error
+
+
+def config_text(config: Config) -> str:
+    """The configuration as YAML, in the order of `--help`."""
+    return yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True)
 
 
 def environment() -> dict[str, Any]:

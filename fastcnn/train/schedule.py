@@ -24,7 +24,8 @@ def learning_rate(step: int, steps_per_epoch: int, config: OptimConfig) -> float
     total = config.epochs * steps_per_epoch
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if config.schedule == "one-cycle":
-        return config.lr * _one_cycle(step, total, warmup, config.final_lr)
+        rise = warmup if config.warmup_epochs else round(ONE_CYCLE_RISE * total)
+        return config.lr * _one_cycle(step, total, max(1, rise), config.final_lr)
     if step < warmup:
         return config.lr * (step + 1) / warmup
     return config.lr * _factor(step, total, warmup, steps_per_epoch, config)
@@ -43,8 +44,7 @@ def _factor(step: int, total: int, warmup: int, steps_per_epoch: int, config: Op
     return 1.0
 
 
-def _one_cycle(step: int, total: int, warmup: int, final: float) -> float:
-    rise = warmup or max(1, round(ONE_CYCLE_RISE * total))
+def _one_cycle(step: int, total: int, rise: int, final: float) -> float:
     if step < rise:
         return ONE_CYCLE_START + (1 - ONE_CYCLE_START) * (step + 1) / rise
     return _half_cosine((step + 1 - rise) / max(1, total - rise), final)

@@ -157,8 +157,6 @@ def drops_last(samples: int, network: Network, config: Config, notes: list[str])
             f"the last batch of an epoch would be a single image, which batch norm cannot take: "
             f"it is dropped ({samples} images, batches of {batch_size})"
         )
-    if config.data.drop_last and samples < batch_size:
-        raise UsageError(f"--drop-last: {samples} images make no batch of {batch_size}")
     return config.data.drop_last or single
 
 
@@ -202,9 +200,11 @@ def load_trained(path: Path, device: torch.device) -> TrainedModel:
         normalization = Normalization.from_plain(state["normalization"])
         weights = state.get("ema") or state["model"]
         data = state["data"]
-    except KeyError as error:
-        raise CheckpointError(f"{path} lacks the entry {error}") from error
-    model = build(network, image_size, len(classes))
+    except (KeyError, TypeError, AttributeError, UsageError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint of a network ({error})") from error
+    # torch draws initial weights for the new layers; what a run draws next must not depend on it
+    with torch.random.fork_rng(devices=[]):
+        model = build(network, image_size, len(classes))
     checkpoint.load_weights(model, weights, path)
     return TrainedModel(
         model.to(device).eval(), config, classes, image_size, normalization, data, path
@@ -223,9 +223,10 @@ def evaluation_data(
     if data is not None:
         # other data is taken whole: the run's subset and held-out part describe its own images
         config = replace(config, data=data, train_subset=None, test_subset=None, val_fraction=0.0)
-    config = replace(config, **overrides)
-    if data is not None and config.image_size is None:
         config = replace(config, image_size=trained.image_size)
+    elif "test_fraction" in overrides:
+        raise UsageError("--test-fraction: the run's own images stay split as they were trained")
+    config = replace(config, **overrides)
     dataset = split(load_dataset(config, trained.image_size), config, trained.config.run.seed)
     if list(dataset.classes) != list(trained.classes):
         raise DataError(

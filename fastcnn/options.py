@@ -1,0 +1,165 @@
+"""What an option is: its type, bounds and help, and how a value of it is read and checked.
+
+The options themselves stand in config.py.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from fastcnn.errors import UsageError, nearest
+
+
+def option(
+    default: Any,
+    help: str,  # noqa: A002 - the word every command line uses
+    low: float | None = None,
+    high: float | None = None,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> Any:
+    """A dataclass field with help text and bounds (closed unless open_low / open_high)."""
+    metadata = {
+        "help": help,
+        "low": low,
+        "high": high,
+        "open_low": open_low,
+        "open_high": open_high,
+    }
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option as the command line needs it."""
+
+    name: str
+    section: str
+    type: Any
+    default: Any
+    help: str
+    bounds: Mapping[str, Any]
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return get_args(self.type) if get_origin(self.type) is Literal else ()
+
+    @property
+    def scalar(self) -> Any:
+        """int, float, bool, str or list: the type without `| None`."""
+        if self.choices:
+            return str
+        if get_origin(self.type) is list:
+            return list
+        return next((t for t in get_args(self.type) if t is not type(None)), self.type)
+
+    def check(self, value: Any) -> None:
+        """Raise UsageError unless `value` has the option's type and lies within its bounds."""
+        if value is None and type(None) in get_args(self.type):
+            return
+        if self.choices:
+            if value not in self.choices:
+                valid = ", ".join(self.choices)
+                hint = nearest(str(value), self.choices)
+                raise UsageError(f"{self.flag}: '{value}' is not one of {valid}{hint}")
+            return
+        if self.scalar is list:
+            if not isinstance(value, list) or any(type(v) is not int or v < 1 for v in value):
+                raise UsageError(f"{self.flag}: expected whole numbers from 1 up, got {value!r}")
+            return
+        fits = type(value) is self.scalar or (self.scalar is float and type(value) is int)
+        if not fits:
+            words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+            raise UsageError(f"{self.flag}: expected {words[self.scalar]}, got {value!r}")
+        if self.scalar in (int, float):
+            self._check_bounds(value)
+
+    def parse(self, value: Any) -> Any:
+        """Read a value of the command line, where numbers are text, or of a file; check it.
+
+        A file's numbers may be text as well: YAML 1.1 takes 1e-3 for a word.
+        """
+        if isinstance(value, str) and self.scalar in (int, float):
+            value = _number(value, self.scalar)
+        if isinstance(value, list) and self.scalar is list:
+            value = [_number(v, int) if isinstance(v, str) else v for v in value]
+        if self.scalar is str and value == "":
+            raise UsageError(f"{self.flag}: expected a text, got none")
+        self.check(value)
+        return value
+
+    def _check_bounds(self, value: float) -> None:
+        low, high = self.bounds.get("low"), self.bounds.get("high")
+        if not math.isfinite(value):
+            raise UsageError(f"{self.flag}: expected a finite number, got {value}")
+        if low is not None and (value < low or (self.bounds.get("open_low") and value == low)):
+            word = "more than" if self.bounds.get("open_low") else "at least"
+            raise UsageError(f"{self.flag}: must be {word} {low}, got {value}")
+        if high is not None and (value > high or (self.bounds.get("open_high") and value == high)):
+            word = "less than" if self.bounds.get("open_high") else "at most"
+            raise UsageError(f"{self.flag}: must be {word} {high}, got {value}")
+
+
+def options_of(section: str, cls: type) -> list[Option]:
+    """The options of one dataclass, in its order."""
+    hints = get_type_hints(cls)
+    found = []
+    for item in dataclasses.fields(cls):
+        default = item.default
+        if item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
+        help_text = item.metadata["help"]
+        found.append(
+            Option(item.name, section, hints[item.name], default, help_text, item.metadata)
+        )
+    return found
+
+
+def _number(text: str, kind: type) -> Any:
+    """The number that `text` spells, or `text` itself if it spells none."""
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+def read_config_file(path: str, options: Iterable[Option]) -> dict[str, Any]:
+    """The options in a YAML file, by name, read and checked.
+
+    Raises UsageError for a file that is missing, no mapping of names to values, or repeats a name.
+    """
+    known = {option.name: option for option in options}
+    values = {}
+    for name, value in _mapping(path).items():
+        if name not in known:
+            raise UsageError(f"{path}: unknown option '{name}'{nearest(str(name), known)}")
+        values[name] = known[name].parse(value)
+    return values
+
+
+def _mapping(path: str) -> dict[Any, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        found = yaml.safe_load(text)
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict) or not isinstance(node, yaml.MappingNode):
+        raise UsageError(f"--config {path}: expected lines of 'option: value'")
+    names = [key.value for key, _ in node.value]
+    if repeated := {str(name) for name in names if names.count(name) > 1}:
+        raise UsageError(f"--config {path}: {', '.join(sorted(repeated))} stands there twice")
+    return found
