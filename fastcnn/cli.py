@@ -17,6 +17,7 @@ import fastcnn
 from fastcnn.config import PlaceConfig, options_by_name
 from fastcnn.errors import FastcnnError, UsageError, nearest
 from fastcnn.options import Option, options_of, read_config_file
+from fastcnn.train.host import share_the_cores
 
 METAVARS = {int: "N", float: "X", list: "N"}
 BROKEN_PIPE = 141  # what a shell reports of a command that SIGPIPE ended
@@ -311,6 +312,7 @@ def log_to_stderr(level: int) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return its exit code: 0 done, 2 usage, 3 data, 4 checkpoint, 6 numbers."""
     words = sys.argv[1:] if arguments is None else arguments
+    share_the_cores()
     try:
         name, given = parse(words)
         log_to_stderr(logging.WARNING if given.get("quiet") else logging.INFO)

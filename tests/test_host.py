@@ -47,6 +47,19 @@ def test_freed_tensors_are_not_faulted_in_again():
     assert int(output_of(FAULTS.format(tuned=True))) < 100
 
 
+def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(monkeypatch):
+    code = "import os\nfrom fastcnn.cli import main\nmain(['archs', '--json'])\n"
+    code += "print(os.environ.get('GOMP_SPINCOUNT'))"
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    assert output_of(code).endswith("10000")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "77")
+    assert output_of(code).endswith("77")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert output_of(code).endswith("None")
+
+
 def test_denormals_are_flushed():
     assert output_of(DENORMAL.format(tune="")) == "False"
     assert output_of(DENORMAL.format(tune="tune_process(2)")) == "True"
