@@ -15,6 +15,9 @@ from fastcnn.errors import UsageError, nearest
 from fastcnn.options import Option, option, options_of
 
 
+DATA_NAMES = ("cifar10", "digits")  # what --data may name beside a path
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     arch: str = option("vgg16", "network; `fastcnn archs` lists them")

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastcnn.archs import get_network
 from fastcnn.archs.spec import Conv, Network
-from fastcnn.config import Config, options_by_name
+from fastcnn.config import DATA_NAMES, Config, options_by_name
 from fastcnn.errors import UsageError
 
 # without a norm behind every convolution SGD at a high rate diverges; Adam at 2e-3 does not
@@ -146,7 +146,17 @@ def resolve(explicit: dict[str, Any]) -> Config:
     network = get_network(explicit.get("arch", known["arch"].default))
     recipe = explicit.get("recipe", known["recipe"].default)
     data = explicit.get("data", known["data"].default)
-    if Path(data).expanduser().exists():
-        # the run must find its images from another folder as well
-        explicit = explicit | {"data": str(Path(data).expanduser().resolve())}
-    return Config.from_flat(recipe_options(network, recipe, data) | explicit)
+    options = recipe_options(network, recipe, data) | explicit
+    # a run must find its images from another folder as well
+    for name in {"data", "data_dir"} & explicit.keys():
+        if explicit[name] not in (None, *DATA_NAMES):
+            options[name] = absolute(explicit[name])
+    return Config.from_flat(options)
+
+
+def absolute(path: str) -> str:
+    """The absolute path, or `path` as it stands if there is nothing: its reader says so."""
+    try:
+        return str(Path(path).expanduser().resolve(strict=True))
+    except (OSError, RuntimeError, ValueError):
+        return path

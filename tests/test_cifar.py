@@ -1,7 +1,9 @@
 """CIFAR-10: both archives, both unpacked folders, damage, forged pickles, no network."""
 
 import hashlib
+import http.client
 import io
+import logging
 import pickle
 import urllib.error
 
@@ -18,7 +20,7 @@ from image_files import (
 
 from fastcnn.config import DataConfig
 from fastcnn.data import cifar, load_dataset
-from fastcnn.errors import DataError
+from fastcnn.errors import DataError, UsageError
 
 BATCHES = cifar_batches()
 
@@ -81,6 +83,25 @@ def test_unpacked_folders(tmp_path, members):
     for name, data in members.items():
         write(tmp_path / "data" / name, data)
     assert_is_cifar(load(tmp_path / "data"))
+    (folder,) = (tmp_path / "data").iterdir()
+    assert_is_cifar(load(folder))
+    next(folder.iterdir()).unlink()
+    with pytest.raises(DataError, match="No such file"):
+        load(folder)
+
+
+@pytest.mark.parametrize("inner", ["", "deeper"])
+def test_data_dir_that_is_a_file_is_named(tmp_path, inner):
+    path = write(tmp_path / "file", b"x") / inner
+    with pytest.raises(DataError, match=f"{path}.*ot a (folder|directory)"):
+        load(path)
+
+
+def test_data_dir_that_cannot_be_a_path():
+    with pytest.raises(UsageError, match="--data-dir is empty"):
+        load("")
+    with pytest.raises(DataError, match=r"--data-dir .*name too long"):
+        load("x" * 5000)
 
 
 def test_second_start_unpickles_nothing(archive, monkeypatch):
@@ -215,17 +236,40 @@ def test_offline_names_the_alternatives(tmp_path):
     assert list((tmp_path / "data").iterdir()) == []
 
 
+class CutResponse(io.BytesIO):
+    headers = {}  # noqa: RUF012
+
+    def read(self, *_):
+        raise http.client.IncompleteRead(b"x")
+
+
+def no_http(*_, **__):
+    raise http.client.BadStatusLine("garbage\r\n")
+
+
+@pytest.mark.parametrize("answer", [no_http, lambda *_, **__: CutResponse()])
+def test_garbled_answer_is_as_offline(tmp_path, monkeypatch, answer):
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    with pytest.raises(DataError, match="--data digits or --data PATH") as error:
+        load(tmp_path / "data")
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
 class Response(io.BytesIO):
     headers = {"Content-Length": "1"}  # noqa: RUF012
 
 
-def test_download_is_checked_and_kept(archive, tmp_path, monkeypatch):
+def test_download_is_checked_and_kept(archive, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
     path = archive()
     data = path.read_bytes()
     path.unlink()
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: Response(data))
     assert_is_cifar(load(tmp_path / "elsewhere"))
     assert [p.name for p in (tmp_path / "elsewhere").iterdir()] == [cifar.PYTHON_ARCHIVE]
+    # the download is worth a line of the log, packing it is not
+    assert [record.getMessage() for record in caplog.records] == ["downloading CIFAR-10: 1"]
 
 
 def test_download_with_wrong_md5_is_not_kept(archive, tmp_path, monkeypatch):

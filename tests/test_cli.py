@@ -56,6 +56,8 @@ def run(capsys, *words):
         ("train --arch vgg61", 2, "did you mean 'vgg16'?"),
         ("train --data digts", 2, "did you mean 'digits'?"),
         ("train --data no/such/folder", 3, "no such file or folder"),
+        ("train --data ~nobody/y", 3, "--data"),
+        ("train --data " + "x" * 300, 3, "too long"),
         ("train --loader dali", 2, "--loader: 'dali' is not one of resident, torch"),
         ("train --config no-such.yaml", 2, "no-such.yaml"),
         ("train --epoch 1", 2, "unknown option --epoch; did you mean '--epochs'?"),

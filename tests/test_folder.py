@@ -6,6 +6,7 @@ import os
 import struct
 import tarfile
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,6 +128,89 @@ def test_fingerprint_decides_on_packing_again(root, monkeypatch):
     assert len(calls) == 36
 
 
+def bitmap(number):
+    return encoded(noise((8, 8, 3), seed=number), "BMP")  # of one length, whatever it shows
+
+
+def write_bitmaps(root, first):
+    for number, name in enumerate(["ant/0", "ant/1", "bee/0", "bee/1"]):
+        path = write(root / f"{name}.bmp", bitmap(first + number))
+        os.utime(path, (1, 1))
+    return root
+
+
+def test_folders_of_equal_names_sizes_and_times_are_told_apart(root, tmp_path, monkeypatch):
+    def without_ctime(entry):
+        status = entry.stat()
+        names = ("st_mode", "st_size", "st_mtime_ns")
+        return SimpleNamespace(st_ctime_ns=0, **{name: getattr(status, name) for name in names})
+
+    # the path alone must do, also where two unpackings fall into one tick of the clock
+    monkeypatch.setattr(folder, "_status", without_ctime)
+    first = load(write_bitmaps(root, 0))
+    assert load(write_bitmaps(tmp_path / "other" / "images", 10)).digest != first.digest
+
+
+def test_contents_replaced_under_an_old_mtime_are_seen(root, tmp_path):
+    first = load(write_bitmaps(root, 0))
+    assert load(write_bitmaps(root, 10)).digest != first.digest
+    path = tmp_path / "x.tar"
+    digests = []
+    for number in (0, 10):
+        os.utime(write_tar(path, members_of(write_bitmaps(root, number))), (1, 1))
+        digests.append(load(path).digest)
+    assert digests[0] != digests[1]
+
+
+@pytest.mark.parametrize("outer", ["", "outer"])
+@pytest.mark.parametrize(
+    "splits", [("Train", "Test"), ("TRAIN", "val", "Test"), ("train", "VAL"), ("Train",)]
+)
+def test_splits_in_capitals(root, splits, outer):
+    write_folder(root / outer, splits, count=5)
+    dataset = load(root)
+    assert dataset.classes == ("ant", "bee")
+    assert (dataset.val is not None) == (len(splits) == 3)
+    assert len(dataset.train) == (8 if len(splits) == 1 else 10)
+
+
+@pytest.mark.parametrize("outer", ["", "outer"])
+@pytest.mark.parametrize(
+    "splits", [("training", "testing"), ("Training", "Testing", "Validation", "x")]
+)
+def test_misnamed_splits_are_refused(root, splits, outer):
+    write_folder(root / outer, splits)
+    with pytest.raises(DataError, match=r"same folders \(ant, bee\).*expected train/ with test/"):
+        load(root)
+
+
+def test_classes_with_folders_inside_are_no_splits(root):
+    # Tiny ImageNet has <class>/images/; and under train/ nothing is guessed
+    write_folder(root / "one", ("ant", "bee"), ("images",))
+    assert load(root / "one").classes == ("ant", "bee")
+    write_folder(root / "two" / "train", ("ant", "bee"), ("left", "right"))
+    assert load(root / "two").classes == ("ant", "bee")
+    write(write_folder(root / "three", ("ant", "bee"), ("left", "right")) / "ant/0.png", image())
+    assert load(root / "three").classes == ("ant", "bee")
+    write_folder(root / "four", ("ant", "bee"), ("left", "right"))
+    write_folder(root / "four", ("cow",), ("left", "front"))
+    assert load(root / "four").classes == ("ant", "bee", "cow")
+
+
+@pytest.mark.parametrize("name", ["train/caf\udce9/0.png", "train/ant/caf\udce9.png"])
+def test_names_that_are_not_utf8_are_refused(root, tmp_path, name):
+    write(write_folder(root) / name, image())
+    archive = write_tar(tmp_path / "x.tar", members_of(root))
+    for path in (root, archive):
+        with pytest.raises(DataError, match=r"caf\\udce9.* is not UTF-8; rename it") as error:
+            load(path)
+        assert str(error.value).isascii()
+    (root / name).rename(root / "train/ant/.caf\udce9")
+    if name.startswith("train/caf"):
+        (root / name).parent.rmdir()
+    assert len(load(root).train) == 6
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -134,6 +218,9 @@ def test_fingerprint_decides_on_packing_again(root, monkeypatch):
         (lambda root: write_folder(root, ("train", "test"), ("ant",)), "one class only"),
         (lambda root: write_folder(root, ("test",)), "has test/ but no train/"),
         (lambda root: write_folder(root, ("train", "valid")), "train/ and valid/"),
+        (lambda root: write_folder(root, ("Train", "valid")), "Train/ and valid/.*rename it"),
+        (lambda root: write_folder(root, ("Train", "train")), "has Train/ and train/; keep one"),
+        (lambda root: write_folder(root, ("Test",)), "has Test/ but no train/"),
         (lambda root: write(root / "a.png", image()), "no class folders"),
         (lambda root: write_folder(root, ("",), count=1), "one image"),
         (lambda root: (write_folder(root) / "train" / "cow").mkdir(), "cow: no images"),
@@ -301,6 +388,42 @@ def test_bad_files_are_named_and_counted(root, recwarn):
         load(root)
     assert "\n" not in str(e.value)
     assert not list(recwarn)
+
+
+def test_one_bad_file_is_singular(root):
+    write(write_folder(root) / "train/ant/0.png", b"")
+    with pytest.raises(DataError, match=r"1 unreadable image file: .*empty; .* remove it$"):
+        load(root)
+
+
+def test_broken_link_to_an_image_is_one_bad_file(root):
+    write(write_folder(root) / "train/ant/0.png", b"")
+    (root / "train/bee/9.png").symlink_to("nowhere")
+    (root / "test/bee/9.png").symlink_to("9.png")
+    with pytest.raises(
+        DataError,
+        match=r"3 unreadable .*ant/0\.png: empty; train/bee/9\.png: No such file.*9\.png: Too many",
+    ):
+        load(root)
+
+
+def test_broken_link_that_may_be_a_class_is_named(root):
+    (write_folder(root) / "train/cow").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"train/cow: broken link \(No such file"):
+        load(root)
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_packing_is_announced_from_some_size_on(root, tmp_path, caplog, monkeypatch, archived):
+    path = write_folder(root)
+    if archived:
+        path = write_tar(tmp_path / "x.tar", members_of(root))
+    caplog.set_level(logging.INFO)
+    load(path)
+    assert not caplog.records
+    monkeypatch.setattr(folder, "SLOW_IMAGES", 11)
+    load(path, image_size=16)
+    assert [record.getMessage() for record in caplog.records] == ["packing images: 12"]
 
 
 def test_file_cut_between_listing_and_reading(root, monkeypatch):

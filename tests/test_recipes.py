@@ -40,6 +40,17 @@ def test_a_saved_configuration_resolves_to_itself():
     assert resolve(config.flat()) == config
 
 
+def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "digits").mkdir()
+    assert resolve({"data": "images"}).data.data == str(tmp_path / "images")
+    assert resolve({"data_dir": "images"}).data.data_dir == str(tmp_path / "images")
+    assert resolve({"data": "digits"}).data.data == "digits"
+    for wrong in ("digts", "no/such", "x" * 5000, "~nobody/y"):
+        assert resolve({"data": wrong}).data.data == wrong
+
+
 def test_printed_numbers_of_the_reports():
     optim = resolve({"arch": "cnn-a", "recipe": "report"}).optim
     assert (optim.lr, optim.weight_decay, optim.epochs) == (1e-3, 5e-4, 50)

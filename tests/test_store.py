@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_files import make_images, noise
+from image_files import make_images, noise, write_folder
 
 from fastcnn.config import DataConfig
 from fastcnn.data import load_dataset
@@ -267,15 +267,41 @@ def test_digits_fill_the_wanted_size():
     )
 
 
+def test_digits_are_packed_in_silence(caplog):
+    with caplog.at_level(logging.INFO):
+        load_dataset(DataConfig(data="digits"), 8)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(("name", "hint"), [("cifr10", "cifar10"), ("digit", "digits")])
 def test_unknown_data_names_the_nearest(name, hint):
     with pytest.raises(UsageError, match=f"did you mean '{hint}'"):
         load_dataset(DataConfig(data=name), 32)
 
 
-def test_missing_path_is_a_data_error(tmp_path):
-    with pytest.raises(DataError, match="no such file or folder"):
-        load_dataset(DataConfig(data=str(tmp_path / "none")), 32)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/none/such", "no such file or folder"),
+        ("x" * 5000, "name too long"),
+        ("/" + "x" * 300, "name too long"),
+        ("/dev/null", "neither a folder nor"),
+        ("~no-such-user/images", "home directory"),
+        ("caf\udce9", r"'caf\\udce9' is not UTF-8"),
+        ("a\0b", "null"),
+    ],
+)
+def test_bad_path_is_a_data_error(name, message):
+    with pytest.raises(DataError, match=message) as error:
+        load_dataset(DataConfig(data=name), 32)
+    assert len(str(error.value).encode()) < 200
+
+
+def test_empty_name_is_a_usage_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_folder(tmp_path / "images"))
+    with pytest.raises(UsageError, match="--data is empty"):
+        load_dataset(DataConfig(data=""), 32)
+    assert load_dataset(DataConfig(data="."), 32).name == "images"
 
 
 def dataset(train=40, test=20, val=None):

@@ -5,7 +5,9 @@ nothing is extracted. The python batches are pickles: they go through an unpickl
 arrays and plain values and nothing else.
 """
 
+import contextlib
 import hashlib
+import http.client
 import io
 import os
 import pickle
@@ -20,6 +22,7 @@ import numpy as np
 
 from fastcnn.config import DataConfig
 from fastcnn.data.decode import resize
+from fastcnn.data.paths import given_path, kind_of
 from fastcnn.data.progress import progress_bar
 from fastcnn.data.store import Block, Contents, Dataset, cache_dir, fingerprint, load_packed, pack
 from fastcnn.errors import DataError
@@ -46,22 +49,30 @@ def load_cifar10(config: DataConfig) -> Dataset:
     """Return the 50,000 training and 10,000 test images.
 
     Looked for in `config.data_dir` or, without one, in the cache folder's cifar10/, and downloaded
-    into it if missing. Raises DataError for an archive with another MD5, for batches that are not
-    CIFAR-10's and for a download that fails.
+    into it if missing; `config.data_dir` may also be the unpacked folder itself. Raises DataError
+    for an archive with another MD5, for batches that are not CIFAR-10's, for a `data_dir` that is
+    no folder and for a download that fails.
     """
     size = config.image_size
-    if config.data_dir is None:
-        if (packed := _already_packed(size)) is not None:
-            return packed
-        folder = cache_dir() / "cifar10"
-    else:
-        folder = Path(config.data_dir).expanduser()
+    if config.data_dir is not None:
+        return _from_data_dir("--data-dir", given_path("--data-dir", config.data_dir), size)
+    if (packed := _already_packed(size)) is not None:
+        return packed
+    return _from_data_dir("cache folder", cache_dir() / "cifar10", size)
+
+
+def _from_data_dir(what: str, folder: Path, size: int | None) -> Dataset:
+    if kind_of(what, folder) not in ("folder", None):
+        raise DataError(f"{what} {folder}: not a folder; give the one that holds the archive")
     for name in (PYTHON_ARCHIVE, BINARY_ARCHIVE):
-        if (folder / name).is_file():
+        if kind_of(what, folder / name) == "file":
             return _from_archive(folder / name, size)
     for name, batches in ((PYTHON_FOLDER, PYTHON_BATCHES), (BINARY_FOLDER, BINARY_BATCHES)):
-        if (folder / name).is_dir():
+        if kind_of(what, folder / name) == "folder":
             return _from_folder(folder / name, batches, size)
+        # any one of them: a folder that lacks some is an error, not a place to download to
+        if any(kind_of(what, folder / batch) == "file" for batch in batches):
+            return _from_folder(folder, batches, size)
     _download(folder / PYTHON_ARCHIVE)
     return _from_archive(folder / PYTHON_ARCHIVE, size)
 
@@ -119,7 +130,7 @@ def _from_folder(folder: Path, batches: list[str], size: int | None) -> Dataset:
         status = [(folder / name).stat() for name in batches]
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}; unpack the archive again") from error
-    stamps = [[s.st_size, s.st_mtime_ns] for s in status]
+    stamps = [[s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in status]
     key = fingerprint("cifar10 folder", str(folder.resolve()), stamps, size)
     return pack("cifar10", key, partial(_contents, folder, batches, read, size))
 
@@ -199,7 +210,7 @@ def _download(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(URL, timeout=TIMEOUT_S) as response, open(part, "wb") as file:
             total = int(response.headers.get("Content-Length", 0))
-            with progress_bar("downloading CIFAR-10", total) as advance:
+            with progress_bar("downloading CIFAR-10", total, announce=True) as advance:
                 while block := response.read(BLOCK):
                     file.write(block)
                     advance(len(block))
@@ -210,10 +221,13 @@ def _download(path: Path) -> None:
                 f"{PYTHON_ARCHIVE} into the folder of --data-dir"
             )
         os.replace(part, path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"cannot download CIFAR-10 to {path.parent} ({error}); put {PYTHON_ARCHIVE} into the "
+            f"cannot download CIFAR-10 to {path.parent} ({reason}); put {PYTHON_ARCHIVE} into the "
             "folder of --data-dir, or take --data digits or --data PATH"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        # it may not exist, nor its folder: the error that says so is already on its way
+        with contextlib.suppress(OSError):
+            part.unlink()

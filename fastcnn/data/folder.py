@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
 from fastcnn.config import DataConfig
-from fastcnn.data.decode import BadImageError, decode
+from fastcnn.data.decode import EXTENSIONS, BadImageError, decode
 from fastcnn.data.listing import Layout, find_layout
 from fastcnn.data.store import Block, Contents, Dataset, fingerprint, log, pack
 from fastcnn.errors import DataError
@@ -25,6 +25,10 @@ NAMED_BAD = 3  # unreadable files that an error names
 # Small files cost more Python than decoding, and threads only fight for the interpreter's lock:
 # 10.0 k CIFAR JPEGs/s with one thread, 6.8 k with two (2 cores, 2026-11)
 THREADED_BYTES = 16_384
+SLOW_IMAGES = 5000  # more are announced in a log: packing them may take a minute
+
+# Bytes, mtime and ctime in ns; the ctime tells of contents replaced under an old mtime (cp -p)
+Stamp = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,20 @@ def load_folder(path: Path, config: DataConfig) -> Dataset:
     used = [
         [split, item, files[item]] for split, items in layout.splits.items() for item, _ in items
     ]
-    key = fingerprint("folder", used, layout.classes, config.image_size)
-    return pack(path.name, key, partial(_contents, path, files, layout, config.image_size))
+    # unpacked archives and copies may agree in names, sizes and times: the path tells them apart
+    resolved = path.resolve()
+    key = fingerprint("folder", str(resolved), used, layout.classes, config.image_size)
+    return pack(
+        path.name or resolved.name, key, partial(_contents, path, files, layout, config.image_size)
+    )
 
 
-def list_folder(path: Path) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """Return {file's relative path: (bytes, mtime in ns)} and the relative paths of folders.
+def list_folder(path: Path) -> tuple[dict[str, Stamp], list[str]]:
+    """Return {file's relative path: stamp} and the relative paths of folders.
 
     Links are followed, but not back into a folder above. Raises DataError where the listing fails.
     """
-    files: dict[str, tuple[int, int]] = {}
+    files: dict[str, Stamp] = {}
     folders: list[str] = []
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     try:
@@ -69,31 +77,48 @@ def list_folder(path: Path) -> tuple[dict[str, tuple[int, int]], list[str]]:
                 if entry.name.startswith("."):
                     continue
                 relative = f"{inner}/{entry.name}" if inner else entry.name
-                status = entry.stat()
+                status = _status(entry)
                 if stat.S_ISDIR(status.st_mode):
                     folders.append(relative)
                     waiting.append((relative, above | {identity}))
-                elif stat.S_ISREG(status.st_mode):
-                    files[relative] = (status.st_size, status.st_mtime_ns)
+                elif stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode):
+                    files[relative] = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     except OSError as error:
         raise DataError(f"cannot list {error.filename}: {error.strerror}") from error
     return files, folders
 
 
+def _status(entry: "os.DirEntry[str]") -> os.stat_result:
+    """Follow a link; of a broken link to an image return its own status, so that decoding names it
+    among the unreadable files. Any other broken link may stand for a class: that is an error."""
+    try:
+        return entry.stat()
+    except OSError as error:
+        own = entry.stat(follow_symlinks=False)
+        if not stat.S_ISLNK(own.st_mode):
+            raise
+        if PurePath(entry.name).suffix.lower() in EXTENSIONS:
+            return own
+        raise DataError(
+            f"{entry.path}: broken link ({error.strerror}); mend or remove it"
+        ) from error
+
+
 def warn_ignored(path: Path, layout: Layout) -> None:
     if layout.ignored:
-        log.warning("%s: %d files left out: not images of a class", path, layout.ignored)
+        noun = "file" if layout.ignored == 1 else "files"
+        log.warning("%s: %d %s left out: not images of a class", path, layout.ignored, noun)
 
 
 def _contents(
-    root: Path, files: dict[str, tuple[int, int]], layout: Layout, image_size: int | None
+    root: Path, files: dict[str, Stamp], layout: Layout, image_size: int | None
 ) -> Contents:
     sources = (
         Source(split, position, path, partial(_read_file, root / path, files[path][0]))
         for split, items in layout.splits.items()
         for position, (path, _) in enumerate(items)
     )
-    mean_bytes = sum(size for size, _ in files.values()) / len(files)
+    mean_bytes = sum(size for size, _, _ in files.values()) / len(files)
     return decoded_contents(root, layout, sources, image_size, mean_bytes)
 
 
@@ -124,7 +149,8 @@ def decoded_contents(
         for split, items in layout.splits.items()
     }
     blocks = _blocks(root, sources, image_size, threads)
-    return Contents(layout.classes, labels, _without_bomb_warnings(blocks))
+    slow = sum(map(len, labels.values())) > SLOW_IMAGES
+    return Contents(layout.classes, labels, _without_bomb_warnings(blocks), slow)
 
 
 def _without_bomb_warnings(blocks: Iterator[Block]) -> Iterator[Block]:
@@ -160,8 +186,9 @@ def _blocks(
     if bad:
         named = "; ".join(f"{path}: {reason}" for path, reason in bad[:NAMED_BAD])
         more = f"; and {len(bad) - NAMED_BAD} more" if len(bad) > NAMED_BAD else ""
+        noun, them = ("file", "it") if len(bad) == 1 else ("files", "them")
         raise DataError(
-            f"{root}: {len(bad)} unreadable image files: {named}{more}; replace or remove them"
+            f"{root}: {len(bad)} unreadable image {noun}: {named}{more}; replace or remove {them}"
         )
 
 

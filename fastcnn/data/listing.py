@@ -1,7 +1,7 @@
 """From the paths of image files to splits and classes; the same for a folder and for a tar.
 
     train/<class>/…, with test/ or val/ or both    val/ beside test/ is for validation, alone it
-                                                   is the test set
+                                                   is the test set; in capitals too
     <class>/…                                      a fixed part of every class becomes the test set
 
 A single folder around either layout is looked through. Hidden files are left out.
@@ -15,6 +15,7 @@ import numpy as np
 
 from fastcnn.data.decode import EXTENSIONS
 from fastcnn.data.draws import derive_seed
+from fastcnn.data.paths import check_utf8
 from fastcnn.data.store import SPLITS
 from fastcnn.errors import DataError
 
@@ -39,10 +40,11 @@ def find_layout(
 ) -> Layout:
     """Sort the files below the root `where` into splits and classes.
 
-    `folders` are those that exist, maybe empty. Raises DataError for no images, a class without
-    images, train/ without its test images, and splits with different classes.
+    `folders` are those that exist, maybe empty. Raises DataError for a name that is not UTF-8, no
+    images, a class without images, train/ without its test images, folders that look like splits
+    under other names, and splits with different classes.
     """
-    seen, kept = _visible(files), _visible(folders)
+    seen, kept = _visible(where, files), _visible(where, folders)
     if not seen:
         raise DataError(f"{where}: no files; expected folders of images, one a class")
     root = _outer(seen, kept)
@@ -58,9 +60,14 @@ def find_layout(
     return Layout(classes, numbered, len(seen) - sum(map(len, numbered.values())))
 
 
-def _visible(paths: Iterable[str]) -> list[Parts]:
-    parts = (PurePosixPath(path).parts for path in paths)
-    return [path for path in parts if path and not any(part.startswith(".") for part in path)]
+def _visible(where: str, paths: Iterable[str]) -> list[Parts]:
+    visible: list[Parts] = []
+    for path in paths:
+        parts = PurePosixPath(path).parts
+        if parts and not any(part.startswith(".") for part in parts):
+            check_utf8(where, path)
+            visible.append(parts)
+    return visible
 
 
 def _outer(files: list[Parts], folders: list[Parts]) -> Parts:
@@ -69,7 +76,8 @@ def _outer(files: list[Parts], folders: list[Parts]) -> Parts:
     while True:
         depth = len(outer)
         tops = {path[depth] for path in files + folders if len(path) > depth}
-        if len(tops) > 1 or tops & set(SPLITS) or any(len(path) < depth + 3 for path in files):
+        named = any(top.lower() in SPLITS for top in tops)
+        if len(tops) > 1 or named or any(len(path) < depth + 3 for path in files):
             return outer
         outer += tuple(tops)
 
@@ -87,16 +95,63 @@ def _splits(
     def below(*inner: str) -> Classes:
         return _by_class("/".join((where, *inner)), (*root, *inner), files, folders)
 
-    tests = sorted(tops & {"test", "val"})
-    if "train" in tops and tests:
-        named = dict(zip(("test", "val"), tests, strict=False))
-        return {"train": below("train"), **{to: below(source) for to, source in named.items()}}
-    if "train" in tops and tops != {"train"}:
-        other = min(tops - {"train"})
-        raise DataError(f"{where}: has train/ and {other}/; call the test images' folder test/")
+    named = _split_folders(where, tops)
+    tests = [named[split] for split in ("test", "val") if split in named]
+    if "train" not in named:
+        if tests:
+            raise DataError(f"{where}: has {tests[0]}/ but no train/")
+        _refuse_misnamed_splits(where, root, tops, files, folders)
+        return _stratified(where, below(), test_fraction)
+    train = named["train"]
     if tests:
-        raise DataError(f"{where}: has {tests[0]}/ but no train/")
-    return _stratified(where, below(*(("train",) if tops == {"train"} else ())), test_fraction)
+        sources = dict(zip(("test", "val"), tests, strict=False))
+        return {"train": below(train), **{to: below(source) for to, source in sources.items()}}
+    if others := tops - {train}:
+        raise DataError(
+            f"{where}: has {train}/ and {min(others)}/; call the test images' folder test/ or, if "
+            f"{train} is a class, rename it"
+        )
+    return _stratified(where, below(train), test_fraction)
+
+
+def _split_folders(where: str, tops: set[str]) -> dict[str, str]:
+    """Return the folder of every split that has one, whatever its case."""
+    found: dict[str, str] = {}
+    for name in sorted(tops):
+        split = name.lower()
+        if split not in SPLITS:
+            continue
+        if split in found:
+            raise DataError(f"{where}: has {found[split]}/ and {name}/; keep one of them")
+        found[split] = name
+    return found
+
+
+def _refuse_misnamed_splits(
+    where: str, root: Parts, tops: set[str], files: list[Parts], folders: list[Parts]
+) -> None:
+    """Refuse training/ and testing/, whose folders would count as two classes: all hold the same
+    two or more folders, and no image lies beside those. (One alone, as in Tiny ImageNet's
+    <class>/images/, is no split's: a split has two classes.)"""
+    depth = len(root)
+    inner: dict[str, set[str]] = {top: set() for top in tops}
+    for path in files:
+        if len(path) == depth + 2 and PurePosixPath(path[-1]).suffix.lower() in EXTENSIONS:
+            return
+    holders = [path for path in folders if len(path) > depth + 1]
+    for path in holders + [path[:-1] for path in files if len(path) > depth + 2]:
+        inner[path[depth]].add(path[depth + 1])
+    shared = next(iter(inner.values()), set())
+    if len(tops) > 1 and len(shared) > 1 and all(names == shared for names in inner.values()):
+        raise DataError(
+            f"{where}: {_some(tops, '/')} all hold the same folders ({_some(shared)}), as splits "
+            "do, not classes; expected train/ with test/ or val/"
+        )
+
+
+def _some(names: set[str], end: str = "") -> str:
+    shown = [f"{name}{end}" for name in sorted(names)[:3]]
+    return ", ".join(shown + ["…"] * (len(names) > 3))
 
 
 def _by_class(where: str, root: Parts, files: list[Parts], folders: list[Parts]) -> Classes:

@@ -9,13 +9,18 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, total: float) -> Iterator[Callable[[float], None]]:
-    """Show a bar while the block runs; the block calls what it is given with each step's size."""
+def progress_bar(title: str, total: float, *, announce: bool) -> Iterator[Callable[[float], None]]:
+    """Show a bar while the block runs; the block calls what it is given with each step's size.
+
+    Without a terminal a line is logged, and that only if `announce`: what takes a moment would
+    add a line to every log, and a second one to an error.
+    """
     if not log.isEnabledFor(logging.INFO):
         yield lambda step: None
         return
     if not sys.stderr.isatty():
-        log.info("%s: %s", title, f"{total:,.0f}")
+        if announce:
+            log.info("%s: %s", title, f"{total:,.0f}")
         yield lambda step: None
         return
     from rich.console import Console

@@ -64,12 +64,13 @@ class Contents:
     """What a reader hands over for packing.
 
     `labels` holds int64 (N,) per split. `blocks` yields (split, positions, pixels), pixels uint8
-    (n, H, W, 3), in any order, every position once.
+    (n, H, W, 3), in any order, every position once. `slow` contents are announced in a log.
     """
 
     classes: tuple[str, ...]
     labels: dict[str, np.ndarray]
     blocks: Iterator[Block]
+    slow: bool = False
 
 
 def fingerprint(*parts: Any) -> str:
@@ -244,7 +245,8 @@ def _write_pixels(folder: Path, contents: Contents) -> tuple[int, int]:
     sides: tuple[int, int] | None = None
     with contextlib.ExitStack() as stack:
         files: dict[str, tuple[Any, int]] = {}
-        advance = stack.enter_context(progress_bar("packing images", sum(counts.values())))
+        bar = progress_bar("packing images", sum(counts.values()), announce=contents.slow)
+        advance = stack.enter_context(bar)
         for split, positions, pixels in contents.blocks:
             if sides is None:
                 sides = (pixels.shape[1], pixels.shape[2])

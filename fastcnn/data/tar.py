@@ -37,7 +37,7 @@ def load_tar(path: Path, config: DataConfig) -> Dataset:
     status = path.stat()
     key = fingerprint(
         "tar",
-        [str(path.resolve()), status.st_size, status.st_mtime_ns],
+        [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns],
         [config.image_size, config.test_fraction],
     )
     return pack(path.name, key, partial(_contents, path, config))
