@@ -1,4 +1,4 @@
-"""Whole runs on small data: the run folder, resumption at every step, selection, bad numbers."""
+"""Whole runs on small data: the run folder, selection, bad numbers, evaluation."""
 
 import csv
 import json
@@ -8,79 +8,19 @@ import pytest
 import torch
 import yaml
 from image_files import write_folder
+from small_runs import (
+    SMALL,
+    assert_same,
+    final_state,
+    fixed_validation,
+    start,
+)
 
 from fastcnn.config import PlaceConfig
 from fastcnn.errors import CheckpointError, DataError, NumbersError, UsageError
 from fastcnn.recipes import resolve
 from fastcnn.train import checkpoint, loop, run
-from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
 from fastcnn.train.rundir import COLUMNS, RunFolder
-
-# dropout and batch norm, so that every kind of state matters
-SMALL = {
-    "arch": "murgolo-improved",
-    "data": "digits",
-    "train_subset": 64,
-    "test_subset": 40,
-    "batch_size": 24,
-    "eval_batch_size": 16,
-    "epochs": 2,
-    "threads": 1,
-}
-TIMED = {"images_per_s", "seconds"}
-
-
-def start(tmp_path, name="run", **options):
-    place = PlaceConfig(output=str(tmp_path), name=name)
-    return run.start(resolve(SMALL | options), place, ["test"], quiet=True)
-
-
-def resume(folder, **options):
-    allow = options.pop("allow_changes", False)
-    place = PlaceConfig(resume=str(folder), allow_changes=allow)
-    return run.resume(place, options, ["test"], quiet=True)
-
-
-def final_state(folder):
-    """Everything that must be the same bit for bit: no times, no paths."""
-    state = checkpoint.load(folder / "last.pt")
-    rows = state["progress"]["history"]
-    history = [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
-    return {
-        "model": state["model"],
-        "ema": state["ema"],
-        "optimizer": state["optimizer"]["state"],
-        "rng": state["rng"],
-        "loader": state["loader"],
-        "step": state["step"],
-        "history": history,
-    }
-
-
-def assert_same(first, second):
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second)
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for name in first:
-            assert_same(first[name], second[name])
-    elif isinstance(first, list):
-        assert len(first) == len(second)
-        for one, other in zip(first, second, strict=True):
-            assert_same(one, other)
-    else:
-        assert first == second
-
-
-def stop_at_check(monkeypatch, number):
-    """Make the `number`-th look at the signals find one (a look a step and an evaluation batch)."""
-    looks = iter(range(1, 10_000))
-
-    def check(self):
-        if next(looks) == number:
-            raise Interrupted(15)
-
-    monkeypatch.setattr(StopAtStepEdge, "check", check)
 
 
 def test_run_folder_holds_what_the_readme_says(tmp_path):
@@ -162,151 +102,6 @@ def test_seed_changes_the_run(tmp_path, seed):
     assert first["history"] != other["history"]
 
 
-RESUMED = {
-    "ema": 0.9,
-    "mixup": 0.4,
-    "cutmix": 1.0,
-    "rotation": 10.0,
-    "flip": "alternating",
-    "optimizer": "adam",
-    "lr": 1e-3,
-    "val_fraction": 0.25,
-}
-
-
-# 48 images in batches of 24: per epoch 2 looks while training, 1 while evaluating 16 images;
-# then 3 looks while testing 40
-@pytest.mark.parametrize("look", range(1, 10))
-@pytest.mark.parametrize(("loader", "workers"), [("resident", 0), ("torch", 0), ("torch", 1)])
-def test_stopped_anywhere_and_resumed_is_bit_equal(tmp_path, monkeypatch, look, loader, workers):
-    if workers and look not in (1, 5):
-        pytest.skip("two places show that worker processes change nothing")
-    options = RESUMED | {"loader": loader, "workers": workers}
-    whole = final_state(start(tmp_path, "whole", **options).folder.path)
-    with monkeypatch.context() as patch:
-        stop_at_check(patch, look)
-        with pytest.raises(Interrupted):
-            start(tmp_path, "broken", **options)
-    outcome = resume(tmp_path / "broken")
-    assert_same(whole, final_state(tmp_path / "broken"))
-    reference = json.loads((tmp_path / "whole" / "summary.json").read_text())
-    for key in ("test_top1", "test_loss", "val_loss", "best_epoch"):
-        assert outcome.summary[key] == reference[key]
-
-
-def test_resume_from_a_periodic_checkpoint_is_bit_equal(tmp_path, monkeypatch):
-    whole = final_state(start(tmp_path, "whole").folder.path)
-
-    class Killed(BaseException):
-        pass
-
-    original = loop.TrainStep.__call__
-
-    def dies_at_step_five(self, images, labels):
-        if self.step == 4:
-            raise Killed
-        original(self, images, labels)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.TrainStep, "__call__", dies_at_step_five)
-        with pytest.raises(Killed):
-            start(tmp_path, "broken", checkpoint_steps=2)
-    assert checkpoint.load(tmp_path / "broken" / "last.pt")["step"] == 4
-    resume(tmp_path / "broken", checkpoint_steps=0)
-    assert_same(whole, final_state(tmp_path / "broken"))
-
-
-def test_resume_refuses_other_options_and_lists_them(tmp_path):
-    folder = start(tmp_path, epochs=1).folder.path
-    with pytest.raises(UsageError, match=r"lr: 0.002 → 0.5; seed: 0 → 3.*--allow-changes"):
-        resume(folder, lr=0.5, seed=3)
-    with pytest.raises(UsageError, match="seed cannot change in mid-run; start a new run"):
-        resume(folder, lr=0.5, seed=3, allow_changes=True)
-    outcome = resume(folder, epochs=2, allow_changes=True)
-    assert outcome.summary["epochs"] == 2
-    with pytest.raises(UsageError, match="the run has trained for more already"):
-        resume(folder, epochs=1, allow_changes=True)
-
-
-def test_a_configuration_edited_by_hand_counts_as_a_change(tmp_path):
-    folder = start(tmp_path, epochs=1).folder.path
-    text = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(text.replace("lr: 0.002", "lr: 0.5"))
-    with pytest.raises(UsageError, match=r"lr: 0.002 → 0.5"):
-        resume(folder)
-
-
-@pytest.mark.parametrize(
-    "change", [{"weight_decay": 0.5}, {"momentum": 0.1}, {"nesterov": False}, {"lr": 1.0}]
-)
-def test_changed_hyperparameters_take_effect(tmp_path, monkeypatch, change):
-    options = {"optimizer": "sgd", "lr": 0.05}
-    states = []
-    for name, changes in (("plain", {}), ("changed", change)):
-        with monkeypatch.context() as patch:
-            stop_at_check(patch, 4)
-            with pytest.raises(Interrupted):
-                start(tmp_path, name, **options)
-        resume(tmp_path / name, **changes, allow_changes=True)
-        states.append(final_state(tmp_path / name)["model"]["conv1.conv.weight"])
-    assert not torch.equal(*states)
-
-
-def test_an_interrupted_final_test_keeps_the_model_that_was_trained(tmp_path, monkeypatch):
-    options = {"val_fraction": 0.25, "restore_best": True, "ema": 0.5, "epochs": 3}
-    with monkeypatch.context() as patch:
-        fixed_validation(patch, [0.9, 0.5, 0.4])
-        whole = final_state(start(tmp_path, "whole", **options).folder.path)
-    with monkeypatch.context() as patch:
-        fixed_validation(patch, [0.9, 0.5, 0.4])
-        stop_at_check(patch, 10)  # three looks an epoch: the first batch of the test
-        with pytest.raises(Interrupted):
-            start(tmp_path, "broken", **options)
-    resume(tmp_path / "broken")
-    assert_same(whole, final_state(tmp_path / "broken"))
-
-
-DAMAGES = {
-    "no optimiser": lambda state: state.pop("optimizer"),
-    "no progress": lambda state: state.pop("progress"),
-    "no configuration": lambda state: state.pop("config"),
-    "odd configuration": lambda state: state.update(config={"lrr": 1}),
-    "progress of another kind": lambda state: state.update(progress=[1, 2]),
-    "another optimiser": lambda state: state["optimizer"].update(param_groups=[]),
-    "no data": lambda state: state.update(data=None),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_checkpoint_with_odd_contents_is_named(tmp_path, damage):
-    folder = start(tmp_path, epochs=1).folder
-    state = checkpoint.load(folder.last)
-    state["progress"]["epoch"] = 0
-    DAMAGES[damage](state)
-    checkpoint.save(state, folder.last)
-    (folder.path / "summary.json").unlink()
-    with pytest.raises(CheckpointError, match=r"last\.pt"):
-        resume(folder.path)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
-def test_a_damaged_summary_is_named(tmp_path, text):
-    folder = start(tmp_path, epochs=1).folder.path
-    (folder / "summary.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"summary\.json"):
-        resume(folder)
-
-
-def test_a_resumption_is_recorded_beside_the_first_command(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_at_check(patch, 2)
-        with pytest.raises(Interrupted):
-            start(tmp_path)
-    run.resume(PlaceConfig(resume=str(tmp_path / "run")), {}, ["again"], quiet=True)
-    found = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert (found["command"], found["resumed_by"]) == (["test"], [["again"]])
-
-
 def test_evaluation_says_when_the_data_has_changed(tmp_path, caplog):
     images = write_folder(tmp_path / "images", splits=("",), count=10, side=32)
     options = {"data": str(images), "train_subset": None, "test_subset": None, "epochs": 1}
@@ -329,26 +124,6 @@ def test_weights_that_are_not_finite_are_not_evaluated(tmp_path):
         run.evaluate_run(str(folder.path), overrides={"threads": 1})
 
 
-def test_resume_refuses_other_data(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_at_check(patch, 2)
-        with pytest.raises(Interrupted):
-            start(tmp_path)
-    path = tmp_path / "run" / "last.pt"
-    state = checkpoint.load(path)
-    state["data"]["digest"] = "0" * 64
-    checkpoint.save(state, path)
-    with pytest.raises(CheckpointError, match=r"the data changed since \(digest\)"):
-        resume(tmp_path / "run")
-
-
-def test_a_finished_run_is_left_alone(tmp_path):
-    outcome = start(tmp_path, epochs=1)
-    before = {p.name: p.read_bytes() for p in outcome.folder.path.iterdir()}
-    assert resume(outcome.folder.path).summary == outcome.summary
-    assert {p.name: p.read_bytes() for p in outcome.folder.path.iterdir()} == before
-
-
 def test_an_existing_folder_is_refused_and_untouched(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
@@ -365,35 +140,10 @@ def test_unnamed_runs_are_numbered(tmp_path):
     assert [path.name for path in names] == ["murgolo-improved-1", "murgolo-improved-2"]
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
-    whole = final_state(start(tmp_path, "whole").folder.path)
-    folder = start(tmp_path, "broken").folder
-    for name in ("last.pt", "best.pt", "summary.json", "metrics.csv"):
-        (folder.path / name).unlink()
-    resume(folder.path)
-    assert_same(whole, final_state(folder.path))
-
-
-def test_no_checkpoint_to_resume(tmp_path):
-    with pytest.raises(CheckpointError, match="is not a run folder"):
-        resume(tmp_path)
-
-
 def test_selection_by_the_test_images_is_refused(tmp_path):
     for options in ({"restore_best": True}, {"early_stop": 2}):
         with pytest.raises(UsageError, match="would choose by the test images"):
             start(tmp_path, **options)
-
-
-def fixed_validation(monkeypatch, values):
-    """Let the epochs' validation top-1 be `values`, whatever the network does."""
-    rows, original = iter(values), loop.Training._record
-
-    def record(self, trained, evaluation):
-        figures = evaluation.figures.__class__(1.0, next(rows), 1.0, evaluation.figures.images)
-        original(self, trained, evaluation.__class__(figures, evaluation.confusion, 1.0))
-
-    monkeypatch.setattr(loop.Training, "_record", record)
 
 
 def test_early_stopping_waits_for_its_patience(tmp_path, monkeypatch):

@@ -1,0 +1,197 @@
+"""Runs stopped anywhere and taken up again: the same bits, or a refusal that says why."""
+
+import json
+
+import pytest
+import torch
+from small_runs import (
+    assert_same,
+    final_state,
+    fixed_validation,
+    resume,
+    start,
+    stop_at_check,
+)
+
+from fastcnn.config import PlaceConfig
+from fastcnn.errors import CheckpointError, UsageError
+from fastcnn.train import checkpoint, loop, run
+from fastcnn.train.interrupt import Interrupted
+
+RESUMED = {
+    "ema": 0.9,
+    "mixup": 0.4,
+    "cutmix": 1.0,
+    "rotation": 10.0,
+    "flip": "alternating",
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "val_fraction": 0.25,
+}
+
+
+# 48 images in batches of 24: per epoch 2 looks while training, 1 while evaluating 16 images;
+# then 3 looks while testing 40
+@pytest.mark.parametrize("look", range(1, 10))
+@pytest.mark.parametrize(("loader", "workers"), [("resident", 0), ("torch", 0), ("torch", 1)])
+def test_stopped_anywhere_and_resumed_is_bit_equal(tmp_path, monkeypatch, look, loader, workers):
+    if workers and look not in (1, 5):
+        pytest.skip("two places show that worker processes change nothing")
+    options = RESUMED | {"loader": loader, "workers": workers}
+    whole = final_state(start(tmp_path, "whole", **options).folder.path)
+    with monkeypatch.context() as patch:
+        stop_at_check(patch, look)
+        with pytest.raises(Interrupted):
+            start(tmp_path, "broken", **options)
+    outcome = resume(tmp_path / "broken")
+    assert_same(whole, final_state(tmp_path / "broken"))
+    reference = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    for key in ("test_top1", "test_loss", "val_loss", "best_epoch"):
+        assert outcome.summary[key] == reference[key]
+
+
+def test_resume_from_a_periodic_checkpoint_is_bit_equal(tmp_path, monkeypatch):
+    whole = final_state(start(tmp_path, "whole").folder.path)
+
+    class Killed(BaseException):
+        pass
+
+    original = loop.TrainStep.__call__
+
+    def dies_at_step_five(self, images, labels):
+        if self.step == 4:
+            raise Killed
+        original(self, images, labels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.TrainStep, "__call__", dies_at_step_five)
+        with pytest.raises(Killed):
+            start(tmp_path, "broken", checkpoint_steps=2)
+    assert checkpoint.load(tmp_path / "broken" / "last.pt")["step"] == 4
+    resume(tmp_path / "broken", checkpoint_steps=0)
+    assert_same(whole, final_state(tmp_path / "broken"))
+
+
+def test_resume_refuses_other_options_and_lists_them(tmp_path):
+    folder = start(tmp_path, epochs=1).folder.path
+    with pytest.raises(UsageError, match=r"lr: 0.002 → 0.5; seed: 0 → 3.*--allow-changes"):
+        resume(folder, lr=0.5, seed=3)
+    with pytest.raises(UsageError, match="seed cannot change in mid-run; start a new run"):
+        resume(folder, lr=0.5, seed=3, allow_changes=True)
+    outcome = resume(folder, epochs=2, allow_changes=True)
+    assert outcome.summary["epochs"] == 2
+    with pytest.raises(UsageError, match="the run has trained for more already"):
+        resume(folder, epochs=1, allow_changes=True)
+
+
+def test_a_configuration_edited_by_hand_counts_as_a_change(tmp_path):
+    folder = start(tmp_path, epochs=1).folder.path
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("lr: 0.002", "lr: 0.5"))
+    with pytest.raises(UsageError, match=r"lr: 0.002 → 0.5"):
+        resume(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"weight_decay": 0.5}, {"momentum": 0.1}, {"nesterov": False}, {"lr": 1.0}]
+)
+def test_changed_hyperparameters_take_effect(tmp_path, monkeypatch, change):
+    options = {"optimizer": "sgd", "lr": 0.05}
+    states = []
+    for name, changes in (("plain", {}), ("changed", change)):
+        with monkeypatch.context() as patch:
+            stop_at_check(patch, 4)
+            with pytest.raises(Interrupted):
+                start(tmp_path, name, **options)
+        resume(tmp_path / name, **changes, allow_changes=True)
+        states.append(final_state(tmp_path / name)["model"]["conv1.conv.weight"])
+    assert not torch.equal(*states)
+
+
+def test_an_interrupted_final_test_keeps_the_model_that_was_trained(tmp_path, monkeypatch):
+    options = {"val_fraction": 0.25, "restore_best": True, "ema": 0.5, "epochs": 3}
+    with monkeypatch.context() as patch:
+        fixed_validation(patch, [0.9, 0.5, 0.4])
+        whole = final_state(start(tmp_path, "whole", **options).folder.path)
+    with monkeypatch.context() as patch:
+        fixed_validation(patch, [0.9, 0.5, 0.4])
+        stop_at_check(patch, 10)  # three looks an epoch: the first batch of the test
+        with pytest.raises(Interrupted):
+            start(tmp_path, "broken", **options)
+    resume(tmp_path / "broken")
+    assert_same(whole, final_state(tmp_path / "broken"))
+
+
+DAMAGES = {
+    "no optimiser": lambda state: state.pop("optimizer"),
+    "no progress": lambda state: state.pop("progress"),
+    "no configuration": lambda state: state.pop("config"),
+    "odd configuration": lambda state: state.update(config={"lrr": 1}),
+    "progress of another kind": lambda state: state.update(progress=[1, 2]),
+    "another optimiser": lambda state: state["optimizer"].update(param_groups=[]),
+    "no data": lambda state: state.update(data=None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_checkpoint_with_odd_contents_is_named(tmp_path, damage):
+    folder = start(tmp_path, epochs=1).folder
+    state = checkpoint.load(folder.last)
+    state["progress"]["epoch"] = 0
+    DAMAGES[damage](state)
+    checkpoint.save(state, folder.last)
+    (folder.path / "summary.json").unlink()
+    with pytest.raises(CheckpointError, match=r"last\.pt"):
+        resume(folder.path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_a_damaged_summary_is_named(tmp_path, text):
+    folder = start(tmp_path, epochs=1).folder.path
+    (folder / "summary.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"summary\.json"):
+        resume(folder)
+
+
+def test_a_resumption_is_recorded_beside_the_first_command(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at_check(patch, 2)
+        with pytest.raises(Interrupted):
+            start(tmp_path)
+    run.resume(PlaceConfig(resume=str(tmp_path / "run")), {}, ["again"], quiet=True)
+    found = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert (found["command"], found["resumed_by"]) == (["test"], [["again"]])
+
+
+def test_resume_refuses_other_data(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at_check(patch, 2)
+        with pytest.raises(Interrupted):
+            start(tmp_path)
+    path = tmp_path / "run" / "last.pt"
+    state = checkpoint.load(path)
+    state["data"]["digest"] = "0" * 64
+    checkpoint.save(state, path)
+    with pytest.raises(CheckpointError, match=r"the data changed since \(digest\)"):
+        resume(tmp_path / "run")
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    outcome = start(tmp_path, epochs=1)
+    before = {p.name: p.read_bytes() for p in outcome.folder.path.iterdir()}
+    assert resume(outcome.folder.path).summary == outcome.summary
+    assert {p.name: p.read_bytes() for p in outcome.folder.path.iterdir()} == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
+    whole = final_state(start(tmp_path, "whole").folder.path)
+    folder = start(tmp_path, "broken").folder
+    for name in ("last.pt", "best.pt", "summary.json", "metrics.csv"):
+        (folder.path / name).unlink()
+    resume(folder.path)
+    assert_same(whole, final_state(folder.path))
+
+
+def test_no_checkpoint_to_resume(tmp_path):
+    with pytest.raises(CheckpointError, match="is not a run folder"):
+        resume(tmp_path)
