@@ -35,6 +35,18 @@ def _own_cache(tmp_path_factory):
     os.environ["FASTCNN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache that nothing was packed into yet."""
+    monkeypatch.setenv("FASTCNN_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Where a test writes its image folder."""
+    return tmp_path / "images"
+
+
 @pytest.fixture(autouse=True)
 def _process_settings():
     # results on the CPU are bit-equal only at a fixed number of threads; a command that a test

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastcnn.config import DataConfig
+from fastcnn.data import load_dataset
 from fastcnn.data.store import Images
 
 
@@ -98,3 +100,19 @@ def cifar_binary(batches):
         ).tobytes()
         for name, (planes, labels) in batches.items()
     }
+
+
+def load(path, **options):
+    return load_dataset(DataConfig(data=str(path), **options), 32)
+
+
+def members_of(root):
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+def image(number=0, side=8):
+    return encoded(noise((side, side, 3), seed=number))

@@ -1,48 +1,20 @@
-"""Image folders and tars: layouts, image kinds, bad files, bad archives."""
+"""Image folders: layouts, packing, bad files."""
 
-import io
 import logging
 import os
 import struct
-import tarfile
 import zlib
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from image_files import encoded, noise, write, write_folder, write_tar
-from PIL import Image
+from image_files import encoded, image, load, members_of, noise, write, write_folder, write_tar
 
-from fastcnn.config import DataConfig
-from fastcnn.data import folder, load_dataset, tar
+from fastcnn.data import folder
 from fastcnn.data.decode import BadImageError, decode
-from fastcnn.errors import DataError, UsageError
+from fastcnn.errors import DataError
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FASTCNN_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def root(tmp_path):
-    return tmp_path / "images"
-
-
-def load(path, **options):
-    return load_dataset(DataConfig(data=str(path), **options), 32)
-
-
-def members_of(root):
-    return {
-        str(path.relative_to(root)): path.read_bytes()
-        for path in sorted(root.rglob("*"))
-        if path.is_file()
-    }
-
-
-def image(number=0, side=8):
-    return encoded(noise((side, side, 3), seed=number))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # Layouts
@@ -277,81 +249,6 @@ def test_equal_oblong_images_are_kept(root):
     assert load(root).train.pixels.shape == (6, 6, 9, 3)
 
 
-# Image kinds
-
-
-GREY = noise((5, 7))
-
-
-def test_grey_and_palette():
-    expected = np.repeat(GREY[..., None], 3, 2)
-    assert np.array_equal(decode(encoded(GREY), None), expected)
-    palette = Image.fromarray(noise((5, 7, 3))).quantize(16)
-    file = io.BytesIO()
-    palette.save(file, "PNG")
-    assert np.array_equal(decode(file.getvalue(), None), np.asarray(palette.convert("RGB")))
-    assert np.array_equal(
-        decode(encoded(GREY > 127), None), np.repeat((GREY > 127)[..., None], 3, 2) * 255
-    )
-
-
-def test_transparent_is_white():
-    rgba = noise((5, 7, 4))
-    rgba[0, :, 3], rgba[1:, :, 3] = 0, 255
-    result = decode(encoded(rgba), None)
-    assert (result[0] == 255).all()
-    assert np.array_equal(result[1:], rgba[1:, :, :3])
-    half = np.full((1, 1, 4), 128, dtype=np.uint8)
-    half[..., :3] = 0
-    assert abs(int(decode(encoded(half), None)[0, 0, 0]) - 127) <= 1
-
-
-def test_transparent_palette_colour_is_white():
-    image = Image.fromarray(noise((5, 7, 3))).quantize(4)
-    file = io.BytesIO()
-    image.save(file, "PNG", transparency=2)
-    result = decode(file.getvalue(), None)
-    assert (result[np.asarray(image) == 2] == 255).all()
-
-
-def test_sixteen_bits():
-    deep = GREY.astype(np.uint16) * 257
-    assert np.array_equal(decode(encoded(deep), None)[..., 1], GREY)
-    assert np.array_equal(decode(encoded(deep, "TIFF"), None)[..., 1], GREY)
-    between = np.array([[65000, 65535, 256]], dtype=np.uint16)
-    assert decode(encoded(between), None)[0, :, 0].tolist() == [252, 255, 0]
-
-
-def test_cmyk():
-    file = io.BytesIO()
-    Image.new("CMYK", (7, 5), (0, 255, 255, 0)).save(file, "JPEG", quality=100)
-    red = decode(file.getvalue(), None)
-    assert red.shape == (5, 7, 3)
-    assert red[..., 0].min() > 240
-    assert red[..., 1:].max() < 15
-
-
-def test_exif_orientation():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    block = np.zeros((16, 32, 3), dtype=np.uint8)
-    block[:8] = 255
-    turned = decode(encoded(block, "JPEG", exif=exif, quality=95), None)
-    assert turned.shape == (32, 16, 3)
-    assert turned[:, 10:].min() > 200
-    assert turned[:, :6].max() < 55
-
-
-def test_renamed_kind_is_read_by_content(root):
-    write(write_folder(root) / "train/ant/0.png", encoded(noise((8, 8, 3)), "BMP"))
-    assert np.array_equal(load(root).train.pixels[0], noise((8, 8, 3)))
-
-
-def test_floating_point_is_refused():
-    with pytest.raises(BadImageError, match="floating-point"):
-        decode(encoded(GREY.astype(np.float32), "TIFF"), None)
-
-
 # Unreadable files
 
 
@@ -457,116 +354,3 @@ def test_threads_keep_the_order(root, monkeypatch, threads):
     dataset = load(write_folder(root, count=9))
     for i in range(9):
         assert np.array_equal(dataset.train.pixels[9 + i], noise((8, 8, 3), seed=10 + i))
-
-
-# Tars
-
-
-@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz", "w:bz2"])
-@pytest.mark.parametrize("prefix", ["", "./", "top/"])
-def test_tar_equals_folder(root, tmp_path, mode, prefix):
-    members = members_of(write_folder(root, ("train", "test", "val")))
-    shuffled = dict(sorted(members.items(), key=lambda item: hash(item[1])))
-    path = write_tar(
-        tmp_path / f"x.tar{mode[1:].replace(':', '.')}",
-        {prefix + name: data for name, data in shuffled.items()},
-        mode,
-    )
-    before = sorted(tmp_path.iterdir())
-    from_tar, from_folder = load(path), load(root)
-    assert from_tar.digest == from_folder.digest
-    assert from_tar.classes == from_folder.classes
-    assert np.array_equal(from_tar.val.pixels, from_folder.val.pixels)
-    assert {p.name for p in tmp_path.iterdir()} - {p.name for p in before} == {"cache"}
-
-
-def test_tar_is_packed_once(root, tmp_path, monkeypatch):
-    path = write_tar(tmp_path / "x.tar", members_of(write_folder(root)))
-    first = load(path)
-    monkeypatch.setattr(tar, "_list", None)
-    assert load(path).digest == first.digest
-
-
-def special(name, kind, target=""):
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
-    return info
-
-
-@pytest.mark.parametrize(
-    "member",
-    [
-        special("../evil.png", tarfile.REGTYPE),
-        special("train/../../evil.png", tarfile.REGTYPE),
-        special("/evil.png", tarfile.REGTYPE),
-        special("train/ant/link.png", tarfile.SYMTYPE, "/etc/passwd"),
-        special("train/ant/link.png", tarfile.LNKTYPE, "train/ant/0.png"),
-        special("train/ant/device.png", tarfile.CHRTYPE),
-        special("train/ant/fifo.png", tarfile.FIFOTYPE),
-    ],
-)
-def test_dangerous_members_are_refused(root, tmp_path, member):
-    path = write_tar(tmp_path / "x.tar", members_of(write_folder(root)))
-    with tarfile.open(path, "a") as archive:
-        archive.addfile(member)
-    with pytest.raises(DataError, match="refused") as error:
-        load(path)
-    assert member.name in str(error.value)
-    assert not list(tmp_path.rglob("evil*"))
-
-
-@pytest.mark.parametrize("mode", ["w", "w:gz"])
-@pytest.mark.parametrize("part", [0.3, 0.5, 0.8])
-def test_cut_tar(root, tmp_path, mode, part):
-    path = write_tar(tmp_path / "x.tar", members_of(write_folder(root, count=20)), mode)
-    os.truncate(path, int(path.stat().st_size * part))
-    with pytest.raises(DataError, match="cut"):
-        load(path)
-
-
-def test_tar_cut_between_members(root, tmp_path):
-    members = members_of(write_folder(root))
-    path = write_tar(tmp_path / "x.tar", members)
-    with tarfile.open(path) as archive:
-        end = archive.getmembers()[-1].offset
-    os.truncate(path, end)
-    with pytest.raises(DataError, match="end of the archive is missing"):
-        load(path)
-
-
-def test_garbage_tar_and_wrong_name(tmp_path):
-    with pytest.raises(DataError, match="not a tar"):
-        load(write(tmp_path / "x.tar", b"garbage" * 1000))
-    with pytest.raises(UsageError, match=r"ending in \.tar"):
-        load(write(tmp_path / "x.rar", b"garbage"))
-
-
-def test_tar_with_a_name_twice(root, tmp_path):
-    path = write_tar(tmp_path / "x.tar", members_of(write_folder(root)))
-    with tarfile.open(path, "a") as archive:
-        archive.addfile(tarfile.TarInfo("train/ant/0.png"))
-    with pytest.raises(DataError, match="twice"):
-        load(path)
-
-
-def test_tar_that_grows_is_refused(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(tar, "GROWTH_GRACE", 1 << 16)
-    members = {**members_of(write_folder(root)), "train/ant/zeros.bmp": bytes(4 << 20)}
-    path = write_tar(tmp_path / "x.tar.gz", members, "w:gz")
-    with pytest.raises(DataError, match="unpacks to over"):
-        load(path)
-
-
-def test_too_long_files_are_refused(root, tmp_path, monkeypatch):
-    path = write_tar(tmp_path / "x.tar", members_of(write_folder(root)))
-    for module in (folder, tar):
-        monkeypatch.setattr(module, "MAX_FILE_BYTES", 100)
-    for where in (root, path):
-        with pytest.raises(DataError, match="bytes, over 100"):
-            load(where)
-
-
-def test_corrupt_image_in_a_tar_is_named(root, tmp_path):
-    members = members_of(write_folder(root)) | {"train/bee/0.png": b"text"}
-    with pytest.raises(DataError, match=r"train/bee/0\.png: cannot identify"):
-        load(write_tar(tmp_path / "x.tar", members))
