@@ -1,5 +1,6 @@
 """Shapes and tolerances that several test files share; threads and GPU."""
 
+import logging
 import os
 
 import pytest
@@ -50,7 +51,10 @@ def root(tmp_path):
 @pytest.fixture(autouse=True)
 def _process_settings():
     # results on the CPU are bit-equal only at a fixed number of threads; a command that a test
-    # calls flushes denormals in this process
+    # calls flushes denormals in this process and sets what is logged
+    logger = logging.getLogger("fastcnn")
+    logger.setLevel(logging.NOTSET)
+    logger.handlers.clear()
     torch.set_num_threads(1)
     torch.set_flush_denormal(False)
     torch.manual_seed(0)

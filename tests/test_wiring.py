@@ -7,6 +7,7 @@ import csv
 import json
 import time
 
+import numpy as np
 import pytest
 import torch
 from hand_run import CASES, COMMON, HandRun, figures_of, initial_model, tensors_of
@@ -21,6 +22,7 @@ from fastcnn.train.metrics import Metrics
 from fastcnn.train.setup import configure_backend, prepare
 
 CPU = torch.device("cpu")
+HERE = {"device": "cpu", "threads": 1}
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -96,7 +98,7 @@ def test_evaluation_of_the_finished_run(both, name):
     parts = {"val": hand.val, "test": hand.test} if hand.options["val_fraction"] else {}
     for part, images in (parts or {"test": hand.test}).items():
         wanted = figures_of(model, *images)
-        found = run.evaluate_run(str(folder.path), None, part, name, {"threads": 1})
+        found = run.evaluate_run(str(folder.path), None, part, name, HERE)
         found = [found["loss"], found["top1"], found["top5"]]
         assert found == figures(wanted.loss, wanted.top1, wanted.top5)
 
@@ -125,6 +127,7 @@ SMALL = {
     "batch_size": 8,
     "eval_batch_size": 12,
     "epochs": 2,
+    "device": "cpu",
     "threads": 1,
 }
 
@@ -151,7 +154,7 @@ def test_speed_is_images_by_the_time_of_their_batches(tmp_path, monkeypatch):
     assert [float(row["seconds"]) for row in rows] == [4.5, 4.5]
     assert outcome.summary["images_per_s"] == pytest.approx(46 / 3)
     assert outcome.summary["train_seconds"] == 9.0
-    found = run.evaluate_run(str(outcome.folder.path), overrides={"threads": 1})
+    found = run.evaluate_run(str(outcome.folder.path), overrides=HERE)
     assert (found["images_per_s"], found["seconds"]) == (pytest.approx(20), 1.5)
 
 
@@ -195,8 +198,8 @@ def test_cudnn_chooses_by_timing_unless_deterministic(monkeypatch, deterministic
 def test_threads_are_those_asked_for(tmp_path):
     outcome = start(tmp_path, threads=3, fast_dev_run=True)
     assert torch.get_num_threads() == 3
-    run.evaluate_run(str(outcome.folder.path), overrides={"threads": 2})
-    assert torch.get_num_threads() == 2
+    run.evaluate_run(str(outcome.folder.path), overrides=HERE | {"threads": 4})
+    assert torch.get_num_threads() == 4
 
 
 def sizes(loader):
@@ -232,7 +235,7 @@ def test_evaluation_takes_the_sizes_given_to_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "evaluate", recorded)
     for options in ({}, {"eval_batch_size": 9}, {"test_subset": 13}):
-        run.evaluate_run(str(folder.path), overrides={"threads": 1} | options)
+        run.evaluate_run(str(folder.path), overrides=HERE | options)
     assert batches == [[12, 12, 6], [9, 9, 9, 3], [12, 1]]
 
 
@@ -251,7 +254,7 @@ AUGMENTATIONS = [
 
 
 @pytest.mark.parametrize("loader", ["resident", "torch"])
-@pytest.mark.parametrize("augmentation", AUGMENTATIONS, ids=lambda options: str(list(options)))
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS, ids="-".join)
 def test_augmentation_reaches_the_training_images_and_no_others(loader, augmentation):
     options = NO_AUGMENTATION | augmentation
     common = {"loader": loader, "workers": 0, "normalize": "centered", "seed": 5}
@@ -275,6 +278,20 @@ def test_augmentation_reaches_the_training_images_and_no_others(loader, augmenta
     pixels = torch.from_numpy(setup.dataset.test.pixels.copy()).permute(0, 3, 1, 2)
     shown = torch.cat([x for x, _ in setup.val_loader])
     torch.testing.assert_close(shown, pixels / 255 - 0.5)
+
+
+@pytest.mark.parametrize("loader", ["resident", "torch"])
+@pytest.mark.parametrize(("mode", "numpy_mode"), [("zero", "constant"), ("reflect", "reflect")])
+def test_crops_are_windows_of_the_padded_image(loader, mode, numpy_mode):
+    options = {"loader": loader, "workers": 0, "normalize": "unit", "shuffle": False}
+    crop = {"crop_padding": 3, "crop_mode": mode, "flip": "none"}
+    setup = prepare(resolve(SMALL | options | crop))
+    found = torch.cat([x for x, _ in setup.train_loader])
+    for image, pixels in zip(found, setup.dataset.train.pixels, strict=True):
+        padded = np.pad(pixels, ((3, 3), (3, 3), (0, 0)), numpy_mode)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (16, 16), (0, 1))
+        cropped = (image * 255).round().byte().numpy()
+        assert (windows == cropped).all((2, 3, 4)).any()
 
 
 # The reports' recipes: numbers from shared/reports/README.md, whatever the report leaves out is off
