@@ -14,7 +14,6 @@ from typing import Any, Literal
 from fastcnn.errors import UsageError, nearest
 from fastcnn.options import Option, option, options_of
 
-
 DATA_NAMES = ("cifar10", "digits")  # what --data may name beside a path
 
 
