@@ -81,8 +81,8 @@ MAO = PLAIN | {
     "init": "torch",
 }
 
-# bohnstedt2019, sections 3.1, 3.2 and 4.1; rates and strengths are not printed: those of the Keras
-# network that the text reprints (0.1, halved every 20 epochs, L2 5e-4, batches of 128)
+# bohnstedt2019, sections 3.1, 3.2 and 4.1; rates and strengths are not printed. Chosen: 0.1, halved
+# every 20 epochs, batches of 128, and λ = 5e-4 in the ½·λ·w² by which the text defines its L2
 BOHNSTEDT = PLAIN | {
     "optimizer": "sgd",
     "momentum": 0.9,
