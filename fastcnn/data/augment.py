@@ -2,8 +2,7 @@
 
 Nothing here waits for the device: every choice is drawn on the CPU for a whole epoch (`draw`) and
 indexed by sample. Pad-and-crop and flip are one read of the uint8 images: the padding is never
-written, its rows and columns are looked up in the image (two gathers of the cropped size, 0.5 M
-images/s on two cores, against 0.2 M for padding first; CIFAR-10, 2026-11).
+written, its rows and columns are looked up in the image (two gathers of the cropped size).
 
 Order: crop and flip, resized crop, rotation and shift, colour; then normalisation; then cutout.
 """

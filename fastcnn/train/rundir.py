@@ -5,7 +5,6 @@ import io
 import json
 import os
 import platform
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +181,6 @@ def environment() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
         "gpus": gpus,
-        "python": sys.version.split()[0],
     }
 
 
