@@ -1,0 +1,123 @@
+// What an op works on: raw pointers, sizes and scalars, the same for the CUDA and the CPU half.
+//
+// Sizes: N images of P x Q pixels, K channels; x is NHWC, so pixel i has its K values at x + i·K.
+// A layer without pixels, (N, K), has P = Q = 1. An activation is its negative slope: 1 none,
+// 0 ReLU, 0.01 leaky ReLU. Memory is the caller's; every buffer is written whole, none is read
+// before it is written, so that nothing needs to be cleared.
+#pragma once
+
+#include <cstdint>
+
+namespace fastcnn {
+
+// of the activations; parameters, statistics and sums are fp32, fp64 where the activations are
+enum class Dtype { f32, f16, bf16, f64 };
+
+struct Sizes {
+  int64_t n, p, q, k;
+  int64_t pixels() const { return n * p * q; }
+  int64_t elements() const { return pixels() * k; }
+};
+
+// max-pool: square window, stride and padding in pixels; sizes floor
+struct Pool {
+  int window, stride, padding;
+  int64_t output(int64_t size) const { return (size + 2 * padding - window) / stride + 1; }
+};
+
+// One byte for each pooled value: the place of the value that won in its window (row · window +
+// column, counted from the window's corner, which padding may put outside the image), and whether
+// that value was negative before the activation, so that the slope scales its gradient.
+constexpr int kCodePlace = 0x7f;
+constexpr int kCodeNegative = 0x80;
+
+// Normalisation and affine map, each (K,): (pre(x) - mean) · rstd · weight + bias.
+// Null: 0, 1, 1, 0. A bias alone is a layer without normalisation.
+struct Affine {
+  const void* mean;
+  const void* rstd;
+  const void* weight;
+  const void* bias;
+};
+
+// mean, rstd (K,) ← statistics of pre(x) over all pixels; the running ones (K,) move towards them.
+// training false: mean ← running_mean, rstd ← 1 / sqrt(running_var + eps), x is not read.
+// training with no pixels: mean ← 0, rstd ← 1, the running ones stay (as torch).
+struct BnStats {
+  Dtype dtype;
+  Sizes sizes;
+  const void* x;
+  bool training;
+  double momentum, eps, pre_slope;
+  void* running_mean;
+  void* running_var;
+  void* mean;
+  void* rstd;
+  void* workspace;  // bn_stats_workspace(...) bytes
+};
+
+// y (N, P, Q, K) ← post(affine(pre(x)) + residual); residual may be null.
+struct BnAct {
+  Dtype dtype;
+  Sizes sizes;
+  const void* x;
+  const void* residual;
+  Affine affine;
+  double pre_slope, post_slope;
+  void* y;
+};
+
+// y, code (N, P', Q', K) ← max-pool(post(affine(pre(x)))), P' = pool.output(P).
+// The first of equal values wins, a NaN wins over all before it (as torch).
+struct BnActPool {
+  Dtype dtype;
+  Sizes sizes;
+  const void* x;
+  Affine affine;
+  double pre_slope, post_slope;
+  Pool pool;
+  void* y;
+  uint8_t* code;
+};
+
+// Backward of BnAct. With g = dy · post'(z):
+//   dresidual ← g;  dbias ← Σ g;  dweight ← Σ g · x̂,  x̂ = (pre(x) - mean) · rstd
+//   dx ← pre'(x) · rstd · weight · (g - (dbias + x̂ · dweight) / pixels)   if batch_stats
+//   dx ← pre'(x) · rstd · weight · g                                      else
+// Where the mask post' comes from: y if given, else z recomputed from x.
+// x may be null for a layer without normalisation, whose slope is 1 or whose mask comes from y.
+// dresidual, and without batch_stats dweight and dbias, may be null: not wanted.
+struct BnActBackward {
+  Dtype dtype;
+  Sizes sizes;
+  const void* dy;
+  const void* x;
+  const void* y;
+  Affine affine;
+  bool batch_stats;
+  double pre_slope, post_slope;
+  void* dx;
+  void* dresidual;
+  void* dweight;
+  void* dbias;
+  void* workspace;  // bn_act_backward_workspace(...) bytes
+};
+
+// Backward of BnActPool: the same, g gathered from dy (N, P', Q', K) by the codes. sizes are x's.
+struct BnActPoolBackward {
+  Dtype dtype;
+  Sizes sizes;
+  const void* dy;
+  const uint8_t* code;
+  const void* x;
+  Affine affine;
+  bool batch_stats;
+  double pre_slope, post_slope;
+  Pool pool;
+  void* dx;
+  void* dweight;
+  void* dbias;
+  void* workspace;  // bn_act_backward_workspace(...) bytes
+};
+
+}  // namespace fastcnn

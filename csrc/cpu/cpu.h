@@ -1,0 +1,27 @@
+// The ops on CPU tensors, with the arguments of the CUDA half. dtype: f32, bf16, f64.
+//
+// Work is cut into tasks by the sizes alone and their results are joined in order, so that the bits
+// do not depend on the number of threads.
+#pragma once
+
+#include <functional>
+
+#include "../arguments.h"
+
+namespace fastcnn::cpu {
+
+// runs body(begin, end) over parts of [0, tasks), on as many threads as the framework has
+using Parallel =
+    std::function<void(int64_t tasks, const std::function<void(int64_t, int64_t)>& body)>;
+
+// bytes of workspace (64-byte aligned)
+int64_t bn_stats_workspace(const Sizes& sizes);
+int64_t bn_act_backward_workspace(const Sizes& sizes);
+
+void bn_stats(const BnStats& args, const Parallel& parallel);
+void bn_act(const BnAct& args, const Parallel& parallel);
+void bn_act_pool(const BnActPool& args, const Parallel& parallel);
+void bn_act_backward(const BnActBackward& args, const Parallel& parallel);
+void bn_act_pool_backward(const BnActPoolBackward& args, const Parallel& parallel);
+
+}  // namespace fastcnn::cpu
