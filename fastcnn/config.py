@@ -154,6 +154,10 @@ class RunConfig:
         "or the one printed in the network's report",
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    backend: Literal["auto", "fused", "torch"] = option(
+        "auto",
+        "fused: the native library's kernels; torch: plain torch; auto: fused where it can be had",
+    )
     amp: bool = option(False, "mixed precision, where the hardware has it")
     amp_dtype: Literal["bf16", "fp16"] = option("bf16", "half precision of --amp")
     threads: int | None = option(None, "CPU threads; default: all cores", low=1, high=1024)

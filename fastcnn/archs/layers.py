@@ -2,7 +2,8 @@
 
 What follows the product (activation, batch norm, residual, pool) is a single op of fastcnn.ops, so
 that it can be one kernel. `conv`, `linear` and `norm` are torch.nn modules under their usual names,
-so that weights move to and from a plain torch.nn network.
+so that weights move to and from a plain torch.nn network, and between the backends of the ops:
+"fused" (the native library), "torch" (plain torch), "auto" (fused where it can be).
 
 `norm.num_batches_tracked` stays in the state dict for that exchange but does not count: batch norm
 here has a fixed momentum (0.1), which never reads it, and counting costs a kernel a layer and step.
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcnn.archs import spec
-from fastcnn.ops import reference
+from fastcnn.ops.backend import BACKENDS, ops_for
 
 MOMENTUM = 0.1
 
@@ -24,8 +25,9 @@ class ConvNormAct(nn.Module):
     which the training loss adds.
     """
 
-    def __init__(self, channels: int, record: spec.Conv) -> None:
+    def __init__(self, channels: int, record: spec.Conv, backend: str = "auto") -> None:
         super().__init__()
+        self.backend = _checked(backend)
         top, bottom, left, right = record.pads
         self.stride = record.stride
         self.padding = (top, left)
@@ -57,15 +59,17 @@ class ConvNormAct(nn.Module):
         if self.norm is None:
             # the op adds the bias: on a GPU torch's convolution would, in a pass of its own
             y = self._convolve(x, None)
+            ops = ops_for(self.backend, y)
             if self.pool:
-                return reference.bias_act_pool(y, self.conv.bias, self.post_slope, self.pool)
-            return reference.bias_act(y, self.conv.bias, self.post_slope, residual)
+                return ops.bias_act_pool(y, self.conv.bias, self.post_slope, self.pool)
+            return ops.bias_act(y, self.conv.bias, self.post_slope, residual)
         y = self._convolve(x, self.conv.bias)
+        ops = ops_for(self.backend, y)
         arguments = (*_tensors(self.norm), self.training, MOMENTUM, self.norm.eps)
         slopes = (self.pre_slope, self.post_slope)
         if self.pool:
-            return reference.bn_act_pool(y, *arguments, *slopes, self.pool)
-        return reference.bn_act(y, *arguments, *slopes, residual)
+            return ops.bn_act_pool(y, *arguments, *slopes, self.pool)
+        return ops.bn_act(y, *arguments, *slopes, residual)
 
     def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
         conv = self.conv
@@ -80,8 +84,9 @@ class LinearNormAct(nn.Module):
     `linear`: nn.Linear. `norm`: nn.BatchNorm1d or None. `l2`: as in `ConvNormAct`.
     """
 
-    def __init__(self, channels: int, record: spec.Linear) -> None:
+    def __init__(self, channels: int, record: spec.Linear, backend: str = "auto") -> None:
         super().__init__()
+        self.backend = _checked(backend)
         self.linear = nn.Linear(channels, record.units, bias=record.has_bias)
         self.norm = nn.BatchNorm1d(record.units) if record.norm else None
         self.pre_slope = record.pre_slope
@@ -95,11 +100,12 @@ class LinearNormAct(nn.Module):
         Raises ValueError for a batch of one image in training with a norm.
         """
         y = self.linear(x)
+        ops = ops_for(self.backend, y)
         if self.norm is None:
-            y = reference.bias_act(y, None, self.post_slope)
+            y = ops.bias_act(y, None, self.post_slope)
         else:
             arguments = (*_tensors(self.norm), self.training, MOMENTUM, self.norm.eps)
-            y = reference.bn_act(y, *arguments, self.pre_slope, self.post_slope)
+            y = ops.bn_act(y, *arguments, self.pre_slope, self.post_slope)
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
 
@@ -109,13 +115,13 @@ class ResidualBlock(nn.Module):
     `projection`: 1x1 convolution → batch norm on the shortcut, or None where the shape stays.
     """
 
-    def __init__(self, channels: int, record: spec.Residual) -> None:
+    def __init__(self, channels: int, record: spec.Residual, backend: str = "auto") -> None:
         super().__init__()
         first, second = record.convs
         projection = record.projection(channels)
-        self.conv1 = ConvNormAct(channels, first)
-        self.conv2 = ConvNormAct(record.filters, second)
-        self.projection = ConvNormAct(channels, projection) if projection else None
+        self.conv1 = ConvNormAct(channels, first, backend)
+        self.conv2 = ConvNormAct(record.filters, second, backend)
+        self.projection = ConvNormAct(channels, projection, backend) if projection else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, channels, H, W), result: (N, filters, P, Q), channels-last."""
@@ -131,20 +137,29 @@ class GlobalAvgPool(nn.Module):
         return x.mean((2, 3))
 
 
-def make(record: spec.Layer, channels: int) -> nn.Module:
-    """Return the module of a layer record; channels: size of its input's second dimension."""
+def make(record: spec.Layer, channels: int, backend: str = "auto") -> nn.Module:
+    """Return the module of a layer record; channels: size of its input's second dimension.
+
+    Raises ValueError for an unknown backend.
+    """
     match record:
         case spec.Conv():
-            return ConvNormAct(channels, record)
+            return ConvNormAct(channels, record, backend)
         case spec.Linear():
-            return LinearNormAct(channels, record)
+            return LinearNormAct(channels, record, backend)
         case spec.Residual():
-            return ResidualBlock(channels, record)
+            return ResidualBlock(channels, record, backend)
         case spec.GlobalAvgPool():
             return GlobalAvgPool()
         case spec.Flatten():
             # copies a channels-last image into NCHW order, that of a torch.nn network's weights
             return nn.Flatten(1)
+
+
+def _checked(backend: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
 
 
 def _tensors(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:

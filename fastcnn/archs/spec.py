@@ -244,8 +244,13 @@ def train_flop(network: Network, image_size: int, classes: int) -> int:
     return 3 * sum(row.flop for row in rows) - rows[0].flop
 
 
-def build(network: Network, image_size: int, classes: int) -> nn.Sequential:
+def build(
+    network: Network, image_size: int, classes: int, backend: str = "auto"
+) -> nn.Sequential:
     """Return the network as a module with torch's default initialisation, in channels-last memory.
+
+    backend: "fused", "torch" or "auto", which takes the fused ops wherever the native library is
+    loaded (`fastcnn.ops.load()`) and has kernels; the weights' names and shapes are the same.
 
     Submodules: conv1, conv2, … block1, … avgpool, flatten, fc1, …: `LayerRow.layer`.
     Input: (N, 3, image_size, image_size), channels-last; output: logits (N, classes).
@@ -258,7 +263,7 @@ def build(network: Network, image_size: int, classes: int) -> nn.Sequential:
 
     model = torch.nn.Sequential()
     for step, _ in _walk(network, image_size, classes):
-        model.add_module(step.name, layers.make(step.record, step.input_shape[0]))
+        model.add_module(step.name, layers.make(step.record, step.input_shape[0], backend))
     # torch's stubs lack this overload
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

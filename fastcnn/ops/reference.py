@@ -96,6 +96,12 @@ def bias_act_pool(
     return _max_pool(bias_act(x, bias, slope), pool)
 
 
+def require_same_shape(residual: Tensor, x: Tensor) -> None:
+    """Raise ValueError for a residual that would have to be broadcast."""
+    if residual.shape != x.shape:
+        raise ValueError(f"residual: expected shape {list(x.shape)}, got {list(residual.shape)}")
+
+
 def _per_channel(bias: Tensor, x: Tensor) -> Tensor:
     # x's dtype, as a bias inside the convolution has under autocast: fp32 would promote the sum
     return bias.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
@@ -104,8 +110,7 @@ def _per_channel(bias: Tensor, x: Tensor) -> Tensor:
 def _add(y: Tensor, residual: Tensor | None) -> Tensor:
     if residual is None:
         return y
-    if residual.shape != y.shape:
-        raise ValueError(f"residual: expected shape {list(y.shape)}, got {list(residual.shape)}")
+    require_same_shape(residual, y)
     return y + residual
 
 

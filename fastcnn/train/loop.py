@@ -169,7 +169,7 @@ class Training:
         if setup.test_loader is not None:
             # a model of its own: an interruption here must save the one that was trained
             restored = setup.config.optim.restore_best
-            model = load_trained(self.folder.best, setup.device).model if restored else None
+            model = self._best_model() if restored else None
             evaluation = self._evaluate(setup.test_loader, stop, model)
         elif evaluation is None:
             evaluation = self._evaluate(setup.val_loader, stop)
@@ -177,6 +177,9 @@ class Training:
         self.folder.write_confusion(evaluation.confusion, setup.dataset.classes)
         self.folder.write_summary(summary)
         return summary
+
+    def _best_model(self) -> torch.nn.Module:
+        return load_trained(self.folder.best, self.setup.device, self.setup.backend).model
 
     def _summary(self, test: Evaluation) -> dict[str, Any]:
         setup, config, history = self.setup, self.setup.config, self.at.history
@@ -202,7 +205,7 @@ class Training:
             "test_top5": test.figures.top5,
             "train_seconds": trained_s,
             "images_per_s": sum(r["images_per_s"] for r in history) / len(history),
-            "backend": "torch",
+            "backend": setup.backend,
             "loader": config.data.loader,
             "device": setup.device_name,
             "amp": config.run.amp,

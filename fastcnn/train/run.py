@@ -9,6 +9,7 @@ from typing import Any
 
 from fastcnn.config import Config, PlaceConfig
 from fastcnn.errors import CheckpointError, NumbersError, UsageError
+from fastcnn.ops.backend import choose_backend
 from fastcnn.train import checkpoint
 from fastcnn.train.evaluate import evaluate
 from fastcnn.train.host import tune_process
@@ -21,7 +22,7 @@ from fastcnn.train.setup import evaluation_data, evaluation_loader, load_trained
 log = logging.getLogger(__name__)
 
 # options that change neither the order of the data nor the arithmetic a step asks for
-NEUTRAL_ON_RESUME = {"device", "threads", "workers", "checkpoint_steps", "eval_batch_size"}
+NEUTRAL_ON_RESUME = {"device", "backend", "threads", "workers", "checkpoint_steps", "eval_batch_size"}
 # options that the rest of a run can do with another value of, if its user says so
 CHANGEABLE_ON_RESUME = {
     "epochs",
@@ -154,11 +155,15 @@ def evaluate_run(
         raise UsageError(f"--weights: {target} is a checkpoint itself; give its run folder")
     summary = RunFolder(Path(target)).read_summary() or {}
     name = weights or summary.get("tested_model", "last")
-    trained = load_trained(checkpoint.locate(target, f"{name}.pt"), device)
+    wanted = options.get("backend", "auto")
+    trained = load_trained(checkpoint.locate(target, f"{name}.pt"), device, wanted)
     run = trained.config.run
     precision = choose_precision(
         device, options.get("amp", run.amp), options.get("amp_dtype", run.amp_dtype)
     )
+    backend, why_torch = choose_backend(wanted, device, precision.dtype)
+    if why_torch:
+        log.warning("note: %s", why_torch)
     data_options = {k: v for k, v in options.items() if hasattr(trained.config.data, k)}
     dataset, images = evaluation_data(trained, data, split_name, data_options)
     if data is None and dataset.digest != trained.data.get("digest"):
@@ -183,6 +188,7 @@ def evaluate_run(
         "images_per_s": result.images_per_s,
         "device": str(device),
         "precision": precision.name,
+        "backend": backend,
     }
 
 
@@ -196,7 +202,7 @@ def announce(training: Training) -> None:
         f"{setup.image_size}x{setup.image_size}, {setup.classes} classes)"
     )
     progress.say(
-        f"device {setup.device_name}, {setup.precision.name}, backend torch, "
+        f"device {setup.device_name}, {setup.precision.name}, backend {setup.backend}, "
         f"loader {config.data.loader}, recipe {config.run.recipe}, seed {config.run.seed}"
     )
     for note in setup.notes:

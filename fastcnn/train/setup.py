@@ -14,6 +14,7 @@ from fastcnn.archs.spec import Network, build
 from fastcnn.config import Config
 from fastcnn.data import Dataset, Images, Normalization, load_dataset, make_loader, split
 from fastcnn.errors import CheckpointError, DataError, UsageError
+from fastcnn.ops.backend import choose_backend
 from fastcnn.train import checkpoint
 from fastcnn.train.host import make_deterministic
 from fastcnn.train.precision import Precision, choose_device, choose_precision
@@ -28,6 +29,7 @@ class Setup:
     dataset: Dataset
     device: torch.device
     precision: Precision
+    backend: str
     normalization: Normalization
     model: nn.Module
     train_loader: Any
@@ -75,12 +77,13 @@ def prepare(config: Config) -> Setup:
     """Build everything a run needs; raises UsageError or DataError before the first step."""
     device = choose_device(config.run.device)
     precision = choose_precision(device, config.run.amp, config.run.amp_dtype)
-    configure_backend(config, device)
+    backend, why_torch = choose_backend(config.run.backend, device, precision.dtype)
+    configure_torch(config, device)
     network = get_network(config.model.arch)
     dataset = split(load_dataset(config.data, network.image_sizes[0]), config.data, config.run.seed)
     check_dataset(dataset, config)
     normalization = Normalization.fit(dataset.train, config.augment.normalize)
-    notes = [precision.note] if precision.note else []
+    notes = [note for note in (precision.note, why_torch) if note]
     drop_last = drops_last(len(dataset.train), network, config, notes)
     train_loader = make_loader(
         dataset.train,
@@ -97,13 +100,14 @@ def prepare(config: Config) -> Setup:
     test_loader = None
     if dataset.val is not None:
         test_loader = evaluation_loader(dataset.test, config, normalization, device)
-    model = new_model(network, dataset, config, device)
+    model = new_model(network, dataset, config, device, backend)
     return Setup(
         config,
         network,
         dataset,
         device,
         precision,
+        backend,
         normalization,
         model,
         train_loader,
@@ -113,7 +117,7 @@ def prepare(config: Config) -> Setup:
     )
 
 
-def configure_backend(config: Config, device: torch.device) -> None:
+def configure_torch(config: Config, device: torch.device) -> None:
     """Seed torch and choose the vendor library's algorithms."""
     if config.run.deterministic:
         make_deterministic()
@@ -123,11 +127,11 @@ def configure_backend(config: Config, device: torch.device) -> None:
 
 
 def new_model(
-    network: Network, dataset: Dataset, config: Config, device: torch.device
+    network: Network, dataset: Dataset, config: Config, device: torch.device, backend: str
 ) -> nn.Module:
     """Network with initial weights drawn from the seed alone, in channels-last, on `device`."""
     size = dataset.train.pixels.shape[1]
-    model = build(network, size, len(dataset.classes))
+    model = build(network, size, len(dataset.classes), backend)
     initialise(model, config.model.init, torch.Generator().manual_seed(config.run.seed))
     return model.to(device)
 
@@ -190,7 +194,7 @@ class TrainedModel:
     path: Path
 
 
-def load_trained(path: Path, device: torch.device) -> TrainedModel:
+def load_trained(path: Path, device: torch.device, backend: str) -> TrainedModel:
     """Restore the evaluated (averaged, if any) model of a checkpoint, in evaluation mode."""
     state = checkpoint.load(path)
     try:
@@ -204,7 +208,7 @@ def load_trained(path: Path, device: torch.device) -> TrainedModel:
         raise CheckpointError(f"{path}: not a checkpoint of a network ({error})") from error
     # torch draws initial weights for the new layers; what a run draws next must not depend on it
     with torch.random.fork_rng(devices=[]):
-        model = build(network, image_size, len(classes))
+        model = build(network, image_size, len(classes), backend)
     checkpoint.load_weights(model, weights, path)
     return TrainedModel(
         model.to(device).eval(), config, classes, image_size, normalization, data, path

@@ -1,0 +1,382 @@
+// The ops of fastcnn for torch: checks, allocation, device and stream, errors, registration. The
+// only file that sees torch, through its stable ABI; fastcnn/ops/__init__.py holds the schemas.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <functional>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "arguments.h"
+#include "cpu/cpu.h"
+#ifdef FASTCNN_CUDA
+#include "kernels.h"
+#endif
+
+namespace {
+
+using namespace fastcnn;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+// where an op runs: the same calls for both devices
+struct Cpu {
+  static constexpr auto stats_workspace = cpu::bn_stats_workspace;
+  static constexpr auto backward_workspace = cpu::bn_act_backward_workspace;
+
+  static void parallel(int64_t tasks, const std::function<void(int64_t, int64_t)>& body) {
+    torch::stable::parallel_for(0, tasks, 1, body);
+  }
+  static void run(const BnStats& args, const Tensor&) { cpu::bn_stats(args, parallel); }
+  static void run(const BnAct& args, const Tensor&) { cpu::bn_act(args, parallel); }
+  static void run(const BnActPool& args, const Tensor&) { cpu::bn_act_pool(args, parallel); }
+  static void run(const BnActBackward& args, const Tensor&) {
+    cpu::bn_act_backward(args, parallel);
+  }
+  static void run(const BnActPoolBackward& args, const Tensor&) {
+    cpu::bn_act_pool_backward(args, parallel);
+  }
+};
+
+#ifdef FASTCNN_CUDA
+struct Cuda {
+  static constexpr auto stats_workspace = cuda::bn_stats_workspace;
+  static constexpr auto backward_workspace = cuda::bn_act_backward_workspace;
+
+  template <class Args>
+  static void enqueue(cudaError_t (*launch)(const Args&, cudaStream_t), const Args& args,
+                      const Tensor& x) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    void* stream;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    const cudaError_t error = launch(args, static_cast<cudaStream_t>(stream));
+    STD_TORCH_CHECK(error == cudaSuccess, "fastcnn kernel: ", cudaGetErrorString(error));
+  }
+  static void run(const BnStats& args, const Tensor& x) {
+    enqueue(cuda::launch_bn_stats, args, x);
+  }
+  static void run(const BnAct& args, const Tensor& x) { enqueue(cuda::launch_bn_act, args, x); }
+  static void run(const BnActPool& args, const Tensor& x) {
+    enqueue(cuda::launch_bn_act_pool, args, x);
+  }
+  static void run(const BnActBackward& args, const Tensor& x) {
+    enqueue(cuda::launch_bn_act_backward, args, x);
+  }
+  static void run(const BnActPoolBackward& args, const Tensor& x) {
+    enqueue(cuda::launch_bn_act_pool_backward, args, x);
+  }
+};
+#endif
+
+std::string shape_of(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      STD_TORCH_CHECK(!x.is_cpu(), "x: expected float32, bfloat16 or float64 on the CPU, got "
+                                   "float16; use backend torch");
+      return Dtype::f16;
+    case ScalarType::Double:
+      STD_TORCH_CHECK(x.is_cpu(), "x: expected float32, bfloat16 or float16 on a GPU, got float64; "
+                                  "use backend torch");
+      return Dtype::f64;
+    default:
+      STD_TORCH_CHECK(false, "x: expected a floating-point tensor, got scalar type ",
+                      int(x.scalar_type()));
+  }
+}
+
+// of parameters, statistics and sums
+ScalarType parameter_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Sizes sizes_of(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 4, name, ": expected (N, K, P, Q) or (N, K), got ",
+                  shape_of(x));
+  if (x.dim() == 2) return {x.size(0), 1, 1, x.size(1)};
+  return {x.size(0), x.size(2), x.size(3), x.size(1)};
+}
+
+// channels-last memory without gaps; the strides of sizes below 2 mean nothing
+void check_layout(const Tensor& x, const char* name) {
+  static constexpr int order[] = {1, 3, 2, 0};
+  int64_t expected = 1;
+  if (x.numel() == 0) return;
+  for (int i = 0; i < 4; ++i) {
+    const int64_t d = x.dim() == 4 ? order[i] : (i < 2 ? 1 - i : -1);
+    if (d < 0) break;
+    STD_TORCH_CHECK(x.size(d) == 1 || x.stride(d) == expected, name,
+                    ": expected channels-last memory, got stride ", x.stride(d), " in dimension ",
+                    d, " (expected ", expected,
+                    "); use .contiguous(memory_format=torch.channels_last)");
+    expected *= x.size(d);
+  }
+}
+
+void check_like(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(t.dim() == x.dim() && shape_of(t) == shape_of(x), name, ": expected shape ",
+                  shape_of(x), ", got ", shape_of(t));
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
+  STD_TORCH_CHECK(t.get_device_index() == x.get_device_index() && t.is_cpu() == x.is_cpu(), name,
+                  ": expected the device of x");
+  check_layout(t, name);
+}
+
+const void* channels_of(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == x.size(1) && t.is_contiguous(), name,
+                  ": expected contiguous [", x.size(1), "], got ", shape_of(t));
+  STD_TORCH_CHECK(t.scalar_type() == parameter_type(x), name,
+                  ": expected float32 (float64 where x is)");
+  STD_TORCH_CHECK(t.get_device_index() == x.get_device_index() && t.is_cpu() == x.is_cpu(), name,
+                  ": expected the device of x");
+  return t.const_data_ptr();
+}
+
+void check_input(const Tensor& x, const char* name) {
+  sizes_of(x, name);
+  check_layout(x, name);
+}
+
+Pool pool_of(const Tensor& x, int64_t window, int64_t stride, int64_t padding) {
+  STD_TORCH_CHECK(x.dim() == 4, "x: expected (N, K, P, Q), got ", shape_of(x));
+  STD_TORCH_CHECK(window >= 1 && window <= 11 && stride >= 1 && padding >= 0,
+                  "pool: expected a window of 1 to 11, a stride >= 1 and padding >= 0, got (",
+                  window, ", ", stride, ", ", padding, ")");
+  STD_TORCH_CHECK(padding <= window / 2, "pool: expected padding <= ", window / 2,
+                  " (half of the window), got ", padding);
+  const int64_t smallest = std::min(x.size(2), x.size(3));
+  STD_TORCH_CHECK(smallest + 2 * padding >= window, "pool: expected a window of at most ",
+                  smallest + 2 * padding, " for ", shape_of(x), ", got ", window);
+  return {int(window), int(stride), int(padding)};
+}
+
+void check_slope(double slope) {
+  STD_TORCH_CHECK(slope >= 0, "slope: expected >= 0, got ", slope);
+}
+
+Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
+  const auto format = shape.size() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  return torch::stable::empty(shape, dtype, std::nullopt, like.device(), std::nullopt, format);
+}
+
+Tensor empty_as(const Tensor& x) {
+  return empty(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type());
+}
+
+Tensor per_channel(const Tensor& x) { return empty(x, {x.size(1)}, parameter_type(x)); }
+
+Tensor bytes(const Tensor& x, int64_t count) { return empty(x, {count}, ScalarType::Byte); }
+
+void* pointer(const Tensor& t) { return t.mutable_data_ptr(); }
+
+template <class B>
+std::tuple<Tensor, Tensor> bn_stats(const Tensor& x, const Tensor& running_mean,
+                                    const Tensor& running_var, bool training, double momentum,
+                                    double eps, double pre_slope) {
+  check_input(x, "x");
+  check_slope(pre_slope);
+  channels_of(running_mean, x, "running_mean");
+  channels_of(running_var, x, "running_var");
+  const Sizes sizes = sizes_of(x, "x");
+  Tensor mean = per_channel(x), rstd = per_channel(x);
+  Tensor workspace = bytes(x, training ? B::stats_workspace(sizes) : 0);
+  B::run(BnStats{dtype_of(x), sizes, x.const_data_ptr(), training, momentum, eps, pre_slope,
+                 pointer(running_mean), pointer(running_var), pointer(mean), pointer(rstd),
+                 pointer(workspace)},
+         x);
+  return {mean, rstd};
+}
+
+Affine affine_of(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight,
+                 const Optional& bias) {
+  return {channels_of(mean, x, "mean"), channels_of(rstd, x, "rstd"),
+          channels_of(weight, x, "weight"), bias ? channels_of(*bias, x, "bias") : nullptr};
+}
+
+Affine bias_of(const Tensor& x, const Optional& bias) {
+  return {nullptr, nullptr, nullptr, bias ? channels_of(*bias, x, "bias") : nullptr};
+}
+
+template <class B>
+Tensor forward(const Tensor& x, const Affine& affine, const Optional& residual, double pre_slope,
+               double post_slope) {
+  check_input(x, "x");
+  check_slope(pre_slope);
+  check_slope(post_slope);
+  if (residual) check_like(*residual, x, "residual");
+  Tensor y = empty_as(x);
+  B::run(BnAct{dtype_of(x), sizes_of(x, "x"), x.const_data_ptr(),
+               residual ? residual->const_data_ptr() : nullptr, affine, pre_slope, post_slope,
+               pointer(y)},
+         x);
+  return y;
+}
+
+template <class B>
+Tensor bn_act(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight,
+              const Tensor& bias, const Optional& residual, bool batch_stats, double pre_slope,
+              double post_slope) {
+  return forward<B>(x, affine_of(x, mean, rstd, weight, bias), residual, pre_slope, post_slope);
+}
+
+template <class B>
+Tensor bias_act(const Tensor& x, const Optional& bias, const Optional& residual, double slope) {
+  return forward<B>(x, bias_of(x, bias), residual, 1, slope);
+}
+
+template <class B>
+std::tuple<Tensor, Tensor> forward_pool(const Tensor& x, const Affine& affine, double pre_slope,
+                                        double post_slope, const Pool& pool) {
+  check_input(x, "x");
+  check_slope(pre_slope);
+  check_slope(post_slope);
+  const Sizes sizes = sizes_of(x, "x");
+  std::vector<int64_t> shape{sizes.n, sizes.k, pool.output(sizes.p), pool.output(sizes.q)};
+  Tensor y = empty(x, shape, x.scalar_type()), code = empty(x, shape, ScalarType::Byte);
+  B::run(BnActPool{dtype_of(x), sizes, x.const_data_ptr(), affine, pre_slope, post_slope, pool,
+                   pointer(y), static_cast<uint8_t*>(pointer(code))},
+         x);
+  return {y, code};
+}
+
+template <class B>
+std::tuple<Tensor, Tensor> bn_act_pool(const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                                       const Tensor& weight, const Tensor& bias, bool batch_stats,
+                                       double pre_slope, double post_slope, int64_t window,
+                                       int64_t stride, int64_t padding) {
+  return forward_pool<B>(x, affine_of(x, mean, rstd, weight, bias), pre_slope, post_slope,
+                         pool_of(x, window, stride, padding));
+}
+
+template <class B>
+std::tuple<Tensor, Tensor> bias_act_pool(const Tensor& x, const Optional& bias, double slope,
+                                         int64_t window, int64_t stride, int64_t padding) {
+  return forward_pool<B>(x, bias_of(x, bias), 1, slope, pool_of(x, window, stride, padding));
+}
+
+// dresidual is empty where the forward had no residual, and so no y is given
+template <class B>
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
+    const Tensor& dy, const Tensor& x, const Optional& y, const Tensor& mean, const Tensor& rstd,
+    const Tensor& weight, const Tensor& bias, bool batch_stats, double pre_slope,
+    double post_slope) {
+  check_input(x, "x");
+  check_like(dy, x, "dy");
+  if (y) check_like(*y, x, "y");
+  const Sizes sizes = sizes_of(x, "x");
+  Tensor dx = empty_as(x), dweight = per_channel(x), dbias = per_channel(x);
+  Tensor dresidual = y ? empty_as(x) : empty(x, {0}, x.scalar_type());
+  Tensor workspace = bytes(x, B::backward_workspace(sizes));
+  B::run(BnActBackward{dtype_of(x), sizes, dy.const_data_ptr(), x.const_data_ptr(),
+                       y ? y->const_data_ptr() : nullptr,
+                       affine_of(x, mean, rstd, weight, bias), batch_stats, pre_slope, post_slope,
+                       pointer(dx), y ? pointer(dresidual) : nullptr, pointer(dweight),
+                       pointer(dbias), pointer(workspace)},
+         x);
+  return {dx, dweight, dbias, dresidual};
+}
+
+// dbias is empty where the forward had no bias; dx is the gradient of a residual as well
+template <class B>
+std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& dy, const Tensor& y, bool with_bias,
+                                             double slope) {
+  check_input(y, "y");
+  check_like(dy, y, "dy");
+  const Sizes sizes = sizes_of(y, "y");
+  Tensor dx = empty_as(y);
+  Tensor dbias = with_bias ? per_channel(y) : empty(y, {0}, parameter_type(y));
+  Tensor workspace = bytes(y, with_bias ? B::backward_workspace(sizes) : 0);
+  B::run(BnActBackward{dtype_of(y), sizes, dy.const_data_ptr(), nullptr, y.const_data_ptr(),
+                       Affine{}, false, 1, slope, pointer(dx), nullptr, nullptr,
+                       with_bias ? pointer(dbias) : nullptr, pointer(workspace)},
+         y);
+  return {dx, dbias};
+}
+
+void check_pooled(const Tensor& dy, const Tensor& code, const Sizes& sizes, const Pool& pool) {
+  check_input(dy, "dy");
+  check_layout(code, "code");
+  STD_TORCH_CHECK(code.scalar_type() == ScalarType::Byte && shape_of(code) == shape_of(dy),
+                  "code: expected uint8 ", shape_of(dy), ", got ", shape_of(code));
+  STD_TORCH_CHECK(dy.size(0) == sizes.n && dy.size(1) == sizes.k &&
+                      dy.size(2) == pool.output(sizes.p) && dy.size(3) == pool.output(sizes.q),
+                  "dy: expected the pooled shape of x, got ", shape_of(dy));
+}
+
+template <class B>
+std::tuple<Tensor, Tensor, Tensor> bn_act_pool_backward(
+    const Tensor& dy, const Tensor& code, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+    const Tensor& weight, bool batch_stats, double pre_slope, double post_slope, int64_t window,
+    int64_t stride, int64_t padding) {
+  check_input(x, "x");
+  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dy: expected the dtype of x");
+  const Sizes sizes = sizes_of(x, "x");
+  const Pool pool = pool_of(x, window, stride, padding);
+  check_pooled(dy, code, sizes, pool);
+  Tensor dx = empty_as(x), dweight = per_channel(x), dbias = per_channel(x);
+  Tensor workspace = bytes(x, B::backward_workspace(sizes));
+  B::run(BnActPoolBackward{dtype_of(x), sizes, dy.const_data_ptr(),
+                           static_cast<const uint8_t*>(code.const_data_ptr()), x.const_data_ptr(),
+                           affine_of(x, mean, rstd, weight, std::nullopt), batch_stats, pre_slope,
+                           post_slope, pool, pointer(dx), pointer(dweight), pointer(dbias),
+                           pointer(workspace)},
+         x);
+  return {dx, dweight, dbias};
+}
+
+// p, q: rows and columns of the image that was pooled
+template <class B>
+std::tuple<Tensor, Tensor> bias_act_pool_backward(const Tensor& dy, const Tensor& code, int64_t p,
+                                                  int64_t q, bool with_bias, double slope,
+                                                  int64_t window, int64_t stride,
+                                                  int64_t padding) {
+  const Sizes sizes{dy.size(0), p, q, dy.size(1)};
+  Tensor dx = empty(dy, {sizes.n, sizes.k, p, q}, dy.scalar_type());
+  const Pool pool = pool_of(dx, window, stride, padding);
+  check_pooled(dy, code, sizes, pool);
+  Tensor dbias = with_bias ? per_channel(dy) : empty(dy, {0}, parameter_type(dy));
+  Tensor workspace = bytes(dy, with_bias ? B::backward_workspace(sizes) : 0);
+  B::run(BnActPoolBackward{dtype_of(dy), sizes, dy.const_data_ptr(),
+                           static_cast<const uint8_t*>(code.const_data_ptr()), nullptr, Affine{},
+                           false, 1, slope, pool, pointer(dx), nullptr,
+                           with_bias ? pointer(dbias) : nullptr, pointer(workspace)},
+         dy);
+  return {dx, dbias};
+}
+
+template <class B>
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("bn_stats", TORCH_BOX(&bn_stats<B>));
+  m.impl("bn_act", TORCH_BOX(&bn_act<B>));
+  m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward<B>));
+  m.impl("bn_act_pool", TORCH_BOX(&bn_act_pool<B>));
+  m.impl("bn_act_pool_backward", TORCH_BOX(&bn_act_pool_backward<B>));
+  m.impl("bias_act", TORCH_BOX(&bias_act<B>));
+  m.impl("bias_act_backward", TORCH_BOX(&bias_act_backward<B>));
+  m.impl("bias_act_pool", TORCH_BOX(&bias_act_pool<B>));
+  m.impl("bias_act_pool_backward", TORCH_BOX(&bias_act_pool_backward<B>));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastcnn, CPU, m) { implement<Cpu>(m); }
+#ifdef FASTCNN_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastcnn, CUDA, m) { implement<Cuda>(m); }
+#endif

@@ -1,0 +1,56 @@
+"""Which implementation of the ops a layer takes: the native library's or plain torch's."""
+
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastcnn import ops
+from fastcnn.errors import BuildError, FastcnnError
+from fastcnn.ops import build, reference
+
+Backend = Literal["auto", "fused", "torch"]
+BACKENDS: tuple[Backend, ...] = ("auto", "fused", "torch")
+
+
+def ops_for(backend: str, x: Tensor) -> ModuleType:
+    """Return the module whose ops a layer calls on x: `fastcnn.ops` or `fastcnn.ops.reference`.
+
+    "auto" takes the native library where one is loaded and has kernels for x's device and dtype.
+    """
+    if backend == "torch" or (backend == "auto" and not ops.supports(x)):
+        return reference
+    return ops
+
+
+def choose_backend(
+    backend: str, device: torch.device, dtype: torch.dtype | None
+) -> tuple[Backend, str]:
+    """Return "fused" or "torch" for a run, and a note on why "auto" could not take "fused".
+
+    dtype: of autocast, or None for fp32. The library is loaded, and built if need be.
+    Raises BuildError where "fused" is asked for and cannot be had.
+    """
+    if backend == "torch":
+        return "torch", ""
+    try:
+        _require_fused(device, dtype)
+    except FastcnnError as error:
+        if backend == "fused":
+            raise BuildError(f"--backend fused: {error}") from error
+        return "torch", f"backend torch: {error}"
+    return "fused", ""
+
+
+def _require_fused(device: torch.device, dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in ops.DTYPES[device.type]:
+        name = str(dtype).removeprefix("torch.")
+        raise BuildError(f"no kernels for {name} on the {device.type.upper()}; use --backend torch")
+    built = ops.load()
+    if device.type != "cuda":
+        return
+    if not ops.has_kernels("cuda"):
+        raise BuildError("the native library has no CUDA kernels; `fastcnn doctor` says why")
+    if reason := build.check_gpu_code(torch.cuda.get_device_capability(device), built.archs):
+        raise BuildError(reason)
