@@ -1,12 +1,13 @@
 """Shapes and tolerances that several test files share; threads and GPU."""
 
 import logging
+import math
 import os
 
 import pytest
 import torch
 
-# (N, K, P, Q): one channel, odd sizes, channel counts off every vector width, single pixels
+# (N, K, P, Q): one channel, odd sizes, channel counts on and off every vector width, single pixels
 SHAPES = [
     (2, 1, 3, 5),
     (3, 3, 4, 4),
@@ -14,7 +15,14 @@ SHAPES = [
     (2, 65, 3, 3),
     (4, 3, 1, 1),
     (1, 3, 7, 2),
+    (2, 24, 6, 5),
+    (1, 32, 8, 8),
+    (3, 100, 5, 3),
+    (2, 512, 4, 2),
+    (1, 64, 9, 7),
 ]
+# few enough values for a numerical Jacobian
+SMALL_SHAPES = [shape for shape in SHAPES if math.prod(shape) <= 300]
 # apex#1768: a channels-last Welford was wrong here
 LARGE_SHAPE = (2, 65, 100, 100)
 
@@ -34,6 +42,14 @@ TOLERANCE = {
 def _own_cache(tmp_path_factory):
     # the user's cache would make a second run of the tests another one than the first
     os.environ["FASTCNN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def library():
+    """The native library, built once a session, with CUDA kernels wherever there is an nvcc."""
+    from fastcnn import ops
+
+    return ops.load()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GRADCHECK, LARGE_SHAPE, POOLS, SHAPES, TOLERANCE
+from conftest import GRADCHECK, LARGE_SHAPE, POOLS, SHAPES, SMALL_SHAPES, TOLERANCE
 from torch import nn
 
 from fastcnn.ops import reference
@@ -11,6 +11,7 @@ SLOPES = [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.01, 1.0), (1.0, 0.01), (0.2, 0.
 EPS = 1e-5
 # every shape with every pool whose window fits into it
 POOLED = [(s, p) for s in SHAPES for p in POOLS if min(s[2:]) + 2 * p[2] >= p[0]]
+SMALL_POOLED = [(s, p) for s, p in POOLED if s in SMALL_SHAPES]
 
 
 def tensors(shape, dtype=torch.float64):
@@ -105,7 +106,7 @@ def test_bias_act_pool_is_its_formula(shape, pool):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("pre", "post"), [(1.0, 0.0), (0.2, 0.1)])
-@pytest.mark.parametrize("shape", [*SHAPES, (5, 3)], ids=str)
+@pytest.mark.parametrize("shape", [*SMALL_SHAPES, (5, 3)], ids=str)
 def test_gradient_of_bn_act(shape, pre, post, training):
     x, weight, bias, mean, var, residual = tensors(shape)
 
@@ -118,7 +119,7 @@ def test_gradient_of_bn_act(shape, pre, post, training):
     check_gradient(op, x, weight, bias, residual)
 
 
-@pytest.mark.parametrize(("shape", "pool"), POOLED, ids=str)
+@pytest.mark.parametrize(("shape", "pool"), SMALL_POOLED, ids=str)
 def test_gradient_of_pooling_ops(shape, pool):
     x, weight, bias, mean, var, _ = tensors(shape)
 
@@ -130,7 +131,7 @@ def test_gradient_of_pooling_ops(shape, pool):
     check_gradient(lambda x, bias: reference.bias_act_pool(x, bias, 0.1, pool), x, bias)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (5, 3)], ids=str)
+@pytest.mark.parametrize("shape", [*SMALL_SHAPES, (5, 3)], ids=str)
 def test_gradient_of_bias_act(shape):
     x, _, bias, _, _, residual = tensors(shape)
     check_gradient(lambda x, bias, r: reference.bias_act(x, bias, 0.0, r), x, bias, residual)

@@ -33,7 +33,7 @@ void forward_tile(const BnAct& args, const Channels<Acc<T>>& channels, int64_t f
 // one tile of the backward: dx and dresidual if Write, the sums if Sum
 template <class T, class Block, bool Sum, bool Write>
 void backward_tile(const BnActBackward& args, const InputGradient<Acc<T>>& input, int64_t first,
-                   int64_t n, const TaskSums<Acc<T>>& sums) {
+                   int64_t n, const TaskSums& sums) {
   using A = Acc<T>;
   constexpr int W = Block::W, U = Block::U;
   const int64_t k = args.sizes.k;
@@ -63,6 +63,7 @@ void backward_tile(const BnActBackward& args, const InputGradient<Acc<T>>& input
           if (dresidual) store<W>(dresidual + at, g);
         }
       }
+      if (Sum && (i + 1 == n || i % kRun<W> == kRun<W> - 1)) block.end_run();
     }
     if constexpr (Sum) block.add_to(sums, c);
   }
@@ -75,7 +76,7 @@ void backward_pass(const BnActBackward& args, const InputGradient<Acc<T>>& input
     for (int64_t i = begin; i < end; ++i) {
       // the last pass goes backwards: what the one before read last is still in the cache
       const int64_t task = Write ? end - 1 - (i - begin) : i;
-      const TaskSums<Acc<T>> sums(args.workspace, task, args.sizes.k);
+      const TaskSums sums(args.workspace, task, args.sizes.k);
       if constexpr (Sum) sums.clear(args.sizes.k);
       for (int64_t at = parts.begin(task); at < parts.end(task); at += parts.tile)
         backward_tile<T, Block, Sum, Write>(args, input, at,

@@ -111,7 +111,7 @@ struct Pooled {
 
 template <class T, class Block>
 void sum_row(const BnActPoolBackward& args, const Channels<Acc<T>>& channels,
-             const WindowRow& row, const TaskSums<Acc<T>>& sums) {
+             const WindowRow& row, const TaskSums& sums) {
   using A = Acc<T>;
   constexpr int W = Block::W, U = Block::U;
   const Slope<A, W> pre(args.pre_slope), post(args.post_slope);
@@ -130,6 +130,7 @@ void sum_row(const BnActPoolBackward& args, const Channels<Acc<T>>& channels,
         });
       for (int u = 0; u < U; ++u)
         block.add(u, pooled.g[u], pre.act(winner[u]) - normalise.mean[u]);
+      if (j + 1 == row.w.qq || j % kRun<W> == kRun<W> - 1) block.end_run();
     }
     block.add_to(sums, c);
   }
@@ -233,7 +234,7 @@ void sum_pass(const BnActPoolBackward& args, const Channels<Acc<T>>& channels, c
               const Parts& rows, const Parallel& parallel) {
   parallel(rows.tasks, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const TaskSums<Acc<T>> sums(args.workspace, task, w.k);
+      const TaskSums sums(args.workspace, task, w.k);
       sums.clear(w.k);
       for (int64_t row = rows.begin(task); row < rows.end(task); ++row)
         sum_row<T, Block>(args, channels, WindowRow(w, row), sums);

@@ -1,7 +1,7 @@
 // Batch statistics: mean and rstd of each channel, and the running statistics, in one read of x.
 //
-// A tile's sums are taken about its first pixel, so that a mean far from 0 cancels nothing, and
-// joined as (count, mean, M2) by Chan, Golub and LeVeque 1983, equation 1.5.
+// A tile's sums are taken about the mean of its first pixels, so that a mean far from 0 cancels
+// nothing, and joined in fp64 as (count, mean, M2) by Chan, Golub and LeVeque 1983, equation 1.5.
 #include <cmath>
 
 #include "cpu.h"
@@ -10,72 +10,98 @@
 namespace fastcnn::cpu {
 namespace {
 
-template <class A>
-struct Moments {  // of K channels: mean and sum of squared deviations of `count` values each
-  A* mean;
-  A* m2;
+constexpr int64_t kFirst = 16;   // pixels that the shift is the mean of
+constexpr int64_t kSummed = 16;  // pixels summed in one register before the sum joins the tile's
+
+// of K channels: mean and sum of squared deviations, one task's among the partials
+struct Moments {
+  double* mean;
+  double* m2;
+
+  Moments(void* partials, int64_t task, int64_t k)
+      : mean(static_cast<double*>(partials) + 2 * task * k), m2(mean + k) {}
 };
 
-// joins the moments of one block of channels of a tile (n values, offset from `shift`) to those of
-// the `count` values before it
+// joins one vector of a tile (n values, sums about `shift`) to the `count` values before it
 template <class A, int W>
-void join(A* mean, A* m2, int64_t count, Values<A, W> shift, Values<A, W> s1, Values<A, W> s2,
-          int64_t n) {
-  const A part = A(1) / A(n);
-  Values<A, W> offset = s1 * part;
-  Values<A, W> tile_mean = shift + offset, tile_m2 = s2 - s1 * offset;
+void join(double* mean, double* m2, int64_t count, Values<A, W> shift, Values<A, W> s1,
+          Values<A, W> s2, int64_t n) {
+  using Wide = Values<double, W>;
+  const Wide sum = widen<W>(s1), offset = sum * (1 / double(n));
+  const Wide tile_mean = widen<W>(shift) + offset, tile_m2 = widen<W>(s2) - sum * offset;
   if (count == 0) {
     store<W>(mean, tile_mean);
     store<W>(m2, tile_m2);
     return;
   }
-  const A share = A(n) / A(count + n);
-  Values<A, W> old = load<W>(mean), delta = tile_mean - old;
+  const double share = double(n) / double(count + n);
+  const Wide old = load<W>(mean), delta = tile_mean - old;
   store<W>(mean, old + delta * share);
-  store<W>(m2, load<W>(m2) + tile_m2 + delta * delta * (A(count) * share));
+  store<W>(m2, load<W>(m2) + tile_m2 + delta * delta * (double(count) * share));
 }
+
+// sums of d and d² over pixels [0, n), d = pre(x) - shift
+template <class T, class Block>
+struct ShiftedSums {
+  using A = Acc<T>;
+  static constexpr int W = Block::W, U = Block::U;
+  Values<A, W> s1[U] = {}, s2[U] = {};
+
+  ShiftedSums(const T* x, int64_t k, int64_t n, const Slope<A, W>& pre,
+              const Values<A, W>* shift) {
+    for (int64_t run = 0; run < n; run += kSummed) {
+      Values<A, W> r1[U] = {}, r2[U] = {};
+      for (int64_t i = run; i < std::min(n, run + kSummed); ++i)
+        for (int u = 0; u < U; ++u) {
+          const Values<A, W> d = pre.act(load<W>(x + i * k + u * W)) - shift[u];
+          r1[u] += d;
+          r2[u] += d * d;
+        }
+      for (int u = 0; u < U; ++u) {
+        s1[u] += r1[u];
+        s2[u] += r2[u];
+      }
+    }
+  }
+};
 
 template <class T, class Block>
 void tile_moments(const T* x, int64_t k, int64_t n, double pre_slope, int64_t count,
-                  Moments<Acc<T>> sums) {
+                  const Moments& moments) {
   using A = Acc<T>;
   constexpr int W = Block::W, U = Block::U;
   const Slope<A, W> pre(pre_slope);
+  const int64_t few = std::min(n, kFirst);
   for (int64_t c = 0; c < k; c += Block::channels) {
-    Values<A, W> shift[U], s1[U], s2[U];
+    Values<A, W> shift[U] = {};
+    const ShiftedSums<T, Block> first(x + c, k, few, pre, shift);
     for (int u = 0; u < U; ++u) {
-      shift[u] = pre.act(load<W>(x + c + u * W));
+      shift[u] = first.s1[u] * (A(1) / A(few));
       shift[u] = shift[u] - shift[u] == 0 ? shift[u] : Values<A, W>{};  // inf and NaN
-      s1[u] = s2[u] = Values<A, W>{};
     }
-    for (int64_t i = 0; i < n; ++i) {
-      for (int u = 0; u < U; ++u) {
-        Values<A, W> d = pre.act(load<W>(x + i * k + c + u * W)) - shift[u];
-        s1[u] += d;
-        s2[u] += d * d;
-      }
-    }
+    const ShiftedSums<T, Block> all(x + c, k, n, pre, shift);
     for (int u = 0; u < U; ++u) {
-      int64_t at = c + u * W;
-      join<A, W>(sums.mean + at, sums.m2 + at, count, shift[u], s1[u], s2[u], n);
+      const int64_t at = c + u * W;
+      join<A, W>(moments.mean + at, moments.m2 + at, count, shift[u], all.s1[u], all.s2[u], n);
     }
   }
 }
 
 // joins the tasks' moments in their order, all channels of a task at a time
 template <class A>
-void finish(const BnStats& args, const A* partials, const Parts& parts) {
+void finish(const BnStats& args, const Parts& parts) {
   const int64_t k = args.sizes.k;
   const double pixels = double(args.sizes.pixels());
   std::vector<double> mean(k), m2(k);
   auto count = [&](int64_t task) { return double(parts.end(task) - parts.begin(task)); };
+  auto moments = [&](int64_t task) { return Moments(args.workspace, task, k); };
   for (int64_t task = 0; task < parts.tasks; ++task)
-    for (int64_t c = 0; c < k; ++c) mean[c] += count(task) * double(partials[2 * task * k + c]);
+    for (int64_t c = 0; c < k; ++c) mean[c] += count(task) * moments(task).mean[c];
   for (int64_t c = 0; c < k; ++c) mean[c] /= pixels;
   for (int64_t task = 0; task < parts.tasks; ++task)
     for (int64_t c = 0; c < k; ++c) {
-      const double delta = partials[2 * task * k + c] - mean[c];
-      m2[c] += partials[(2 * task + 1) * k + c] + count(task) * delta * delta;
+      const double delta = moments(task).mean[c] - mean[c];
+      m2[c] += moments(task).m2[c] + count(task) * delta * delta;
     }
   auto move = [&](void* running, int64_t c, double to) {
     A& value = static_cast<A*>(running)[c];
@@ -113,18 +139,17 @@ void bn_stats(const BnStats& args, const Parallel& parallel) {
     using A = Acc<T>;
     if (!args.training || args.sizes.pixels() == 0) return without_batch<A>(args);
     const Parts parts = pixel_parts(args.sizes.pixels(), k);
-    auto* partials = static_cast<A*>(args.workspace);
     parallel(parts.tasks, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
-        Moments<A> sums{partials + 2 * task * k, partials + (2 * task + 1) * k};
+        const Moments moments(args.workspace, task, k);
         for (int64_t at = parts.begin(task); at < parts.end(task); at += parts.tile) {
           const int64_t n = std::min(parts.tile, parts.end(task) - at);
           tile_moments<T, decltype(block)>(static_cast<const T*>(args.x) + at * k, k, n,
-                                           args.pre_slope, at - parts.begin(task), sums);
+                                           args.pre_slope, at - parts.begin(task), moments);
         }
       }
     });
-    finish<A>(args, partials, parts);
+    finish<A>(args, parts);
   });
 }
 

@@ -61,29 +61,36 @@ struct InputGradientBlock {
   }
 };
 
-// Σ g and Σ g · (pre(x) - mean): partial sums [task][2][K], joined in the order of the tasks
-template <class A>
+// Σ g and Σ g · (pre(x) - mean) of one task: partial sums [task][2][K], joined in the tasks' order
 struct TaskSums {
-  A* g;
-  A* gx;
+  double* g;
+  double* gx;
 
   TaskSums(void* partials, int64_t task, int64_t k)
-      : g(static_cast<A*>(partials) + 2 * task * k), gx(g + k) {}
-  void clear(int64_t k) const { std::fill(g, g + 2 * k, A(0)); }
+      : g(static_cast<double*>(partials) + 2 * task * k), gx(g + k) {}
+  void clear(int64_t k) const { std::fill(g, g + 2 * k, 0.0); }
 };
 
 template <class A, class Block>
 struct BlockSums {
   static constexpr int W = Block::W, U = Block::U;
-  Values<A, W> g[U] = {}, gx[U] = {};
+  Values<A, W> run_g[U] = {}, run_gx[U] = {};
+  Values<double, W> g[U] = {}, gx[U] = {};
 
   void add(int u, Values<A, W> value, Values<A, W> centred) {
-    g[u] += value;
-    gx[u] += value * centred;
+    run_g[u] += value;
+    run_gx[u] += value * centred;
   }
-  void add_to(const TaskSums<A>& sums, int64_t c) const {
+  void end_run() {
     for (int u = 0; u < U; ++u) {
-      A *to = sums.g + c + u * W, *to_x = sums.gx + c + u * W;
+      g[u] += widen<W>(run_g[u]);
+      gx[u] += widen<W>(run_gx[u]);
+      run_g[u] = run_gx[u] = Values<A, W>{};
+    }
+  }
+  void add_to(const TaskSums& sums, int64_t c) const {
+    for (int u = 0; u < U; ++u) {
+      double *to = sums.g + c + u * W, *to_x = sums.gx + c + u * W;
       store<W>(to, load<W>(to) + g[u]);
       store<W>(to_x, load<W>(to_x) + gx[u]);
     }
@@ -97,9 +104,9 @@ void finish_sums(const Channels<A>& channels, void* partials, int64_t tasks, voi
   const int64_t k = int64_t(channels.mean.size());
   std::vector<double> g(k), gx(k);
   for (int64_t task = 0; task < tasks; ++task) {
-    const TaskSums<A> sums(partials, task, k);
-    for (int64_t c = 0; c < k; ++c) g[c] += double(sums.g[c]);
-    for (int64_t c = 0; c < k; ++c) gx[c] += double(sums.gx[c]);
+    const TaskSums sums(partials, task, k);
+    for (int64_t c = 0; c < k; ++c) g[c] += sums.g[c];
+    for (int64_t c = 0; c < k; ++c) gx[c] += sums.gx[c];
   }
   for (int64_t c = 0; c < k; ++c) {
     if (dbias) static_cast<A*>(dbias)[c] = A(g[c]);

@@ -67,6 +67,12 @@ inline Values<float, W> load(const bf16* from) {
   return (Values<float, W>)(words << 16);
 }
 
+// a vector as fp64, and back
+template <int W, class V>
+inline Values<double, W> widen(V v) {
+  return __builtin_convertvector(v, Values<double, W>);
+}
+
 template <int W>
 inline void store(float* to, Values<float, W> v) {
   write(to, v);

@@ -12,6 +12,10 @@ namespace fastcnn::cpu {
 
 constexpr int64_t kTileValues = 8192;  // 32 KB in fp32
 constexpr int64_t kMaxTasks = 128;
+// pixels whose values are summed in fp32 before the sum goes on in fp64: rounding grows with the
+// length of a chain of additions. Scalars are widened one by one, which costs them nothing.
+template <int W>
+constexpr int64_t kRun = W > 1 ? 8 : 1;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -82,11 +82,15 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _image(x: Tensor, p: int, q: int, dtype: torch.dtype) -> Tensor:
+    shape = (*x.shape[:2], p, q)
+    return x.new_empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
 def _pooled(x: Tensor, pool: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     window, stride, padding = pool
     p, q = ((size + 2 * padding - window) // stride + 1 for size in x.shape[2:])
-    y = x.new_empty((*x.shape[:2], p, q)).contiguous(memory_format=torch.channels_last)
-    return y, _like(y.to(torch.uint8))
+    return _image(x, p, q, x.dtype), _image(x, p, q, torch.uint8)
 
 
 def _per_channel(x: Tensor) -> Tensor:
@@ -94,7 +98,9 @@ def _per_channel(x: Tensor) -> Tensor:
     return x.new_empty((x.shape[1],), dtype=dtype)
 
 
-def _as_laid_out(dy: Tensor) -> Tensor:
+def _incoming(dy: Tensor) -> Tensor:
+    if torch.is_grad_enabled():  # create_graph=True
+        raise RuntimeError("fastcnn ops have no second derivative; use backend torch")
     # autograd hands over whatever the next op returned: expanded by a mean, NCHW by a flatten
     if dy.dim() == 4:
         return dy.contiguous(memory_format=torch.channels_last)
@@ -151,7 +157,7 @@ def _bn_act_save(ctx: Any, inputs: Any, output: Tensor) -> None:
 
 def _bn_act_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx, dweight, dbias, dresidual = _ops.bn_act_backward(
-        _as_laid_out(dy), *ctx.saved_tensors, *ctx.rest
+        _incoming(dy), *ctx.saved_tensors, *ctx.rest
     )
     with_residual = ctx.saved_tensors[1] is not None
     return dx, None, None, dweight, dbias, dresidual if with_residual else None, None, None, None
@@ -231,7 +237,7 @@ def _bn_act_pool_save(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _bn_act_pool_gradient(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    dx, dweight, dbias = _ops.bn_act_pool_backward(_as_laid_out(dy), *ctx.saved_tensors, *ctx.rest)
+    dx, dweight, dbias = _ops.bn_act_pool_backward(_incoming(dy), *ctx.saved_tensors, *ctx.rest)
     return dx, None, None, dweight, dbias, *[None] * 6
 
 
@@ -301,7 +307,7 @@ def _bias_act_save(ctx: Any, inputs: Any, output: Tensor) -> None:
 
 def _bias_act_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx, dbias = _ops.bias_act_backward(
-        _as_laid_out(dy), ctx.saved_tensors[0], ctx.with_bias, ctx.slope
+        _incoming(dy), ctx.saved_tensors[0], ctx.with_bias, ctx.slope
     )
     return dx, dbias if ctx.with_bias else None, dx if ctx.with_residual else None, None
 
@@ -350,8 +356,7 @@ def _(x, bias, slope, *pool):  # type: ignore
 
 @torch.library.register_fake("fastcnn::bias_act_pool_backward", lib=_library)
 def _(dy, code, p, q, with_bias, slope, *pool):  # type: ignore
-    dx = dy.new_empty((*dy.shape[:2], p, q)).contiguous(memory_format=torch.channels_last)
-    return dx, _per_channel(dy) if with_bias else _per_channel(dy).new_empty(0)
+    return _image(dy, p, q, dy.dtype), _per_channel(dy) if with_bias else _per_channel(dy).new_empty(0)
 
 
 def _bias_act_pool_save(ctx: Any, inputs: Any, output: Any) -> None:
@@ -363,7 +368,7 @@ def _bias_act_pool_save(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _bias_act_pool_gradient(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     dx, dbias = _ops.bias_act_pool_backward(
-        _as_laid_out(dy), ctx.saved_tensors[0], *ctx.size, ctx.with_bias, ctx.slope, *ctx.pool
+        _incoming(dy), ctx.saved_tensors[0], *ctx.size, ctx.with_bias, ctx.slope, *ctx.pool
     )
     return dx, dbias if ctx.with_bias else None, *[None] * 4
 

@@ -1,0 +1,418 @@
+"""fastcnn.ops against the oracle, on every device there is: values, gradients, what torch asks."""
+
+import dataclasses
+import types
+
+import pytest
+import torch
+from conftest import GRADCHECK, LARGE_SHAPE, SMALL_SHAPES, TOLERANCE
+from op_cases import CASES, Case, call, kinds, output_shape, run, tensors_of, wide
+from torch import nn
+from torch.autograd.gradcheck import GradcheckError
+from torch.nn import functional as F
+
+from fastcnn import ops
+from fastcnn.ops import reference
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+ON_EACH = [
+    pytest.param(d, t, marks=[pytest.mark.cuda] if d == "cuda" else [], id=f"{d}-{str(t)[6:]}")
+    for d, dtypes in ops.DTYPES.items()
+    for t in dtypes
+]
+# fp64 is the truth that others are judged by
+ON_EACH_BELOW_FP64 = [each for each in ON_EACH if each.values[1] != torch.float64]
+LARGE = Case(LARGE_SHAPE)
+SMALL_CASES = [case for shape in [*SMALL_SHAPES, (5, 3)] for case in kinds(shape, 0.2, 0.1)]
+SAME_BITS = {"rtol": 0, "atol": 0, "equal_nan": True}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _library(library):
+    return library
+
+
+@pytest.mark.parametrize("case", [*CASES, LARGE], ids=str)
+def test_values_and_gradients_are_the_oracles(case):
+    t = tensors_of(case, torch.float64)
+    got, want = run(ops, case, t), run(reference, case, t)
+    torch.testing.assert_close(got, want, **TOLERANCE[torch.float64])
+    for name in {"y", "dx", "dresidual"} & got.keys() if len(case.shape) == 4 else ():
+        assert got[name].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("device", "dtype"), ON_EACH_BELOW_FP64)
+@pytest.mark.parametrize("case", [*CASES, LARGE], ids=str)
+def test_errs_at_most_twice_as_much_as_torch(case, device, dtype):
+    t = tensors_of(case, dtype, device)
+    truth = run(reference, case, {name: value.double() for name, value in t.items()})
+    ours, torchs = run(ops, case, t), run(reference, case, t)
+    for name, true in truth.items():
+        got, plain = ours[name], torchs[name]
+        assert got.dtype == plain.dtype
+        unit = torch.finfo(got.dtype).eps * true.abs().max()
+        error, allowed = (got - true).abs().max(), 2 * (plain - true).abs().max() + unit
+        assert error <= allowed, f"{name}: {error:.3g}, torch {(plain - true).abs().max():.3g}"
+
+
+def check_gradient(case):
+    t = tensors_of(case, torch.float64)
+    names = [n for n in ("x", "weight", "bias", "residual") if n in t]
+
+    def op(*values):
+        fixed = {n: t[n].clone() for n in ("running_mean", "running_var") if n in t}
+        return call(ops, case, fixed | dict(zip(names, values, strict=True)))
+
+    inputs = [t[n].clone(memory_format=torch.preserve_format).requires_grad_() for n in names]
+    torch.autograd.gradcheck(op, inputs, **GRADCHECK)
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
+def test_gradcheck(case):
+    check_gradient(case)
+
+
+@pytest.mark.parametrize("name", [name for name in ops.OP_NAMES if name.endswith("_backward")])
+def test_gradcheck_sees_an_error_of_1e_4(name, monkeypatch):
+    """The planted error: dx of every op too large by a factor of 1 + 1e-4."""
+
+    def wrong(*arguments):
+        dx, *rest = getattr(torch.ops.fastcnn, name)(*arguments)
+        return dx * (1 + 1e-4), *rest
+
+    others = {n: getattr(torch.ops.fastcnn, n) for n in ops.OP_NAMES}
+    monkeypatch.setattr(ops, "_ops", types.SimpleNamespace(**others | {name: wrong}))
+    case = Case((2, 3, 4, 4), norm="bn" in name, pool=(2, 2, 0) if "pool" in name else None)
+    with pytest.raises(GradcheckError):
+        check_gradient(case)
+
+
+def op_arguments(device="cpu", dtype=torch.float32):
+    """Arguments of every op of the library, by name."""
+    case = Case((2, 8, 5, 6), residual=True)
+    pooled = dataclasses.replace(case, pool=(3, 2, 1), residual=False)
+    t, dy = tensors_of(case, dtype, device), tensors_of(pooled, dtype, device)["dy"]
+    x, weight, bias, residual = (t[n] for n in ("x", "weight", "bias", "residual"))
+    mean, rstd = t["running_mean"], t["running_var"]
+    code = torch.zeros_like(dy, dtype=torch.uint8)
+    pool, norm = (3, 2, 1), (mean, rstd, weight, bias)
+    return {
+        "bn_stats": (x, mean.clone(), rstd.clone(), True, 0.1, 1e-5, 0.1),
+        "bn_act": (x, *norm, residual, True, 0.2, 0.1),
+        "bn_act_backward": (t["dy"], x, residual, *norm, True, 0.2, 0.1),
+        "bn_act_pool": (x, *norm, True, 0.2, 0.1, *pool),
+        "bn_act_pool_backward": (dy, code, x, mean, rstd, weight, True, 0.2, 0.1, *pool),
+        "bias_act": (x, bias, residual, 0.1),
+        "bias_act_backward": (t["dy"], x, True, 0.1),
+        "bias_act_pool": (x, bias, 0.1, *pool),
+        "bias_act_pool_backward": (dy, code, 5, 6, True, 0.1, *pool),
+    }
+
+
+def check_op(name, device):
+    arguments = list(op_arguments(device)[name])
+    for i, argument in enumerate(arguments):
+        floating = torch.is_tensor(argument) and argument.is_floating_point()
+        if floating and name in ("bn_act", "bn_act_pool", "bias_act", "bias_act_pool"):
+            arguments[i] = argument.detach().requires_grad_()
+    torch.library.opcheck(getattr(torch.ops.fastcnn, name).default, tuple(arguments))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ops.OP_NAMES)
+def test_opcheck(name, device):
+    check_op(name, device)
+
+
+def check_tracing(name, dtype):
+    """What tracing is told of CUDA tensors, made without a GPU, against the CPU's results."""
+    arguments = op_arguments()[name]
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = [
+            t.to("cuda", dtype if t.dim() == 4 and t.is_floating_point() else t.dtype)
+            if torch.is_tensor(t)
+            else t
+            for t in arguments
+        ]
+        told = getattr(torch.ops.fastcnn, name)(*fakes)
+    real = getattr(torch.ops.fastcnn, name)(*arguments)
+    many = isinstance(real, tuple)
+    for fake, true in zip(told if many else [told], real if many else [real], strict=True):
+        assert fake.device.type == "cuda"
+        assert fake.dtype == (dtype if true.dim() == 4 and true.is_floating_point() else true.dtype)
+        assert (fake.shape, fake.stride()) == (true.shape, true.stride())
+
+
+@pytest.mark.parametrize("dtype", ops.DTYPES["cuda"])
+@pytest.mark.parametrize("name", ops.OP_NAMES)
+def test_tracing_tells_the_results_layout(name, dtype):
+    check_tracing(name, dtype)
+
+
+@pytest.mark.parametrize("name", [n for n in ops.OP_NAMES if n != "bn_stats"])
+def test_wrong_strides_in_tracing_are_seen(name, monkeypatch):
+    """The planted error: tracing is told NCHW memory. (opcheck looks at strides on CUDA alone.)"""
+    monkeypatch.setattr(ops, "_like", lambda x: x.new_empty(x.shape))
+    monkeypatch.setattr(
+        ops, "_image", lambda x, p, q, dtype: x.new_empty((*x.shape[:2], p, q), dtype=dtype)
+    )
+    with pytest.raises(AssertionError):
+        check_tracing(name, torch.float32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_without_graph_breaks(device, backend):
+    cases = [Case((2, 8, 6, 6), residual=True), Case((2, 8, 6, 6), norm=False)]
+    cases += [dataclasses.replace(c, pool=(2, 2, 0), residual=False) for c in cases]
+    for case in cases:
+        t = tensors_of(case, torch.float32, device)
+        compiled = torch.compile(call, fullgraph=True, backend=backend)
+        want, got = run(ops, case, t), run(ops, case, t, compiled)
+        torch.testing.assert_close(got, want, **SAME_BITS)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(("device", "dtype"), ON_EACH)
+def test_repeats_are_bit_equal(device, dtype):
+    for case in kinds((5, 65, 17, 9), 0.2, 0.1):
+        t = tensors_of(case, dtype, device)
+        first = run(ops, case, t)
+        for _ in range(20):
+            torch.testing.assert_close(run(ops, case, t), first, **SAME_BITS)
+
+
+def test_threads_do_not_change_bits():
+    for case in [*kinds((5, 24, 31, 33), 0.2, 0.1), *kinds((3, 17, 12, 9), 1.0, 0.0)]:
+        t = tensors_of(case, torch.float32)
+        torch.set_num_threads(1)
+        one = run(ops, case, t)
+        torch.set_num_threads(3)
+        torch.testing.assert_close(run(ops, case, t), one, **SAME_BITS)
+
+
+# memory layout
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.contiguous(),
+        lambda x: x[:, :, ::2],
+        lambda x: x[:, ::2],
+        lambda x: x[:, :, :, 1:],
+        lambda x: x[:1].expand(4, -1, -1, -1),
+        lambda x: x.transpose(2, 3),
+    ],
+)
+def test_another_layout_is_an_error(change, device):
+    t = tensors_of(Case((4, 6, 8, 10)), torch.float32, device)
+    t["x"] = change(t["x"])
+    t["bias"], t["weight"] = (t[n][: t["x"].shape[1]] for n in ("bias", "weight"))
+    for name in ("running_mean", "running_var"):
+        t[name] = t[name][: t["x"].shape[1]]
+    for case in (Case(t["x"].shape), Case(t["x"].shape, norm=False, pool=(2, 2, 0))):
+        with pytest.raises(RuntimeError, match="x: expected channels-last memory, got stride"):
+            call(ops, case, t)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offset_into_memory(dtype, device):
+    # a slice of images is channels-last; K·P·Q = 45 puts it off every vector's boundary
+    for case in kinds((3, 5, 3, 3), 0.2, 0.1):
+        t = tensors_of(dataclasses.replace(case, shape=(4, 5, 3, 3)), dtype, device)
+        t["x"] = t["x"][1:]
+        t["dy"] = tensors_of(case, dtype, device)["dy"]
+        if case.residual:
+            t["residual"] = t["residual"][1:]
+        y = call(ops, case, t)
+        copied = {n: v.clone(memory_format=torch.preserve_format) for n, v in t.items()}
+        torch.testing.assert_close(y, call(ops, case, copied), equal_nan=False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_of_any_layout(device):
+    case = Case((4, 6, 8, 10))
+    t = tensors_of(case, torch.float32, device)
+    want = run(ops, case, t)
+    for dy in (t["dy"].contiguous(), t["dy"].transpose(2, 3).contiguous().transpose(2, 3)):
+        torch.testing.assert_close(run(ops, case, t | {"dy": dy}), want, **SAME_BITS)
+    ones = torch.ones_like(t["dy"])
+    expanded = torch.ones((), device=device).expand(case.shape)
+    torch.testing.assert_close(
+        run(ops, case, t | {"dy": expanded})["dx"], run(ops, case, t | {"dy": ones})["dx"]
+    )
+
+
+# errors, and what is none
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_arguments_that_do_not_fit(device):
+    case = Case((2, 3, 6, 6))
+    t = tensors_of(case, torch.float32, device)
+    wrong = {
+        "bias": (t["bias"][:2], r"bias: expected contiguous \[3\], got \[2\]"),
+        "weight": (t["weight"].double(), "weight: expected float32"),
+        "running_var": (t["running_var"].bfloat16(), "running_var: expected float32"),
+        "x": (t["x"].to(torch.int32), "x: expected a floating-point tensor"),
+    }
+    for name, (value, message) in wrong.items():
+        with pytest.raises(RuntimeError, match=message):
+            call(ops, case, t | {name: value})
+    with pytest.raises(RuntimeError, match=r"x: expected \(N, K, P, Q\) or \(N, K\)"):
+        call(ops, case, t | {"x": t["x"][0]})
+    with pytest.raises(RuntimeError, match="slope: expected >= 0, got -0.1"):
+        call(ops, dataclasses.replace(case, post_slope=-0.1), t)
+    residual = torch.zeros(2, 3, 6, 6, device=device, dtype=torch.bfloat16)
+    residual = residual.to(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="residual: expected the dtype of x"):
+        call(ops, case, t | {"residual": residual})
+    with pytest.raises(ValueError, match=r"residual: expected shape \[2, 3, 6, 6\]"):
+        call(ops, case, t | {"residual": t["x"][:1]})
+
+
+def test_dtypes_without_a_kernel():
+    t = tensors_of(Case((2, 3, 6, 6)), torch.float16)
+    with pytest.raises(RuntimeError, match="got float16; use backend torch"):
+        call(ops, Case((2, 3, 6, 6)), t)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("pool", [(5, 2, 0), (3, 2, 2), (2, 0, 0), (12, 2, 0), (2, 2, -1)])
+def test_impossible_pools(pool, device):
+    case = Case((2, 3, 4, 4), norm=False)
+    t = tensors_of(case, torch.float32, device)
+    with pytest.raises(RuntimeError, match="pool: expected"):
+        call(ops, dataclasses.replace(case, pool=pool), t)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (1, 3)])
+def test_one_value_a_channel_is_torchs_error(shape):
+    t = tensors_of(Case(shape), torch.float32)
+    with pytest.raises(ValueError, match="more than 1 value per channel") as torchs:
+        call(reference, Case(shape), t)
+    with pytest.raises(ValueError, match="more than 1 value per channel") as ours:
+        call(ops, Case(shape), t)
+    assert str(ours.value) == str(torchs.value)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_images(device):
+    for case in kinds((0, 6, 5, 5), 0.2, 0.1):
+        t = tensors_of(case, torch.float32, device)
+        torch.testing.assert_close(run(ops, case, t), run(reference, case, t))
+
+
+def test_second_derivative_is_refused():
+    case = Case((2, 3, 4, 4))
+    t = tensors_of(case, torch.float64)
+    x = t["x"].requires_grad_()
+    y = call(ops, case, t)
+    with pytest.raises(RuntimeError, match="fastcnn ops have no second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+# values that are none, and equal ones
+
+
+def special(shape, seed, device, dtype):
+    """Small integers, so that windows have ties, with NaN and both infinities among them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-2, 3, shape, generator=generator).double()
+    for value, share in ((torch.nan, 0.05), (torch.inf, 0.05), (-torch.inf, 0.1)):
+        x[torch.rand(shape, generator=generator) < share] = value
+    return x.to(device, dtype, memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("device", "dtype"), ON_EACH)
+@pytest.mark.parametrize("pool", [(2, 2, 0), (3, 2, 0), (3, 2, 1), (2, 1, 0), (3, 1, 1), (2, 3, 1)])
+def test_pool_is_torchs_index_for_index(pool, device, dtype):
+    for seed, shape in enumerate([(2, 3, 7, 9), (2, 32, 8, 8), (1, 17, 3, 4)]):
+        x = special(shape, seed, device, dtype)
+        results = []
+        for op in (lambda x: ops.bias_act_pool(x, None, 1.0, pool), lambda x: F.max_pool2d(x, *pool)):
+            y = op(x.requires_grad_())
+            dy = torch.arange(1.0, y.numel() + 1, device=device).view(y.shape) % 8
+            (dx,) = torch.autograd.grad(y, x, dy.to(dtype))
+            results.append((y.detach(), dx))
+        torch.testing.assert_close(*results, **SAME_BITS)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("slope", [0.0, 0.01, 1.0])
+def test_nan_and_infinity_as_torch(slope, device):
+    for case in kinds((2, 32, 6, 6), slope, slope):
+        t = tensors_of(case, torch.float32, device)
+        t["x"] = special(case.shape, 0, device, torch.float32)
+        t["bias"] = torch.zeros_like(t["bias"])
+        if case.norm and case.training:  # each special value in a channel of its own
+            x = tensors_of(case, torch.float32, device, seed=1)["x"]
+            x[0, 3, 2, 2], x[0, 4, 2, 2], x[1, 5, 0, 0] = torch.nan, torch.inf, -torch.inf
+            t["x"] = x
+        got, want = run(ops, case, t), run(reference, case, t)
+        for name in ("y", "dx"):
+            torch.testing.assert_close(
+                got[name], want[name], rtol=1e-4, atol=1e-4, equal_nan=True, msg=f"{case} {name}"
+            )
+
+
+# precision and memory
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_under_autocast_x_decides_the_dtype(device):
+    t = tensors_of(Case((2, 8, 6, 6)), torch.float32, device)
+    conv = nn.Conv2d(8, 8, 3, device=device).to(memory_format=torch.channels_last)
+    with torch.autocast(device, torch.bfloat16):
+        assert call(ops, Case((2, 8, 6, 6)), t).dtype == torch.float32
+        y = call(ops, Case((2, 8, 4, 4), pool=(2, 2, 0)), t | {"x": conv(t["x"])})
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert conv.weight.grad.dtype == torch.float32
+
+
+def saved_bytes(ops_module, case, tensors):
+    """Bytes of the distinct storages that the backward keeps, beside the parameters."""
+    storages = {}
+
+    def pack(saved):
+        storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        y = call(ops_module, case, tensors)
+    del y
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("dtype", ops.DTYPES["cpu"])
+def test_saved_memory_is_at_most_0_6_of_torchs(dtype):
+    for case in (Case((4, 32, 16, 16), pool=(2, 2, 0)), Case((4, 32, 16, 16), norm=False)):
+        t = tensors_of(case, dtype)
+        t["x"] = (t["x"].requires_grad_() * 1).contiguous(memory_format=torch.channels_last)
+        t["bias"].requires_grad_()
+        ours, torchs = (saved_bytes(module, case, t) for module in (ops, reference))
+        assert ours <= 0.6 * torchs if case.pool else ours <= torchs
+
+
+def test_more_values_than_32_bits_count():
+    torch.set_num_threads(2)
+    # zeros take no memory until they are written, and windows of 11 x 11 leave few results
+    x = torch.zeros(33, 1012, 1012, 64, dtype=torch.bfloat16).permute(0, 3, 1, 2)
+    assert x.numel() > 2**31
+    x[-1, -1, 1001, 1001] = 5.0
+    y = ops.bias_act_pool(x, None, 1.0, (11, 11, 0))
+    assert y[-1, -1, -1, -1] == 5.0
+    assert y.count_nonzero() == 1
+
+
+@pytest.mark.parametrize("dtype", ops.DTYPES["cpu"])
+def test_parameters_are_wide(dtype):
+    results = run(ops, Case((2, 8, 4, 4)), tensors_of(Case((2, 8, 4, 4)), dtype))
+    assert results["y"].dtype == results["dx"].dtype == dtype
+    for name in ("dweight", "dbias", "running_mean", "running_var"):
+        assert results[name].dtype == wide(dtype)
+    assert results["y"].shape == output_shape(Case((2, 8, 4, 4)))
