@@ -1,0 +1,173 @@
+"""The layers' backends: which one is taken, and that they train the same network."""
+
+import pytest
+import torch
+from small_runs import start
+
+from fastcnn import ops
+from fastcnn.archs import NETWORKS
+from fastcnn.archs.init import initialise
+from fastcnn.archs.layers import ConvNormAct
+from fastcnn.archs.spec import Conv, build
+from fastcnn.data import Normalization, load_dataset, make_loader
+from fastcnn.errors import BuildError
+from fastcnn.ops import backend, reference
+from fastcnn.recipes import resolve
+from fastcnn.train import run
+from fastcnn.train.precision import Precision
+from fastcnn.train.step import TrainStep
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _library(library):
+    return library
+
+
+@pytest.fixture
+def no_library(monkeypatch):
+    def fail():
+        raise BuildError("no C++ compiler: install g++")
+
+    monkeypatch.setattr(ops, "load", fail)
+    monkeypatch.setattr(ops, "_loaded", False)
+
+
+def test_auto_takes_the_library():
+    assert backend.choose_backend("auto", CPU, None) == ("fused", "")
+    assert backend.choose_backend("fused", CPU, torch.bfloat16) == ("fused", "")
+    assert backend.choose_backend("torch", CPU, None) == ("torch", "")
+
+
+def test_auto_says_why_it_takes_torch(no_library):
+    assert backend.choose_backend("auto", CPU, None) == (
+        "torch",
+        "backend torch: no C++ compiler: install g++",
+    )
+    assert backend.ops_for("auto", torch.zeros(1)) is reference
+    with pytest.raises(BuildError, match="--backend fused: no C\\+\\+ compiler: install g"):
+        backend.choose_backend("fused", CPU, None)
+
+
+def test_a_dtype_without_kernels():
+    chosen, note = backend.choose_backend("auto", CPU, torch.float16)
+    assert chosen == "torch"
+    assert "no kernels for float16 on the CPU" in note
+    with pytest.raises(BuildError, match="float16"):
+        backend.choose_backend("fused", CPU, torch.float16)
+    half = torch.zeros(2, 3, dtype=torch.float16)
+    assert backend.ops_for("auto", half) is reference
+    assert backend.ops_for("fused", half) is ops
+
+
+def test_library_without_code_for_the_gpu(monkeypatch, library):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(ops, "has_kernels", lambda device_type: True)
+    chosen, note = backend.choose_backend("auto", gpu, torch.float16)
+    assert chosen == "torch"
+    assert "7.5" in note
+    monkeypatch.setattr(ops, "has_kernels", lambda device_type: False)
+    with pytest.raises(BuildError, match="no CUDA kernels"):
+        backend.choose_backend("fused", gpu, None)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend: expected one of auto, fused, torch, got 'cuda'"):
+        ConvNormAct(3, Conv(8), "cuda")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_computes_the_same_with_both(name):
+    network = NETWORKS[name]
+    size = network.image_sizes[0]
+    torch.manual_seed(0)
+    plain = build(network, size, 10, "torch").double()
+    initialise(plain, "he", torch.Generator().manual_seed(0))
+    fused = build(network, size, 10, "fused").double()
+    fused.load_state_dict(plain.state_dict())
+    # images enough that no statistics are of two values, which nothing but luck reproduces
+    x = torch.randn(8, 3, size, size, dtype=torch.float64)
+    x = x.to(memory_format=torch.channels_last)
+    gradients = []
+    for model in (plain, fused):
+        torch.manual_seed(1)  # dropout
+        y = model(x)
+        y.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+        gradients[-1] += [y.detach(), *model.buffers(), model.eval()(x).detach()]
+    for fused_value, plain_value in zip(*gradients, strict=True):
+        scale = float(plain_value.abs().max()) if plain_value.numel() else 1.0
+        torch.testing.assert_close(fused_value, plain_value, rtol=1e-8, atol=1e-8 * max(scale, 1))
+
+
+def loss_curve(backend_name, arch, dtype, batch_size, steps=50, **options):
+    """Training loss of each of the first steps on digits."""
+    config = resolve({"arch": arch, "data": "digits", "batch_size": batch_size} | options)
+    images = load_dataset(config.data, 32).train
+    loader = make_loader(
+        images,
+        config.data,
+        config.augment,
+        Normalization.fit(images, "zscore"),
+        batch_size=batch_size,
+        device=CPU,
+        seed=0,
+        shuffle=True,
+        drop_last=True,
+    )
+    model = build(NETWORKS[arch], 32, 10, backend_name).to(dtype)
+    initialise(model, "he", torch.Generator().manual_seed(0))
+    step = TrainStep(model.train(), config.optim, Precision("cpu"), len(loader), 0, CPU)
+    losses = []
+    while len(losses) < steps:
+        for pixels, labels in loader:
+            step.metrics.reset()
+            torch.manual_seed(len(losses))  # dropout
+            step(pixels.to(dtype), labels)
+            losses.append(step.metrics.read().loss)
+    return torch.tensor(losses[:steps])
+
+
+GENTLE = {"optimizer": "sgd", "schedule": "constant", "lr": 1e-4, "label_smoothing": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "batch_size", "options"),
+    [
+        ("mao-default", torch.float32, 128, GENTLE),
+        # with batch norm and a real learning rate, fp32 training is chaotic: torch leaves its own
+        # curve by more than 1e-2 after a change of the weights by 1e-7
+        ("mao-batchnorm", torch.float64, 16, {}),
+    ],
+)
+def test_fifty_steps_follow_the_same_losses(arch, dtype, batch_size, options):
+    curves = [
+        loss_curve(name, arch, dtype, batch_size, **options) for name in ("fused", "torch")
+    ]
+    assert curves[1][-5:].mean() < 0.5 * curves[1][:5].mean()
+    torch.testing.assert_close(*curves, rtol=1e-4, atol=0)
+
+
+def test_a_checkpoint_moves_between_backends(tmp_path):
+    trained = start(tmp_path, backend="fused", amp=False, epochs=3)
+    assert trained.summary["backend"] == "fused"
+    results = [
+        run.evaluate_run(str(trained.folder.path), overrides={"backend": name})
+        for name in ("fused", "torch")
+    ]
+    assert [r["backend"] for r in results] == ["fused", "torch"]
+    assert results[0]["top1"] == results[1]["top1"] == trained.summary["test_top1"]
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)
+
+
+def test_same_accuracy_within_noise(tmp_path):
+    options = {"arch": "mao-batchnorm", "epochs": 4, "train_subset": 1000, "test_subset": 300}
+    found = {
+        name: start(tmp_path, name, backend=name, **options).summary["test_top1"]
+        for name in ("fused", "torch")
+    }
+    # a binomial standard error of 300 images at 0.9 is 0.017
+    assert min(found.values()) > 0.8
+    assert abs(found["fused"] - found["torch"]) < 0.05
