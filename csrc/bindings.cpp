@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <functional>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -26,6 +28,17 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
+
+// STD_TORCH_CHECK's message names a source file, which is of no use to a caller
+#define REQUIRE(condition, ...) \
+  if (!(condition)) fail(__VA_ARGS__)
+
+template <class... Words>
+[[noreturn]] void fail(const Words&... words) {
+  std::ostringstream text;
+  (text << ... << words);
+  throw std::runtime_error(text.str());
+}
 
 // where an op runs: the same calls for both devices
 struct Cpu {
@@ -58,7 +71,7 @@ struct Cuda {
     void* stream;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
     const cudaError_t error = launch(args, static_cast<cudaStream_t>(stream));
-    STD_TORCH_CHECK(error == cudaSuccess, "fastcnn kernel: ", cudaGetErrorString(error));
+    REQUIRE(error == cudaSuccess, "fastcnn kernel: ", cudaGetErrorString(error));
   }
   static void run(const BnStats& args, const Tensor& x) {
     enqueue(cuda::launch_bn_stats, args, x);
@@ -89,16 +102,15 @@ Dtype dtype_of(const Tensor& x) {
     case ScalarType::BFloat16:
       return Dtype::bf16;
     case ScalarType::Half:
-      STD_TORCH_CHECK(!x.is_cpu(), "x: expected float32, bfloat16 or float64 on the CPU, got "
+      REQUIRE(!x.is_cpu(), "x: expected float32, bfloat16 or float64 on the CPU, got "
                                    "float16; use backend torch");
       return Dtype::f16;
     case ScalarType::Double:
-      STD_TORCH_CHECK(x.is_cpu(), "x: expected float32, bfloat16 or float16 on a GPU, got float64; "
+      REQUIRE(x.is_cpu(), "x: expected float32, bfloat16 or float16 on a GPU, got float64; "
                                   "use backend torch");
       return Dtype::f64;
     default:
-      STD_TORCH_CHECK(false, "x: expected a floating-point tensor, got scalar type ",
-                      int(x.scalar_type()));
+      fail("x: expected a floating-point tensor, got scalar type ", int(x.scalar_type()));
   }
 }
 
@@ -108,7 +120,7 @@ ScalarType parameter_type(const Tensor& x) {
 }
 
 Sizes sizes_of(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 4, name, ": expected (N, K, P, Q) or (N, K), got ",
+  REQUIRE(x.dim() == 2 || x.dim() == 4, name, ": expected (N, K, P, Q) or (N, K), got ",
                   shape_of(x));
   if (x.dim() == 2) return {x.size(0), 1, 1, x.size(1)};
   return {x.size(0), x.size(2), x.size(3), x.size(1)};
@@ -122,7 +134,7 @@ void check_layout(const Tensor& x, const char* name) {
   for (int i = 0; i < 4; ++i) {
     const int64_t d = x.dim() == 4 ? order[i] : (i < 2 ? 1 - i : -1);
     if (d < 0) break;
-    STD_TORCH_CHECK(x.size(d) == 1 || x.stride(d) == expected, name,
+    REQUIRE(x.size(d) == 1 || x.stride(d) == expected, name,
                     ": expected channels-last memory, got stride ", x.stride(d), " in dimension ",
                     d, " (expected ", expected,
                     "); use .contiguous(memory_format=torch.channels_last)");
@@ -131,20 +143,20 @@ void check_layout(const Tensor& x, const char* name) {
 }
 
 void check_like(const Tensor& t, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(t.dim() == x.dim() && shape_of(t) == shape_of(x), name, ": expected shape ",
+  REQUIRE(t.dim() == x.dim() && shape_of(t) == shape_of(x), name, ": expected shape ",
                   shape_of(x), ", got ", shape_of(t));
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
-  STD_TORCH_CHECK(t.get_device_index() == x.get_device_index() && t.is_cpu() == x.is_cpu(), name,
+  REQUIRE(t.scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
+  REQUIRE(t.get_device_index() == x.get_device_index() && t.is_cpu() == x.is_cpu(), name,
                   ": expected the device of x");
   check_layout(t, name);
 }
 
 const void* channels_of(const Tensor& t, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == x.size(1) && t.is_contiguous(), name,
+  REQUIRE(t.dim() == 1 && t.size(0) == x.size(1) && t.is_contiguous(), name,
                   ": expected contiguous [", x.size(1), "], got ", shape_of(t));
-  STD_TORCH_CHECK(t.scalar_type() == parameter_type(x), name,
+  REQUIRE(t.scalar_type() == parameter_type(x), name,
                   ": expected float32 (float64 where x is)");
-  STD_TORCH_CHECK(t.get_device_index() == x.get_device_index() && t.is_cpu() == x.is_cpu(), name,
+  REQUIRE(t.get_device_index() == x.get_device_index() && t.is_cpu() == x.is_cpu(), name,
                   ": expected the device of x");
   return t.const_data_ptr();
 }
@@ -155,20 +167,20 @@ void check_input(const Tensor& x, const char* name) {
 }
 
 Pool pool_of(const Tensor& x, int64_t window, int64_t stride, int64_t padding) {
-  STD_TORCH_CHECK(x.dim() == 4, "x: expected (N, K, P, Q), got ", shape_of(x));
-  STD_TORCH_CHECK(window >= 1 && window <= 11 && stride >= 1 && padding >= 0,
+  REQUIRE(x.dim() == 4, "x: expected (N, K, P, Q), got ", shape_of(x));
+  REQUIRE(window >= 1 && window <= 11 && stride >= 1 && padding >= 0,
                   "pool: expected a window of 1 to 11, a stride >= 1 and padding >= 0, got (",
                   window, ", ", stride, ", ", padding, ")");
-  STD_TORCH_CHECK(padding <= window / 2, "pool: expected padding <= ", window / 2,
+  REQUIRE(padding <= window / 2, "pool: expected padding <= ", window / 2,
                   " (half of the window), got ", padding);
   const int64_t smallest = std::min(x.size(2), x.size(3));
-  STD_TORCH_CHECK(smallest + 2 * padding >= window, "pool: expected a window of at most ",
+  REQUIRE(smallest + 2 * padding >= window, "pool: expected a window of at most ",
                   smallest + 2 * padding, " for ", shape_of(x), ", got ", window);
   return {int(window), int(stride), int(padding)};
 }
 
 void check_slope(double slope) {
-  STD_TORCH_CHECK(slope >= 0, "slope: expected >= 0, got ", slope);
+  REQUIRE(slope >= 0, "slope: expected >= 0, got ", slope);
 }
 
 Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
@@ -313,9 +325,9 @@ std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& dy, const Tensor& y, 
 void check_pooled(const Tensor& dy, const Tensor& code, const Sizes& sizes, const Pool& pool) {
   check_input(dy, "dy");
   check_layout(code, "code");
-  STD_TORCH_CHECK(code.scalar_type() == ScalarType::Byte && shape_of(code) == shape_of(dy),
+  REQUIRE(code.scalar_type() == ScalarType::Byte && shape_of(code) == shape_of(dy),
                   "code: expected uint8 ", shape_of(dy), ", got ", shape_of(code));
-  STD_TORCH_CHECK(dy.size(0) == sizes.n && dy.size(1) == sizes.k &&
+  REQUIRE(dy.size(0) == sizes.n && dy.size(1) == sizes.k &&
                       dy.size(2) == pool.output(sizes.p) && dy.size(3) == pool.output(sizes.q),
                   "dy: expected the pooled shape of x, got ", shape_of(dy));
 }
@@ -326,7 +338,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_pool_backward(
     const Tensor& weight, bool batch_stats, double pre_slope, double post_slope, int64_t window,
     int64_t stride, int64_t padding) {
   check_input(x, "x");
-  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dy: expected the dtype of x");
+  REQUIRE(dy.scalar_type() == x.scalar_type(), "dy: expected the dtype of x");
   const Sizes sizes = sizes_of(x, "x");
   const Pool pool = pool_of(x, window, stride, padding);
   check_pooled(dy, code, sizes, pool);

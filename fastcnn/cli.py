@@ -45,6 +45,7 @@ EVAL_SHARED = (
     "eval_batch_size",
     "test_fraction",
     "device",
+    "backend",
     "amp",
     "amp_dtype",
     "threads",
@@ -52,6 +53,17 @@ EVAL_SHARED = (
 ARCHS_OWN = (
     own_option("classes", int | None, None, "classes; default: the network's own", low=2),
     own_option("image_size", int | None, None, "side of the images; default: the network's own", 8),
+)
+
+
+BUILD_OWN = (
+    own_option(
+        "archs",
+        str | None,
+        None,
+        "CUDA architectures such as 8.0;9.0+PTX, or none; default: FASTCNN_CUDA_ARCHS, else those "
+        "of the GPUs present",
+    ),
 )
 
 
@@ -174,6 +186,27 @@ def archs_parser() -> Parser:
     return parser
 
 
+def compile_parser() -> Parser:
+    parser = new_parser(
+        "build",
+        "Compile the native library, which the first training would do else. One that is there "
+        "and holds all that is asked for is not compiled again.",
+    )
+    parser.add_argument(
+        "--cuda",
+        action="store_true",
+        help="with CUDA kernels, on a machine without a GPU too: for 8.0;9.0+PTX if no "
+        "architectures are named",
+    )
+    parser.add_argument("--cpu", action="store_true", help="for the CPU alone")
+    for option in BUILD_OWN:
+        add_option(parser, option, option.default)
+    parser.add_argument("--force", action="store_true", help="compile in any case")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but the result")
+    add_debug(parser)
+    return parser
+
+
 def doctor_parser() -> Parser:
     parser = new_parser("doctor", "Show versions and devices, what is missing, and the remedy.")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -255,6 +288,18 @@ def run_archs(given: dict[str, Any], command: list[str]) -> None:
         show(content)
 
 
+def run_build(given: dict[str, Any], command: list[str]) -> None:
+    from fastcnn.ops import build
+
+    quiet = given.get("quiet", False)
+    named = read_values(given, BUILD_OWN).get("archs")
+    archs = build.archs_of_flags(named, given.get("cuda", False), given.get("cpu", False))
+    built = build.ensure(archs, given.get("force", False), quiet)
+    print(built.summary)
+    path, reason = build.ensure_module(built, quiet)
+    print(f"Python module: {path}" if path else f"note: {reason}")
+
+
 def run_doctor(given: dict[str, Any], command: list[str]) -> None:
     from fastcnn import doctor
 
@@ -273,6 +318,7 @@ COMMANDS: dict[
     "train": (train_parser, run_train, "train a network"),
     "eval": (eval_parser, run_eval, "evaluate a run or a checkpoint"),
     "archs": (archs_parser, run_archs, "list the networks, show their layers"),
+    "build": (compile_parser, run_build, "compile the native library"),
     "doctor": (doctor_parser, run_doctor, "what this machine offers, what is missing"),
 }
 
@@ -310,7 +356,8 @@ def log_to_stderr(level: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; return its exit code: 0 done, 2 usage, 3 data, 4 checkpoint, 6 numbers."""
+    """Run a command; return its exit code: 0 done, 2 usage, 3 data, 4 checkpoint, 5 build,
+    6 numbers."""
     words = sys.argv[1:] if arguments is None else arguments
     share_the_cores()
     try:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +20,9 @@ PACKAGES = (
     ("jinja2", "index.html", "pip install jinja2"),
     ("rich", "progress", "pip install rich"),
     ("jsonargparse", "everything", "pip install jsonargparse"),
+    ("pybind11", "the module fastcnn._native", "pip install pybind11"),
 )
+WIDTH = 16  # of a report's first column
 MODULES = {"scikit-learn": "sklearn", "pillow": "PIL"}
 
 
@@ -35,13 +38,15 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at packages, devices and the cache; never raises for what is missing."""
+    """Look at packages, devices, the cache, compilers and the native library, which is loaded if it
+    is there and never compiled; never raises for what is missing."""
     return [
         Finding("fastcnn", fastcnn.__version__),
         Finding("python", platform.python_version()),
         *[_package(*entry) for entry in PACKAGES],
         *_devices(),
         _cache(),
+        *_native(),
     ]
 
 
@@ -56,10 +61,10 @@ def print_report(findings: list[Finding]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for finding in findings:
         mark = "[green]ok[/]" if finding.ok else "[red]!![/]" if finding.needed else "[yellow]--[/]"
-        console.print(f"{mark} {finding.subject:<14}", end="")
+        console.print(f"{mark} {finding.subject:<{WIDTH}}", end="")
         console.print(finding.state, markup=False)
         if finding.remedy:
-            console.print(f"   {'':<14}→ {finding.remedy}", markup=False)
+            console.print(f"   {'':<{WIDTH}}→ {finding.remedy}", markup=False)
 
 
 def _package(name: str, purpose: str, remedy: str) -> Finding:
@@ -114,9 +119,107 @@ def _gpu(torch: Any, index: int) -> Finding:
 
 
 def _cache() -> Finding:
-    from fastcnn.data.store import cache_dir
+    from fastcnn.cache import cache_dir
 
     try:
         return Finding("cache", str(cache_dir()))
     except FastcnnError as error:
         return Finding("cache", str(error), False, False, "set FASTCNN_CACHE to a writable folder")
+
+
+def _native() -> list[Finding]:
+    try:
+        import fastcnn.ops.build  # noqa: F401
+    except Exception:  # torch is missing or broken, which its own line reports
+        return []
+    return [*_compilers(), _nvcc(), *_native_library()]
+
+
+def _compilers() -> list[Finding]:
+    from fastcnn.ops import toolchain
+
+    compiler, ninja = toolchain.find_compiler(), toolchain.find_ninja()
+    found = Finding("C++ compiler", "missing", False, False, toolchain.NO_COMPILER)
+    if compiler:
+        version = toolchain.first_line(*compiler, "--version")
+        found = Finding("C++ compiler", f"{' '.join(compiler)}: {version}")
+    ninja_found = Finding("ninja", "missing", False, False, toolchain.NO_NINJA)
+    if ninja:
+        ninja_found = Finding("ninja", f"{ninja}: {toolchain.first_line(ninja, '--version')}")
+    return [found, ninja_found]
+
+
+def _nvcc() -> Finding:
+    import torch
+
+    from fastcnn.ops import toolchain
+
+    cuda = toolchain.find_cuda()
+    if cuda is None:
+        remedy = f"nothing to do without an NVIDIA GPU; with one, {toolchain.no_cuda()}"
+        return Finding("nvcc", "missing: no CUDA kernels can be built", False, False, remedy)
+    version = cuda.version()
+    state = f"{cuda.nvcc}: {version or 'does not run'}"
+    wanted = torch.version.cuda
+    if wanted is None:
+        remedy = "nothing to do without an NVIDIA GPU; with one, install torch's CUDA build"
+        return Finding("nvcc", f"{state}, but torch is a CPU-only build", False, False, remedy)
+    major = wanted.split(".")[0]
+    if version.split(".")[0] != major:
+        remedy = f"set CUDA_HOME to a CUDA {major} toolkit"
+        return Finding("nvcc", f"{state}, but torch is of CUDA {wanted}", False, False, remedy)
+    return Finding("nvcc", f"{state}, as torch's CUDA {wanted}")
+
+
+def _native_library() -> list[Finding]:
+    from fastcnn import ops
+    from fastcnn.ops import build
+
+    try:
+        wanted = build.wanted_archs()
+        folder = Finding("native cache", str(build.native_dir()))
+        built = build.load_existing()
+    except FastcnnError as error:
+        return [Finding("native library", str(error), False, False, "see the message")]
+    if built is None:
+        archs = Finding("CUDA code", f"would be built for {', '.join(wanted.archs) or 'no GPU'}")
+        remedy = build.available() or "`fastcnn build`, or the first training builds it"
+        return [archs, folder, Finding("native library", "not built", False, False, remedy)]
+    archs = Finding("CUDA code", f"built for {', '.join(built.archs) or 'no GPU'}")
+    return [
+        *_missing_gpu_code(built.archs, archs),
+        folder,
+        Finding("native library", f"built {built.date} for {built.target}: {built.path}"),
+        *[_kernels(ops.OP_NAMES, key) for key in ("CPU", "CUDA")],
+    ]
+
+
+def _missing_gpu_code(built: tuple[str, ...], archs: Finding) -> list[Finding]:
+    """The line on architectures, and one for each kind of GPU that cannot run any of them."""
+    from fastcnn.ops.build import check_gpu_code
+    from fastcnn.ops.gpu_archs import name_of, present_capabilities
+
+    reasons = {name_of(c): check_gpu_code(c, built) for c in present_capabilities()}
+    return [archs] + [
+        Finding(f"code for {gpu}", "missing", False, False, reason)
+        for gpu, reason in reasons.items()
+        if reason
+    ]
+
+
+def _kernels(names: Iterable[str], key: str) -> Finding:
+    """Which ops the loaded library has kernels for, by the dispatcher's own account."""
+    import torch
+
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    there = {name: has(f"fastcnn::{name}", key) for name in names}
+    listed = [
+        ", ".join(name for name in there if there[name] == wanted) for wanted in (True, False)
+    ]
+    state = f"{sum(there.values())} of {len(there)} ops: {listed[0]}"
+    if all(there.values()):
+        return Finding(f"{key} kernels", state)
+    if key == "CUDA" and not any(there.values()):
+        remedy = "nothing to do without an NVIDIA GPU; else `fastcnn build --cuda`"
+        return Finding(f"{key} kernels", "none", False, False, remedy)
+    return Finding(f"{key} kernels", f"{state}; missing: {listed[1]}", False, False, "reinstall")

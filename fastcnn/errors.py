@@ -28,6 +28,12 @@ class CheckpointError(FastcnnError):
     exit_code = 4
 
 
+class BuildError(FastcnnError):
+    """A native library that cannot be compiled or loaded on this machine."""
+
+    exit_code = 5
+
+
 class NumbersError(FastcnnError):
     """A loss or a gradient that is not finite."""
 

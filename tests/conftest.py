@@ -26,6 +26,9 @@ SMALL_SHAPES = [shape for shape in SHAPES if math.prod(shape) <= 300]
 # apex#1768: a channels-last Welford was wrong here
 LARGE_SHAPE = (2, 65, 100, 100)
 
+# what is compiled with or without a GPU
+CUDA_ARCHS = "8.0;9.0+PTX"
+
 # pool: window, stride, padding
 POOLS = [(2, 2, 0), (3, 2, 0), (3, 2, 1)]
 
@@ -40,15 +43,20 @@ TOLERANCE = {
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    # the user's cache would make a second run of the tests another one than the first
-    os.environ["FASTCNN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    # the user's cache would make a second run of the tests another one than the first; a script
+    # that has built the library just now hands its own over
+    given = os.environ.get("FASTCNN_TEST_CACHE")
+    os.environ["FASTCNN_CACHE"] = given or str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def library():
     """The native library, built once a session, with CUDA kernels wherever there is an nvcc."""
     from fastcnn import ops
+    from fastcnn.ops import build, toolchain
 
+    if torch.version.cuda and toolchain.find_cuda():
+        build.ensure(CUDA_ARCHS)  # what ops.load() then finds
     return ops.load()
 
 

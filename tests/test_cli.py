@@ -2,17 +2,20 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import fake_build
 import pytest
 import torch
 
 from fastcnn import doctor
 from fastcnn.cli import main
 from fastcnn.config import options_by_name
+from fastcnn.ops import build, library
 from fastcnn.train import checkpoint
 
 SMALL = [
@@ -226,6 +229,83 @@ def test_doctor_reports_and_names_remedies(capsys):
     assert all(entry["ok"] or entry["remedy"] for entry in findings.values())
     code, out, _ = run(capsys, "doctor")
     assert "torch" in out
+
+
+@pytest.fixture
+def native(tmp_path, monkeypatch):
+    """The cache of builds of a native library that compiles in a moment."""
+    source = fake_build.write_sources(tmp_path / "csrc")
+    monkeypatch.setattr(library, "source_dir", lambda: source)
+    monkeypatch.setenv("FASTCNN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(build.ARCHS_VARIABLE, raising=False)
+    return tmp_path / "cache" / "native"
+
+
+def test_build_says_what_was_built_and_then_that_it_is_there(capsys, native):
+    code, out, err = run(capsys, "build", "--cpu")
+    assert code == 0
+    assert re.match(rf"native library for CPU built in \d+\.\d s: {native}/torch.*\.so\n", out)
+    assert err.startswith("building the native library for CPU: 3 steps")
+    path = out.split(": ")[1].splitlines()[0]
+    code, out, err = run(capsys, "build", "--archs", "none")
+    assert re.match(rf"native library for CPU is there since 20..-..-..: {re.escape(path)}\n", out)
+    assert err == ""
+    _, out, err = run(capsys, "build", "--cpu", "--force", "--quiet")
+    assert "built in" in out
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "variable", "archs"),
+    [
+        ([], "", None),
+        (["--cpu"], "9.0", "none"),
+        (["--cuda"], "", "8.0;9.0+PTX"),
+        (["--cuda"], "none", "8.0;9.0+PTX"),
+        (["--cuda"], "8.6", None),  # which leaves it to the variable
+        (["--archs", "9.0"], "8.6", "9.0"),
+        (["--cuda", "--archs", "9.0"], "", "9.0"),
+    ],
+)
+def test_build_for_what_the_flags_name(capsys, native, monkeypatch, words, variable, archs):
+    asked = []
+    monkeypatch.setattr(build, "ensure", lambda *given: asked.append(given) or {}["stop"])
+    monkeypatch.setenv(build.ARCHS_VARIABLE, variable)
+    run(capsys, "build", *words)
+    assert asked == [(archs, False, False)]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "expected"),
+    [
+        (["--cpu", "--cuda"], 2, "--cpu: leave out --cuda and --archs with it"),
+        (["--cpu", "--archs", "9.0"], 2, "--cpu: leave out"),
+        (["--cuda", "--archs", "none"], 2, "--cuda: leave it out"),
+        (["--archs", "hopper"], 2, "--archs: 'hopper' is no architecture"),
+        ([], 5, "the native library cannot be built: "),
+    ],
+)
+def test_build_errors_are_one_line(capsys, native, tmp_path, words, code, expected):
+    (tmp_path / "csrc" / "bindings.cpp").write_text("planted")
+    found, out, err = run(capsys, "build", "--quiet", *words)
+    assert (found, out) == (code, "")
+    assert err.startswith(f"fastcnn: {expected}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGTERM, -15), (signal.SIGINT, 130)])
+def test_build_that_is_stopped_leaves_nothing(native, tmp_path, signum, exit_code):
+    calls = fake_build.write_compiler(tmp_path / "cxx", delay=600)
+    environment = {**os.environ, "CXX": str(tmp_path / "cxx")}
+    command = [sys.executable, "-m", "fastcnn", "build", "--cpu"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    fake_build.wait_until(lambda: fake_build.lines(calls))
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == exit_code
+    assert "Traceback" not in err
+    assert fake_build.processes_of(tmp_path / "cache") == []
+    assert list(native.iterdir()) == []
 
 
 def spawn(tmp_path, *words):

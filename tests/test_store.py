@@ -14,7 +14,7 @@ from image_files import make_images, noise, write_folder
 from fastcnn.config import DataConfig
 from fastcnn.data import load_dataset
 from fastcnn.data.split import split
-from fastcnn.data.store import Contents, Dataset, cache_dir, pack
+from fastcnn.data.store import Contents, Dataset, pack
 from fastcnn.errors import DataError, UsageError
 
 
@@ -215,36 +215,6 @@ def test_old_unfinished_entries_are_removed(cache):
     os.utime(cache / ".tmp-old", (0, 0))
     pack("x", "key", Reader())
     assert sorted(path.name for path in cache.iterdir()) == [".tmp-new", "key"]
-
-
-def test_unwritable_cache_falls_back_with_a_warning(tmp_path, monkeypatch, caplog):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("FASTCNN_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with caplog.at_level(logging.WARNING):
-        folder = cache_dir()
-    assert folder.parent == tmp_path
-    assert "file/cache" in caplog.text
-    pack("x", "key", Reader())
-
-
-def test_no_cache_at_all_is_an_error(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("FASTCNN_CACHE", str(tmp_path / "file" / "cache"))
-    (tmp_path / f"fastcnn-{os.getuid()}").write_text("")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with pytest.raises(DataError, match="set FASTCNN_CACHE"):
-        cache_dir()
-
-
-def test_cache_folder_by_environment(tmp_path, monkeypatch):
-    assert cache_dir() == tmp_path / "cache"
-    monkeypatch.delenv("FASTCNN_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_dir() == tmp_path / "xdg" / "fastcnn"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cache_dir() == tmp_path / "home" / ".cache" / "fastcnn"
 
 
 def test_digits_fill_the_wanted_size():

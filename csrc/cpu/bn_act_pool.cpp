@@ -162,23 +162,29 @@ struct Writer {
   }
 };
 
-// dx of the pixels [q_begin, Q) of one row, gathered from all windows that cover them
+// dx of the pixels [q_begin, Q) of one row, gathered from all windows that cover them; a row of
+// windows is decoded once for the pixels under it
 template <class T, class Block>
 void gather_row(const BnActPoolBackward& args, const InputGradient<Acc<T>>& input,
-                const Windows& w, int64_t n, int64_t p, int64_t q_begin) {
+                const Windows& w, int64_t n, int64_t p, int64_t q_begin,
+                std::vector<Pooled<T, Block>>& decoded) {
   using A = Acc<T>;
   constexpr int W = Block::W, U = Block::U;
   const Slope<A, W> post(args.post_slope);
-  const int64_t i0 = w.first(p), i1 = w.last(p, w.pp);
+  const int64_t i0 = w.first(p), i1 = w.last(p, w.pp), first = w.first(q_begin);
   for (int64_t c = 0; c < w.k; c += Block::channels) {
     const Writer<T, Block> write(args, input, c);
+    decoded.clear();
+    for (int64_t i = i0; i < i1; ++i)
+      for (int64_t j = first; j < w.qq; ++j)
+        decoded.emplace_back(args, post, ((n * w.pp + i) * w.qq + j) * w.k + c);
     for (int64_t q = q_begin; q < w.q; ++q) {
       const int64_t j0 = w.first(q), j1 = w.last(q, w.qq);
       Values<A, W> g[U] = {};
       for (int64_t i = i0; i < i1; ++i)
         for (int64_t j = j0; j < j1; ++j) {
           const int here = int((p - w.pixel(i, 0)) * w.pool.window + q - w.pixel(j, 0));
-          const Pooled<T, Block> pooled(args, post, ((n * w.pp + i) * w.qq + j) * w.k + c);
+          const Pooled<T, Block>& pooled = decoded[(i - i0) * (w.qq - first) + j - first];
           for (int u = 0; u < U; ++u) g[u] += pooled.at(u, here);
         }
       for (int u = 0; u < U; ++u) write(u, ((n * w.p + p) * w.q + q) * w.k + c + u * W, g[u]);
@@ -219,12 +225,13 @@ void write_pass(const BnActPoolBackward& args, const InputGradient<Acc<T>>& inpu
   const Parts images(args.sizes.n, 1);
   parallel(images.tasks, [&](int64_t begin, int64_t end) {
     // backwards: what the sums read last is still in the cache
+    std::vector<Pooled<T, Block>> decoded;
     for (int64_t task = end - 1; task >= begin; --task)
       for (int64_t n = images.begin(task); n < images.end(task); ++n) {
         for (int64_t i = 0; tiled && i < w.pp; ++i)
           scatter_row<T, Block>(args, input, WindowRow(w, n * w.pp + i));
         for (int64_t p = q_tiled < w.q ? 0 : p_tiled; p < w.p; ++p)
-          gather_row<T, Block>(args, input, w, n, p, p < p_tiled ? q_tiled : 0);
+          gather_row<T, Block>(args, input, w, n, p, p < p_tiled ? q_tiled : 0, decoded);
       }
   });
 }

@@ -244,9 +244,7 @@ def train_flop(network: Network, image_size: int, classes: int) -> int:
     return 3 * sum(row.flop for row in rows) - rows[0].flop
 
 
-def build(
-    network: Network, image_size: int, classes: int, backend: str = "auto"
-) -> nn.Sequential:
+def build(network: Network, image_size: int, classes: int, backend: str = "auto") -> nn.Sequential:
     """Return the network as a module with torch's default initialisation, in channels-last memory.
 
     backend: "fused", "torch" or "auto", which takes the fused ops wherever the native library is

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from fastcnn.cache import cache_dir
 from fastcnn.config import DataConfig
 from fastcnn.data.decode import resize
 from fastcnn.data.paths import given_path, kind_of
 from fastcnn.data.progress import progress_bar
-from fastcnn.data.store import Block, Contents, Dataset, cache_dir, fingerprint, load_packed, pack
+from fastcnn.data.store import Block, Contents, Dataset, fingerprint, load_packed, pack
 from fastcnn.errors import DataError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"

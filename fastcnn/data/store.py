@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from fastcnn.cache import cache_dir
 from fastcnn.data.progress import progress_bar
 from fastcnn.errors import DataError
 
@@ -77,47 +78,6 @@ def fingerprint(*parts: Any) -> str:
     """Return the sha256 (hex) of plain values, for the key of a cache entry."""
     text = json.dumps([FORMAT, *parts], separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def cache_dir() -> Path:
-    """Return a folder that can be written: FASTCNN_CACHE, else XDG_CACHE_HOME/fastcnn, else
-    ~/.cache/fastcnn; where that fails, a folder of this user among the temporary files.
-
-    Raises DataError if neither can be written.
-    """
-    wanted = _wanted_cache()
-    reason = _unwritable(wanted)
-    if reason is None:
-        return wanted
-    other = Path(tempfile.gettempdir()) / f"fastcnn-{os.getuid()}"
-    other_reason = _unwritable(other)
-    if other_reason is None and other.stat().st_uid != os.getuid():
-        other_reason = "belongs to another user"
-    if other_reason is not None:
-        raise DataError(
-            f"no cache folder: {wanted}: {reason}; {other}: {other_reason}; "
-            "set FASTCNN_CACHE to a folder that can be written"
-        )
-    log.warning("cache folder %s: %s; using %s", wanted, reason, other)
-    return other
-
-
-def _wanted_cache() -> Path:
-    if named := os.environ.get("FASTCNN_CACHE"):
-        return Path(named).expanduser()
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "fastcnn"
-    return Path("~/.cache/fastcnn").expanduser()
-
-
-def _unwritable(folder: Path) -> str | None:
-    """Return why nothing can be written into `folder`, or None if it can (created if missing)."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryFile(dir=folder):
-            return None
-    except OSError as error:
-        return error.strerror or str(error)
 
 
 def load_packed(name: str, key: str) -> Dataset | None:

@@ -356,7 +356,8 @@ def _(x, bias, slope, *pool):  # type: ignore
 
 @torch.library.register_fake("fastcnn::bias_act_pool_backward", lib=_library)
 def _(dy, code, p, q, with_bias, slope, *pool):  # type: ignore
-    return _image(dy, p, q, dy.dtype), _per_channel(dy) if with_bias else _per_channel(dy).new_empty(0)
+    dbias = _per_channel(dy) if with_bias else _per_channel(dy).new_empty(0)
+    return _image(dy, p, q, dy.dtype), dbias
 
 
 def _bias_act_pool_save(ctx: Any, inputs: Any, output: Any) -> None:

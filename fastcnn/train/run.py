@@ -22,7 +22,14 @@ from fastcnn.train.setup import evaluation_data, evaluation_loader, load_trained
 log = logging.getLogger(__name__)
 
 # options that change neither the order of the data nor the arithmetic a step asks for
-NEUTRAL_ON_RESUME = {"device", "backend", "threads", "workers", "checkpoint_steps", "eval_batch_size"}
+NEUTRAL_ON_RESUME = {
+    "device",
+    "backend",
+    "threads",
+    "workers",
+    "checkpoint_steps",
+    "eval_batch_size",
+}
 # options that the rest of a run can do with another value of, if its user says so
 CHANGEABLE_ON_RESUME = {
     "epochs",

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastcnn.archs import get_network
 from fastcnn.archs.init import initialise
-from fastcnn.archs.spec import Network, build
+from fastcnn.archs.spec import Network, build, layer_table
 from fastcnn.config import Config
 from fastcnn.data import Dataset, Images, Normalization, load_dataset, make_loader, split
 from fastcnn.errors import CheckpointError, DataError, UsageError
@@ -77,12 +77,14 @@ def prepare(config: Config) -> Setup:
     """Build everything a run needs; raises UsageError or DataError before the first step."""
     device = choose_device(config.run.device)
     precision = choose_precision(device, config.run.amp, config.run.amp_dtype)
-    backend, why_torch = choose_backend(config.run.backend, device, precision.dtype)
     configure_torch(config, device)
     network = get_network(config.model.arch)
     dataset = split(load_dataset(config.data, network.image_sizes[0]), config.data, config.run.seed)
     check_dataset(dataset, config)
+    layer_table(network, dataset.train.pixels.shape[1], len(dataset.classes))  # refuses small ones
     normalization = Normalization.fit(dataset.train, config.augment.normalize)
+    # last of what can be refused: a mistake must not wait for a library to be built
+    backend, why_torch = choose_backend(config.run.backend, device, precision.dtype)
     notes = [note for note in (precision.note, why_torch) if note]
     drop_last = drops_last(len(dataset.train), network, config, notes)
     train_loader = make_loader(
