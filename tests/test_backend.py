@@ -143,9 +143,7 @@ GENTLE = {"optimizer": "sgd", "schedule": "constant", "lr": 1e-4, "label_smoothi
     ],
 )
 def test_fifty_steps_follow_the_same_losses(arch, dtype, batch_size, options):
-    curves = [
-        loss_curve(name, arch, dtype, batch_size, **options) for name in ("fused", "torch")
-    ]
+    curves = [loss_curve(name, arch, dtype, batch_size, **options) for name in ("fused", "torch")]
     assert curves[1][-5:].mean() < 0.5 * curves[1][:5].mean()
     torch.testing.assert_close(*curves, rtol=1e-4, atol=0)
 

@@ -1,0 +1,78 @@
+// Runs every CPU op on odd shapes with buffers of exactly the size that it may touch, each in an
+// allocation of its own, so that a sanitizer sees any access beside them.
+#include <cstdio>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cpu/cpu.h"
+
+namespace {
+
+using namespace fastcnn;
+
+size_t size_of(Dtype dtype) { return dtype == Dtype::bf16 ? 2 : dtype == Dtype::f64 ? 8 : 4; }
+
+struct Buffer {
+  std::vector<char> bytes;
+  Buffer(int64_t count, size_t size, bool filled = true) : bytes(size_t(count) * size) {
+    static std::minstd_rand random(1);
+    // 0x3f in the high byte of every format: small finite numbers
+    for (size_t i = 0; filled && i < bytes.size(); ++i)
+      bytes[i] = i % size == size - 1 ? 0x3f : char(random() & 0x7f);
+    bytes.shrink_to_fit();
+  }
+  void* data() { return bytes.data(); }
+};
+
+void threads(int64_t tasks, const std::function<void(int64_t, int64_t)>& body) {
+  std::thread other(body, tasks / 2, tasks);
+  body(0, tasks / 2);
+  other.join();
+}
+
+void run(Dtype dtype, Sizes sizes, Pool pool) {
+  const size_t size = size_of(dtype), wide = dtype == Dtype::f64 ? 8 : 4;
+  const int64_t k = sizes.k, all = sizes.elements();
+  Buffer x(all, size), residual(all, size), dy(all, size), y(all, size, false);
+  Buffer dx(all, size, false), dresidual(all, size, false);
+  Buffer mean(k, wide), rstd(k, wide), weight(k, wide), bias(k, wide);
+  Buffer running_mean(k, wide), running_var(k, wide), dweight(k, wide), dbias(k, wide);
+  Buffer stats_space(cpu::bn_stats_workspace(sizes), 1);
+  Buffer space(cpu::bn_act_backward_workspace(sizes), 1);
+  const Affine affine{mean.data(), rstd.data(), weight.data(), bias.data()};
+  cpu::bn_stats({dtype, sizes, x.data(), true, 0.1, 1e-5, 0.1, running_mean.data(),
+                 running_var.data(), mean.data(), rstd.data(), stats_space.data()},
+                threads);
+  cpu::bn_act({dtype, sizes, x.data(), residual.data(), affine, 0.2, 0.1, y.data()}, threads);
+  for (bool batch_stats : {true, false})
+    cpu::bn_act_backward({dtype, sizes, dy.data(), x.data(), batch_stats ? y.data() : nullptr,
+                          affine, batch_stats, 0.2, 0.1, dx.data(), dresidual.data(),
+                          dweight.data(), dbias.data(), space.data()},
+                         threads);
+  if (std::min(sizes.p, sizes.q) + 2 * pool.padding < pool.window) return;
+  const int64_t pooled = sizes.n * pool.output(sizes.p) * pool.output(sizes.q) * k;
+  Buffer small_y(pooled, size, false), small_dy(pooled, size), code(pooled, 1, false);
+  auto* codes = static_cast<uint8_t*>(code.data());
+  cpu::bn_act_pool({dtype, sizes, x.data(), affine, 0.2, 0.1, pool, small_y.data(), codes},
+                   threads);
+  cpu::bn_act_pool_backward({dtype, sizes, small_dy.data(), codes, x.data(), affine, true, 0.2,
+                             0.1, pool, dx.data(), dweight.data(), dbias.data(), space.data()},
+                            threads);
+  cpu::bn_act_pool_backward({dtype, sizes, small_dy.data(), codes, nullptr, {}, false, 1, 0, pool,
+                             dx.data(), nullptr, dbias.data(), space.data()},
+                            threads);
+}
+
+}  // namespace
+
+int main() {
+  const Sizes shapes[] = {{1, 1, 1, 1}, {0, 4, 4, 8}, {2, 3, 5, 3}, {1, 7, 2, 17}, {3, 5, 4, 24},
+                          {2, 9, 7, 32}, {1, 6, 6, 65},
+                          {2, 11, 13, 100}, {1, 4, 2, 512}, {9, 33, 31, 16}};
+  const Pool pools[] = {{2, 2, 0}, {3, 2, 0}, {3, 2, 1}, {2, 1, 0}, {2, 3, 1}};
+  for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f64})
+    for (const Sizes& sizes : shapes)
+      for (const Pool& pool : pools) run(dtype, sizes, pool);
+  std::puts("clean");
+}
