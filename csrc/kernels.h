@@ -6,6 +6,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include <string>
+#include <vector>
+
 #include "arguments.h"
 
 namespace fastcnn::cuda {
@@ -19,5 +22,27 @@ cudaError_t launch_bn_act(const BnAct& args, cudaStream_t stream);
 cudaError_t launch_bn_act_pool(const BnActPool& args, cudaStream_t stream);
 cudaError_t launch_bn_act_backward(const BnActBackward& args, cudaStream_t stream);
 cudaError_t launch_bn_act_pool_backward(const BnActPoolBackward& args, cudaStream_t stream);
+
+// The launches of an op ("bn_stats", ..., "bn_act_pool_backward"), in order, for sizes of x: a
+// function of shape, dtype and pool alone. 16-byte aligned tensors; training, no residual. Throws
+// std::invalid_argument for an unknown op or a dtype without kernels.
+struct LaunchConfiguration {
+  std::string kernel;
+  dim3 grid, block;
+  size_t shared;  // bytes
+};
+std::vector<LaunchConfiguration> launch_configuration(const std::string& op, const Sizes& sizes,
+                                                      Dtype dtype, const Pool& pool);
+
+// Every kernel as compiled for the current GPU; blocks_per_sm at 256 threads and the most shared
+// memory that a launch of it takes. Throws std::runtime_error without a GPU.
+struct Occupancy {
+  std::string kernel;
+  int registers;        // a thread
+  size_t local;         // bytes a thread in local memory: spills
+  size_t shared;        // bytes a block, at most
+  int blocks_per_sm;
+};
+std::vector<Occupancy> occupancy();
 
 }  // namespace fastcnn::cuda

@@ -1,0 +1,348 @@
+"""All that needs a GPU, in one command of under ten minutes: build, tests, sanitizers, benchmarks.
+
+    python benchmarks/gpu_check.py                  # all stages; exit code 0 only if all passed
+    python benchmarks/gpu_check.py --stages build,tests
+    python benchmarks/gpu_check.py --device cpu     # the same steps without a GPU, to try them
+
+Runs from a bare source tree and needs torch, numpy, ninja, pytest, pytest-benchmark and a CUDA
+toolkit of torch's version. Test files that need more are left out and named; that fails the stage
+only where they hold tests for a GPU. Every stage has its own time budget and log; one that fails is
+recorded and the next one runs. Everything goes into one JSON file, gpu-check.json, written anew
+after each stage, beside the logs: in --output, else in $OUT, else in .benchmarks/gpu-check.
+
+Exit codes: 0 all passed, 1 a stage did not, 2 no GPU.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import REPOSITORY, environment
+
+Result = dict[str, Any]
+BUDGET_S = 585.0  # of all stages together
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+NETWORKS = "vgg16,resnet18,cnn-a,cnn-a+norm,murgolo-improved,mao-batchnorm"
+RESERVE_S = 25.0  # of a benchmark's budget: for the case that is under way when it ends
+BUILD = """
+import dataclasses, json, logging, sys
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+from fastcnn import ops
+from fastcnn.ops import build
+built = build.ensure()
+print(built.summary)
+print((built.path.parent / "build.log").read_text("utf-8", "replace"))
+ops.load()
+found = {n: getattr(built, n) for n in ("archs", "cuda", "compiler", "build_seconds", "fresh")}
+found |= {"cuda_kernels": ops.has_kernels("cuda"), "sources": built.sources}
+open(sys.argv[1], "w").write(json.dumps(found))
+"""
+
+
+@dataclass
+class Check:
+    """The run: where it writes, what it runs on, when it must end."""
+
+    device: str
+    output: Path
+    scratch: Path
+    deadline: float
+
+    def run(
+        self, command: list[str], log: str, budget_s: float, variables: dict[str, str] | None = None
+    ) -> tuple[str, float]:
+        """Run a command, its output added to a log; return passed, failed or timeout, seconds."""
+        start = time.monotonic()
+        budget_s = max(1.0, min(budget_s, self.deadline - start))
+        with open(self.output / log, "ab") as file:
+            file.write(f"$ {' '.join(command)}\n".encode())
+            file.flush()
+            process = subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                env=self._environment() | (variables or {}),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                state = "failed" if process.wait(budget_s) else "passed"
+            except subprocess.TimeoutExpired:
+                state = "timeout"
+            finally:
+                _end(process)
+        return state, round(time.monotonic() - start, 1)
+
+    def _environment(self) -> dict[str, str]:
+        path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+        own = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "FASTCNN_BENCH_DEVICE": self.device}
+        if self.device == "cpu":
+            own |= {"CUDA_VISIBLE_DEVICES": "", "FASTCNN_CUDA_ARCHS": "none"}
+        return {**os.environ, **own}
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device == "cuda"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End what the command left running: its process group, which it leads."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def build(check: Check, budget_s: float) -> Result:
+    """Compile the library, or find it, and load it; on a GPU it must hold CUDA kernels."""
+    written = check.scratch / "build.json"
+    state, seconds = check.run([sys.executable, "-c", BUILD, str(written)], "build.log", budget_s)
+    result: Result = {"state": state, "seconds": seconds, **_read(written)}
+    if state == "passed" and check.on_gpu and not result.get("cuda_kernels"):
+        result |= {"state": "failed", "reason": "the library has no CUDA kernels"}
+    spilled = re.findall(r"([1-9]\d*) bytes spill stores", (check.output / "build.log").read_text())
+    return result | {"kernels_that_spill": len(spilled)}
+
+
+def tests(check: Check, budget_s: float) -> Result:
+    """Run the tests marked `cuda`, from those files that can be imported here."""
+    start = time.monotonic()
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "cuda"]
+    collect = [*pytest, "tests", "--collect-only", "-q", "--continue-on-collection-errors"]
+    check.run(collect, "tests.log", budget_s / 2)
+    files, errors = collected((check.output / "tests.log").read_text("utf-8", "replace"))
+    result: Result = {"state": "failed", "seconds": 0.0, "files": files, "not_collected": errors}
+    lost = [name for name in errors if "mark.cuda" in (REPOSITORY / name).read_text("utf-8")]
+    if not files or lost:
+        result["reason"] = f"cannot be imported: {', '.join(lost)}" if lost else "no tests found"
+    if files:
+        report = check.scratch / "tests.xml"
+        command = [*pytest, *files, f"--junitxml={report}", "-q", "--durations=10"]
+        left = budget_s - (time.monotonic() - start)
+        state, _ = check.run(command, "tests.log", left, {"FASTCNN_TEST_CACHE": _cache(check)})
+        result |= {"state": "failed" if lost else state, "counts": counted(report)}
+        if check.on_gpu and state == "passed" and not result["counts"].get("passed"):
+            result |= {"state": "failed", "reason": "every test was skipped"}
+    return result | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def _cache(check: Check) -> str:
+    """Return an empty cache for the tests that yet holds the library, lest they build it again."""
+    from fastcnn.cache import cache_dir
+
+    folder = check.scratch / "cache"
+    folder.mkdir()
+    (folder / "native").symlink_to(cache_dir() / "native")
+    return str(folder)
+
+
+def collected(text: str) -> tuple[list[str], dict[str, str]]:
+    """Return the files of the tests that pytest lists, and the files that it could not import,
+    each with the reason."""
+    files = sorted(set(re.findall(r"^(\S+\.py)::", text, re.MULTILINE)))
+    failed = dict.fromkeys(re.findall(r"^ERROR (\S+\.py)", text, re.MULTILINE), "")
+    for part in re.split(r"^_+ ERROR collecting ", text, flags=re.MULTILINE)[1:]:
+        reasons = re.findall(r"^E +(.*)$", part, re.MULTILINE)
+        failed[part.split()[0]] = reasons[-1] if reasons else ""
+    return files, failed
+
+
+def counted(report: Path) -> dict[str, Any]:
+    """Return how many tests a JUnit file says passed, failed and were skipped, and which failed."""
+    if not report.exists():
+        return {}
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    outcome = [{child.tag for child in case} & {"failure", "error", "skipped"} for case in cases]
+    bad = [c for c, tags in zip(cases, outcome, strict=True) if tags & {"failure", "error"}]
+    skipped = sum(tags == {"skipped"} for tags in outcome)
+    names = [f"{case.get('classname')}::{case.get('name')}" for case in bad]
+    passed = len(cases) - len(bad) - skipped
+    return {"passed": passed, "failed": len(bad), "skipped": skipped, "failures": names[:50]}
+
+
+def sanitizers(check: Check, budget_s: float) -> Result:
+    """Run sanitize_ops.py by itself, then under each tool of compute-sanitizer, all at once."""
+    script = [sys.executable, str(REPOSITORY / "benchmarks" / "sanitize_ops.py"), check.device]
+    start = time.monotonic()
+    state, seconds = check.run(script, "sanitizers.log", budget_s / 2)
+    result: Result = {"without_tool": {"state": state, "seconds": seconds}}
+    program = sanitizer_program()
+    if program is None or not check.on_gpu:
+        why = "no GPU" if program else "compute-sanitizer is not installed"
+        result |= {tool: {"state": "absent", "reason": why} for tool in TOOLS}
+    else:
+        result |= _under_every_tool(check, program, script, budget_s - (time.monotonic() - start))
+    good = all(one["state"] in ("passed", "absent") for one in result.values())
+    return {
+        "state": "passed" if good else "failed",
+        "seconds": round(time.monotonic() - start, 1),
+        "tools": result,
+    }
+
+
+def sanitizer_program() -> str | None:
+    from fastcnn.ops.toolchain import find_cuda
+
+    cuda = find_cuda()
+    beside = str(cuda.home / "bin" / "compute-sanitizer") if cuda else ""
+    return shutil.which("compute-sanitizer") or shutil.which(beside)
+
+
+def _under_every_tool(check: Check, program: str, script: list[str], budget_s: float) -> Result:
+    from concurrent.futures import ThreadPoolExecutor
+
+    # torch's cache of memory would hide accesses beyond a tensor
+    variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+    def under(tool: str) -> Result:
+        log = f"{tool}.log"
+        command = [program, "--tool", tool, "--error-exitcode", "86", "--print-limit", "20"]
+        state, seconds = check.run([*command, *script], log, budget_s, variables)
+        text = (check.output / log).read_text("utf-8", "replace")
+        summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text)
+        if state == "passed" and not summary:
+            state = "failed"  # it never began
+        return {"state": state, "seconds": seconds, "summary": summary[-1] if summary else None}
+
+    with ThreadPoolExecutor(len(TOOLS)) as pool:
+        results = dict(zip(TOOLS, pool.map(under, TOOLS), strict=True))
+    with open(check.output / "sanitizers.log", "ab") as file:
+        for tool in TOOLS:  # few files: a machine that lends GPUs may return no more than a handful
+            file.write((check.output / f"{tool}.log").read_bytes())
+            (check.output / f"{tool}.log").unlink()
+    return results
+
+
+def bench_quick(check: Check, budget_s: float) -> Result:
+    """Time one case of each op, pool and mode, against eager torch and torch.compile."""
+    return _bench(check, "bench-quick", budget_s, {"QUICK": "1"})
+
+
+def bench_networks(check: Check, budget_s: float) -> Result:
+    """Time every layer of the networks, at batch 1024 on a GPU."""
+    if check.on_gpu:
+        return _bench(check, "bench-networks", budget_s, {"BATCH": "1024", "NETWORKS": NETWORKS})
+    return _bench(
+        check, "bench-networks", budget_s, {"BATCH": "8", "NETWORKS": "cnn-a", "COMPILE": "0"}
+    )
+
+
+def _bench(check: Check, name: str, budget_s: float, options: dict[str, str]) -> Result:
+    written = check.scratch / f"{name}.json"
+    left = min(budget_s, check.deadline - time.monotonic())
+    options = {"BUDGET_S": str(max(1.0, left - RESERVE_S)), "JSON": str(written), **options}
+    variables = {f"FASTCNN_BENCH_{key}": value for key, value in options.items()}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--benchmark-enable"]
+    command += [str(REPOSITORY / "benchmarks" / "bench_ops.py")]
+    state, seconds = check.run(command, f"{name}.log", budget_s, variables)
+    content = _read(written)
+    if state == "passed" and not content.get("rows"):
+        state = "failed"
+    return {"state": state, "seconds": seconds, "content": content}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+# name, function, seconds that it may take
+STAGES: dict[str, tuple[Callable[[Check, float], Result], float]] = {
+    "build": (build, 120),
+    "tests": (tests, 150),
+    "sanitizers": (sanitizers, 110),
+    "bench-quick": (bench_quick, 75),
+    "bench-networks": (bench_networks, 125),
+}
+NEED_THE_LIBRARY = ("sanitizers", "bench-quick", "bench-networks")
+
+
+def run_stages(check: Check, names: list[str], scale: float) -> dict[str, Any]:
+    """Run the stages in order and write the JSON file after each; scale: of the time budgets."""
+    content: dict[str, Any] = {"device": check.device, **environment(torch.device(check.device))}
+    content |= {"passed": False, "stages": {}}
+    for name in names:
+        function, budget_s = STAGES[name]
+        built = content["stages"].get("build", {"state": "passed"})["state"]
+        if name in NEED_THE_LIBRARY and built != "passed":
+            result: Result = {"state": "skipped", "seconds": 0.0, "reason": "there is no library"}
+        elif check.deadline - time.monotonic() < 1:
+            result = {"state": "skipped", "seconds": 0.0, "reason": "no time was left"}
+        else:
+            result = _guarded(function, check, budget_s * scale)
+        content["stages"][name] = result
+        content["passed"] = all(one["state"] == "passed" for one in content["stages"].values())
+        (check.output / "gpu-check.json").write_text(json.dumps(content, indent=1), "utf-8")
+        print(line_of(name, result), flush=True)
+    return content
+
+
+def _guarded(function: Callable[[Check, float], Result], check: Check, budget_s: float) -> Result:
+    start = time.monotonic()
+    try:
+        return function(check, budget_s)
+    except Exception as error:  # recorded, and the next stage runs
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return {"state": "failed", "seconds": round(time.monotonic() - start, 1), "reason": reason}
+
+
+def line_of(name: str, result: Result) -> str:
+    """Return a stage's outcome in a line."""
+    words = [f"{name:<15} {result['state']:<8} {result['seconds']:6.1f} s"]
+    words += [f"{key} {result[key]}" for key in ("reason", "archs") if result.get(key)]
+    if counts := result.get("counts"):
+        words.append(", ".join(f"{counts[key]} {key}" for key in ("passed", "failed", "skipped")))
+    if names := result.get("not_collected"):
+        words.append(f"not collected: {', '.join(names)}")
+    words += [f"{tool} {one['state']}" for tool, one in result.get("tools", {}).items()]
+    if content := result.get("content"):
+        cases = len({row["case"] for row in content["rows"]})
+        words.append(f"{cases} cases timed, {len(content['left_out'])} left out")
+        words += [f"refused: {one['case']} {one['variant']}" for one in content["refused"]]
+    return "; ".join(words)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--stages", default=",".join(STAGES), help="of %(default)s")
+    parser.add_argument("--output", type=Path, help="folder of the JSON file and the logs")
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds (%(default)g)")
+    options = parser.parse_args()
+    names = options.stages.split(",")
+    if unknown := [name for name in names if name not in STAGES]:
+        parser.error(f"--stages: no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("gpu_check: torch finds no GPU; `--device cpu` tries the steps without one")
+        return 2
+    folder = options.output or Path(os.environ.get("OUT") or REPOSITORY / ".benchmarks/gpu-check")
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.log"):
+        old.unlink()
+    with tempfile.TemporaryDirectory() as scratch:
+        deadline = time.monotonic() + options.budget
+        check = Check(options.device, folder, Path(scratch), deadline)
+        content = run_stages(check, names, options.budget / BUDGET_S)
+    print(f"{'passed' if content['passed'] else 'FAILED'}: {folder / 'gpu-check.json'}")
+    return 0 if content["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

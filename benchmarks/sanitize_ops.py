@@ -1,0 +1,51 @@
+"""Every op and its backward on odd shapes, small enough for compute-sanitizer.
+
+    compute-sanitizer --tool racecheck python benchmarks/sanitize_ops.py [cuda|cpu]
+
+The shapes reach the vector and the scalar paths, several blocks and every pool of the tests; each
+dtype with kernels has its turn. Results are compared with plain torch's on the CPU, so that the
+tool sees few kernels but ours, and loosely: the tests judge precision.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from op_cases import kinds, run, tensors_of
+
+from fastcnn import ops
+from fastcnn.ops import reference
+
+SHAPES = [(3, 17, 5, 7), (2, 65, 9, 4), (2, 64, 9, 7), (5, 24, 31, 33), (7, 100)]
+SLOPES = (0.2, 0.1)
+SMALL_DIFFERENCE = 0.1  # mean over mean value: windows that low precision decides otherwise
+
+
+def differences(case, device, dtype):
+    """Return the mean difference from plain torch in fp64 over its mean value, by tensor."""
+    inputs = tensors_of(case, dtype)
+    got = run(ops, case, {name: t.to(device) for name, t in inputs.items()})
+    want = run(reference, case, {name: t.double() for name, t in inputs.items()})
+    return {
+        name: ((got[name].cpu() - true).abs().mean() / (true.abs().mean() + 1e-30)).item()
+        for name, true in want.items()
+    }
+
+
+def main(device: str) -> int:
+    ops.load()
+    cases = [case for shape in SHAPES for case in kinds(shape, *SLOPES)]
+    wrong = [
+        f"{case} {dtype} {name}: {difference}"
+        for dtype in ops.DTYPES[device]
+        for case in cases
+        for name, difference in differences(case, device, dtype).items()
+        if not difference < SMALL_DIFFERENCE
+    ]
+    calls = len(cases) * len(ops.DTYPES[device])
+    print(f"{calls} calls, forward and backward, on {device}", *wrong, sep="\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else "cuda"))

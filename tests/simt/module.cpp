@@ -1,0 +1,132 @@
+// The launchers of kernels.h for Python, with addresses as integers; and a heap whose blocks have
+// exactly the size asked for, for the sanitizers.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "../../csrc/kernels.h"
+
+namespace py = pybind11;
+using namespace fastcnn;
+
+namespace {
+
+// the value of a field of an argument struct by its name; 0 and null if it is not given
+struct Fields {
+  py::kwargs values;
+
+  void* pointer(const char* name) const {
+    return values.contains(name) ? reinterpret_cast<void*>(values[name].cast<uintptr_t>())
+                                 : nullptr;
+  }
+  template <typename T>
+  T value(const char* name) const {
+    return values[name].cast<T>();
+  }
+  Sizes sizes() const {
+    const auto s = value<std::tuple<int64_t, int64_t, int64_t, int64_t>>("sizes");
+    return {std::get<0>(s), std::get<1>(s), std::get<2>(s), std::get<3>(s)};
+  }
+  Pool pool() const {
+    const auto p = value<std::tuple<int, int, int>>("pool");
+    return {std::get<0>(p), std::get<1>(p), std::get<2>(p)};
+  }
+  Dtype dtype() const {
+    const auto name = value<std::string>("dtype");
+    return name == "float32"    ? Dtype::f32
+           : name == "float16"  ? Dtype::f16
+           : name == "bfloat16" ? Dtype::bf16
+                                : Dtype::f64;
+  }
+  Affine affine() const {
+    return {pointer("mean"), pointer("rstd"), pointer("weight"), pointer("bias")};
+  }
+};
+
+int bn_stats(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  return cuda::launch_bn_stats(
+      {f.dtype(), f.sizes(), f.pointer("x"), f.value<bool>("training"), f.value<double>("momentum"),
+       f.value<double>("eps"), f.value<double>("pre_slope"), f.pointer("running_mean"),
+       f.pointer("running_var"), f.pointer("mean"), f.pointer("rstd"), f.pointer("workspace")},
+      nullptr);
+}
+
+int bn_act(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  return cuda::launch_bn_act(
+      {f.dtype(), f.sizes(), f.pointer("x"), f.pointer("residual"), f.affine(),
+       f.value<double>("pre_slope"), f.value<double>("post_slope"), f.pointer("y")},
+      nullptr);
+}
+
+int bn_act_pool(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  return cuda::launch_bn_act_pool(
+      {f.dtype(), f.sizes(), f.pointer("x"), f.affine(), f.value<double>("pre_slope"),
+       f.value<double>("post_slope"), f.pool(), f.pointer("y"),
+       static_cast<uint8_t*>(f.pointer("code"))},
+      nullptr);
+}
+
+int bn_act_backward(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  return cuda::launch_bn_act_backward(
+      {f.dtype(), f.sizes(), f.pointer("dy"), f.pointer("x"), f.pointer("y"), f.affine(),
+       f.value<bool>("batch_stats"), f.value<double>("pre_slope"), f.value<double>("post_slope"),
+       f.pointer("dx"), f.pointer("dresidual"), f.pointer("dweight"), f.pointer("dbias"),
+       f.pointer("workspace")},
+      nullptr);
+}
+
+int bn_act_pool_backward(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  return cuda::launch_bn_act_pool_backward(
+      {f.dtype(), f.sizes(), f.pointer("dy"), static_cast<const uint8_t*>(f.pointer("code")),
+       f.pointer("x"), f.affine(), f.value<bool>("batch_stats"), f.value<double>("pre_slope"),
+       f.value<double>("post_slope"), f.pool(), f.pointer("dx"), f.pointer("dweight"),
+       f.pointer("dbias"), f.pointer("workspace")},
+      nullptr);
+}
+
+py::list launch_configuration(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  py::list launches;
+  for (const auto& launch :
+       cuda::launch_configuration(f.value<std::string>("op"), f.sizes(), f.dtype(), f.pool()))
+    launches.append(py::make_tuple(launch.kernel, launch.grid.x, launch.grid.y, launch.block.x,
+                                   launch.shared));
+  return launches;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(simt_kernels, module) {
+  module.def("bn_stats", &bn_stats);
+  module.def("bn_act", &bn_act);
+  module.def("bn_act_pool", &bn_act_pool);
+  module.def("bn_act_backward", &bn_act_backward);
+  module.def("bn_act_pool_backward", &bn_act_pool_backward);
+  module.def("launch_configuration", &launch_configuration);
+  module.def("bn_stats_workspace", [](int64_t n, int64_t p, int64_t q, int64_t k) {
+    return cuda::bn_stats_workspace({n, p, q, k});
+  });
+  module.def("bn_act_backward_workspace", [](int64_t n, int64_t p, int64_t q, int64_t k) {
+    return cuda::bn_act_backward_workspace({n, p, q, k});
+  });
+  module.def("descending", [](bool on) { simt::settings.descending = on; });
+  module.def("only_blocks", [](int64_t first, int64_t end) {
+    simt::settings.first_block = first;
+    simt::settings.end_block = end;
+  });
+  module.def("allocate", [](const py::bytes& content) {
+    const std::string bytes = content;
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 16, bytes.size())) throw std::bad_alloc();
+    memcpy(memory, bytes.data(), bytes.size());
+    return reinterpret_cast<uintptr_t>(memory);
+  });
+  module.def("release", [](uintptr_t memory) { free(reinterpret_cast<void*>(memory)); });
+}

@@ -1,0 +1,95 @@
+"""Run every launcher on heap blocks of exactly the size its contract names.
+
+A program of its own: python sanitized.py <simt_kernels compiled with SANITIZE>, under libasan.
+"""
+
+import importlib.util
+import random
+import struct
+import sys
+
+SIZES = [(2, 3, 5, 17), (1, 2, 7, 24), (3, 1, 1, 3), (2, 5, 4, 32), (1, 4, 3, 1), (0, 2, 2, 8)]
+POOLS = [(2, 2, 0), (3, 2, 0), (3, 2, 1), (3, 1, 1), (4, 3, 2)]
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class Heap:
+    def __init__(self, kernels):
+        self.kernels = kernels
+        self.blocks = []
+
+    def block(self, content):
+        self.blocks.append(self.kernels.allocate(content))
+        return self.blocks[-1]
+
+    def output(self, size):
+        return self.block(b"\xff" * size)
+
+    def values(self, dtype, count):
+        numbers = [random.gauss(0, 1) for _ in range(count)]
+        if dtype == "float16":
+            return self.block(struct.pack(f"{count}e", *numbers))
+        raw = struct.pack(f"{count}f", *numbers)
+        upper = bytes(byte for i, byte in enumerate(raw) if i % 4 > 1)
+        return self.block(raw if dtype == "float32" else upper)
+
+    def release(self):
+        for block in self.blocks:
+            self.kernels.release(block)
+
+
+def run(kernels, sizes, dtype):
+    heap = Heap(kernels)
+    n, p, q, k = sizes
+    count, item = n * p * q * k, ITEM_BYTES[dtype]
+    common = {"sizes": sizes, "dtype": dtype}
+    x = heap.values(dtype, count)
+    running = {"running_mean": heap.values("float32", k), "running_var": heap.output(4 * k)}
+    statistics = {"mean": heap.output(4 * k), "rstd": heap.output(4 * k)}
+    workspace = {"workspace": heap.output(kernels.bn_stats_workspace(*sizes))}
+    settings = {"momentum": 0.1, "eps": 1e-5, "pre_slope": 0.1}
+    for training in (True, False):
+        given = {"x": x, "training": training, **running, **statistics, **workspace}
+        assert kernels.bn_stats(**common, **settings, **given) == 0
+
+    slopes = {"pre_slope": 0.0, "post_slope": 0.1}
+    affine = {**statistics, "weight": heap.values("float32", k), "bias": heap.values("float32", k)}
+    y, residual = heap.output(count * item), heap.values(dtype, count)
+    for added in ({}, {"residual": residual}):
+        assert kernels.bn_act(**common, **slopes, **affine, **added, x=x, y=y) == 0
+
+    sums = {"dweight": heap.output(4 * k), "dbias": heap.output(4 * k)}
+    outputs = {"dx": heap.output(count * item), **sums}
+    outputs["workspace"] = heap.output(kernels.bn_act_backward_workspace(*sizes))
+    dresidual = heap.output(count * item)
+    for batch in (True, False):
+        given = {"x": x, "dy": residual, "y": y, "dresidual": dresidual, "batch_stats": batch}
+        assert kernels.bn_act_backward(**common, **slopes, **affine, **given, **outputs) == 0
+
+    for pool in POOLS:
+        window, stride, padding = pool
+        if min(p, q) + 2 * padding < window:
+            continue
+        rows, columns = ((s + 2 * padding - window) // stride + 1 for s in (p, q))
+        pooled = n * rows * columns * k
+        code, dy = heap.output(pooled), heap.values(dtype, pooled)
+        given = {**common, **slopes, **affine, "pool": pool, "x": x, "code": code}
+        assert kernels.bn_act_pool(**given, y=heap.output(pooled * item)) == 0
+        for batch in (True, False):
+            backward = {**given, **outputs, "dy": dy, "batch_stats": batch}
+            assert kernels.bn_act_pool_backward(**backward) == 0
+    heap.release()
+
+
+def main():
+    spec = importlib.util.spec_from_file_location("simt_kernels", sys.argv[1])
+    kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernels)
+    random.seed(0)
+    for sizes in SIZES:
+        for dtype in ITEM_BYTES:
+            run(kernels, sizes, dtype)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""benchmarks/gpu_check.py: stages that fail, hang or find nothing; what it reads from logs."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import gpu_check
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+COLLECTED = """\
+tests/test_ops.py::test_values[a-cuda]
+tests/test_ops.py::test_values[b-cuda]
+tests/test_cuda.py::test_run
+==================================== ERRORS ====================================
+______________________ ERROR collecting tests/test_cli.py ______________________
+tests/test_cli.py:12: in <module>
+    from fastcnn.cli import main
+E   ModuleNotFoundError: No module named 'jsonargparse'
+=========================== short test summary info ============================
+ERROR tests/test_cli.py
+"""
+JUNIT = """<testsuites><testsuite>
+<testcase classname="tests.test_ops" name="a"/>
+<testcase classname="tests.test_ops" name="b"><failure message="x"/></testcase>
+<testcase classname="tests.test_ops" name="c"><skipped/></testcase>
+<testcase classname="tests.test_ops" name="d"><error message="x"/></testcase>
+</testsuite></testsuites>"""
+
+
+@pytest.fixture
+def check(tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    return gpu_check.Check("cpu", tmp_path, scratch, time.monotonic() + 60)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "gpu_check.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stdout.splitlines()) == 1
+    assert "no GPU" in done.stdout
+
+
+def test_commands_are_logged_and_ended(check):
+    assert check.run(["true"], "a.log", 10)[0] == "passed"
+    assert check.run(["sh", "-c", "echo told; exit 3"], "a.log", 10)[0] == "failed"
+    log = (check.output / "a.log").read_text()
+    assert log == "$ true\n$ sh -c echo told; exit 3\ntold\n"
+    state, seconds = check.run(["sh", "-c", "sleep 300 & echo $!; wait"], "b.log", 1)
+    assert state == "timeout"
+    assert seconds < 10
+    child = int((check.output / "b.log").read_text().splitlines()[-1])
+    assert not _runs(child)
+
+
+def _runs(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_a_failed_stage_is_recorded_and_the_next_runs(check, monkeypatch, capsys):
+    def broken(check, budget_s):
+        raise ValueError("of this\nkind")
+
+    def good(check, budget_s):
+        return {"state": "passed", "seconds": 1.0}
+
+    stages = {"tests": (broken, 10), "build": (good, 10), "bench-quick": (good, 10)}
+    monkeypatch.setattr(gpu_check, "STAGES", stages)
+    content = gpu_check.run_stages(check, ["tests", "build", "bench-quick"], 1.0)
+    assert not content["passed"]
+    assert content["stages"]["tests"]["reason"] == "ValueError: of this kind"
+    assert content["stages"]["bench-quick"]["state"] == "passed"
+    assert json.loads((check.output / "gpu-check.json").read_text()) == content
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_without_a_library_nothing_is_timed(check, monkeypatch):
+    def failing(check, budget_s):
+        return {"state": "failed", "seconds": 1.0}
+
+    monkeypatch.setattr(gpu_check, "STAGES", dict.fromkeys(gpu_check.STAGES, (failing, 10)))
+    content = gpu_check.run_stages(check, list(gpu_check.STAGES), 1.0)
+    states = [one["state"] for one in content["stages"].values()]
+    assert states == ["failed", "failed", "skipped", "skipped", "skipped"]
+
+
+def test_files_that_cannot_be_imported_are_named():
+    files, errors = gpu_check.collected(COLLECTED)
+    assert files == ["tests/test_cuda.py", "tests/test_ops.py"]
+    assert errors == {"tests/test_cli.py": "ModuleNotFoundError: No module named 'jsonargparse'"}
+
+
+def test_outcomes_are_counted(tmp_path):
+    path = tmp_path / "tests.xml"
+    path.write_text(JUNIT)
+    assert gpu_check.counted(path) == {
+        "passed": 1,
+        "failed": 2,
+        "skipped": 1,
+        "failures": ["tests.test_ops::b", "tests.test_ops::d"],
+    }
+    assert gpu_check.counted(tmp_path / "none.xml") == {}
+
+
+def test_sanitizers_that_are_not_there_are_absent(check, monkeypatch):
+    monkeypatch.setattr(gpu_check.Check, "run", lambda *_: ("passed", 1.0))
+    result = gpu_check.sanitizers(check, 10)
+    assert result["state"] == "passed"
+    assert {result["tools"][tool]["state"] for tool in gpu_check.TOOLS} == {"absent"}
+
+
+@pytest.mark.parametrize(
+    ("code", "says", "state"),
+    [
+        (0, "ERROR SUMMARY: 0 errors", "passed"),
+        (86, "RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", "failed"),
+        (0, "", "failed"),
+    ],
+)
+def test_a_sanitizers_word_counts(check, tmp_path, code, says, state):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\necho '========= {says}'\nexit {code}\n")
+    program.chmod(0o755)
+    found = gpu_check._under_every_tool(check, str(program), ["true"], 30)
+    assert found.keys() == set(gpu_check.TOOLS)
+    assert (found["racecheck"]["state"], found["racecheck"]["summary"]) == (state, says or None)
+    assert not (check.output / "racecheck.log").exists()

@@ -1,0 +1,171 @@
+"""Registers and spills of the CUDA kernels, as ptxas reports them at the build.
+
+`python tests/test_ptxas.py` builds the library and writes the table in csrc/README.md.
+"""
+
+import itertools
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from fastcnn.ops import build, toolchain
+
+ARCHS = "8.0;9.0+PTX"
+TARGETS = ("sm_80", "sm_90")
+TYPES = {"f": "f32", "6__half": "f16", "13__nv_bfloat16": "bf16"}
+WIDE = {"f32": 4, "f16": 8, "bf16": 8}
+README = Path(__file__).parents[1] / "csrc" / "README.md"
+# a multiprocessor's 65,536 registers over 256 threads and so many blocks: kResident of walk.cuh,
+# kBackwardResident of backward.cuh
+MOST_FORWARD, MOST_BACKWARD = 65536 // 256 // 3 // 8 * 8, 65536 // 256 // 2
+# another patch of nvcc may choose a little differently
+MARGIN = 8
+
+ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(sm_\d+)'")
+FIGURES = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+REGISTERS = re.compile(r"Used (\d+) registers")
+KERNEL = re.compile(
+    r"\d+(bn_[a-z_]+_kernel)(?:I(f|6__half|13__nv_bfloat16)((?:L(?:i|b|N\w*?PassE)\d+E)*)E)?"
+)
+PASSES = ("reduce", "apply", "single")
+
+
+class Figures(NamedTuple):
+    registers: int
+    spilled: int  # bytes, stores and loads
+
+
+def kernel_name(mangled: str) -> str:
+    """bn_act_kernel<bf16, 8, 1> of its mangled name, as csrc/cuda/introspection.cu names it."""
+    found = KERNEL.search(mangled)
+    assert found, mangled
+    name, number, rest = found.groups()
+    if not number:
+        return name
+    arguments = re.findall(r"L(?:i|b|N\w*?PassE)(\d+)E", rest)
+    return f"{name}<{', '.join([TYPES[number], *arguments])}>"
+
+
+def parse(log: str) -> dict[tuple[str, str], Figures]:
+    """Figures by kernel and target, from the output of nvcc -Xptxas=-v."""
+    figures = {}
+    for part in re.split(r"(?=Compiling entry function)", log)[1:]:
+        entry, spilled, used = (r.search(part) for r in (ENTRY, FIGURES, REGISTERS))
+        assert entry, part
+        assert spilled, part
+        assert used, part
+        key = kernel_name(entry[1]), entry[2]
+        figures[key] = Figures(int(used[1]), int(spilled[1]) + int(spilled[2]))
+    return figures
+
+
+def expected_kernels() -> set[str]:
+    """Every instantiation there is to be."""
+    names = {"bn_stats_finalise_kernel", "bn_stats_running_kernel"}
+    names |= {"bn_act_backward_finalise_kernel"}
+    for number, wide in WIDE.items():
+        pools = [(wide, 2), (4, 3), (1, 0)]
+        names |= {f"bn_stats_kernel<{number}, {v}>" for v in (wide, 1)}
+        for v, residual in itertools.product((wide, 1), (0, 1)):
+            names.add(f"bn_act_kernel<{number}, {v}, {residual}>")
+        names |= {f"bn_act_pool_kernel<{number}, {v}, {window}>" for v, window in pools}
+        for i in range(3):
+            names |= {f"bn_act_backward_kernel<{number}, {v}, {i}>" for v in (wide, 1)}
+            for v, window in pools:
+                names.add(f"bn_act_pool_backward_kernel<{number}, {v}, {window}, {i}>")
+    return names
+
+
+def row_of(kernel: str) -> tuple[str, str]:
+    """The table's row for a kernel, and its type; "" for one without."""
+    if "<" not in kernel:
+        return kernel, ""
+    name, arguments = kernel.rstrip(">").split("<")
+    number, width, *rest = arguments.split(", ")
+    words = ["1 value" if width == "1" else f"{int(width) * 4 // WIDE[number] * 4} bytes"]
+    if "backward" in name:
+        *rest, index = rest
+        words.append(PASSES[int(index)])
+    if "pool" in name:
+        words.append("any window" if rest == ["0"] else f"window {rest[0]}")
+    elif rest == ["1"]:
+        words.append("residual")
+    return f"{name}, {', '.join(words)}", number
+
+
+def table(figures: dict[tuple[str, str], Figures]) -> list[str]:
+    """Lines of the table: registers a thread on sm_80 / sm_90, by kernel and type."""
+    rows: dict[str, dict[str, str]] = {}
+    for kernel in sorted({kernel for kernel, _ in figures}):
+        row, number = row_of(kernel)
+        text = " / ".join(str(figures[kernel, target].registers) for target in TARGETS)
+        rows.setdefault(row, {}).update(dict.fromkeys([number] if number else WIDE, text))
+    lines = [f"| kernel | {' | '.join(WIDE)} |", "|---|---|---|---|"]
+    for row, cells in rows.items():
+        lines.append(f"| {row} | {' | '.join(cells.get(number, '—') for number in WIDE)} |")
+    return lines
+
+
+@pytest.fixture(scope="module")
+def figures():
+    if toolchain.find_cuda() is None or (reason := build.available(ARCHS)):
+        pytest.skip(reason if toolchain.find_cuda() else toolchain.no_cuda())
+    built = build.ensure(ARCHS, quiet=True)
+    return parse((built.path.parent / "build.log").read_text("utf-8"))
+
+
+def test_every_kernel_is_there_for_every_architecture(figures):
+    wanted = set(itertools.product(expected_kernels(), TARGETS))
+    assert figures.keys() == wanted
+
+
+def test_nothing_spills_and_enough_warps_fit(figures):
+    for (kernel, target), figure in figures.items():
+        assert figure.spilled == 0, (kernel, target)
+        most = MOST_BACKWARD if "backward" in kernel else MOST_FORWARD
+        assert figure.registers <= most, (kernel, target)
+
+
+def test_the_committed_table_is_that_of_the_sources(figures):
+    text = README.read_text("utf-8")
+    for line in table(figures)[2:]:
+        name = line.split(" | ")[0]
+        committed = [kept for kept in text.splitlines() if kept.startswith(f"{name} |")]
+        assert len(committed) == 1, f"{name}: run python {Path(__file__).name}"
+        both = (map(int, re.findall(r"\d+(?= [/|])", kept)) for kept in (committed[0], line))
+        for old, new in zip(*both, strict=True):
+            assert abs(old - new) <= MARGIN, f"{name}: run python {Path(__file__).name}"
+
+
+def test_parser():
+    log = """
+ptxas info    : Compiling entry function '_ZN7fastcnn4cuda1613bn_act_kernelI13__nv_bfloat16Li8E\
+Lb1EEEvNS1_12ActArgumentsIT_EENS0_4WalkE' for 'sm_80'
+ptxas info    : Function properties for _ZN7fastcnn
+    8 bytes stack frame, 12 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 72 registers, used 0 barriers, 504 bytes cmem[0]
+ptxas info    : Compiling entry function '_ZN1616bn_act_pool_backward_kernelI6__halfLi4ELi3E\
+LNS0_4PassE2EEEvNS1_E' for 'sm_90'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 80 registers
+"""
+    assert parse(log) == {
+        ("bn_act_kernel<bf16, 8, 1>", "sm_80"): Figures(72, 16),
+        ("bn_act_pool_backward_kernel<f16, 4, 3, 2>", "sm_90"): Figures(80, 0),
+    }
+
+
+def write_table() -> None:
+    built = build.ensure(ARCHS)
+    lines = table(parse((built.path.parent / "build.log").read_text("utf-8")))
+    text = README.read_text("utf-8")
+    start, end = "<!-- ptxas table -->\n", "<!-- end of ptxas table -->"
+    head, rest = text.split(start)
+    tail = rest.split(end)[1]
+    README.write_text(head + start + "\n".join(lines) + "\n" + end + tail, "utf-8")
+
+
+if __name__ == "__main__":
+    write_table()
