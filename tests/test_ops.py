@@ -32,6 +32,14 @@ def _library(library):
     return library
 
 
+@pytest.mark.parametrize("name", ops.OP_NAMES)
+def test_every_op_has_its_kernels(name, library):
+    # registered, and so compiled and linked, with or without a GPU
+    keys = ["CPU", "CUDA"] if library.archs else ["CPU"]
+    for key in keys:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastcnn::{name}", key)
+
+
 @pytest.mark.parametrize("case", [*CASES, LARGE], ids=str)
 def test_values_and_gradients_are_the_oracles(case):
     t = tensors_of(case, torch.float64)
