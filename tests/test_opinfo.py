@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.testing._internal.common_methods_invocations import op_db
 
 from fastcnn import ops
 
@@ -17,10 +16,21 @@ def _library(library):
     return library
 
 
-def samples(name, dtype):
+@pytest.fixture(scope="module")
+def operators():
+    """torch's table of operators; its import freezes the settings of torch.backends, for ever."""
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    settings = torch.backends.flags_frozen.__globals__
+    settings["__allow_nonbracketed_mutation_flag"] = True
+    assert not torch.backends.flags_frozen()
+    return op_db
+
+
+def samples(operators, name, dtype):
     return [
         sample
-        for info in op_db
+        for info in operators
         if info.name == f"nn.functional.{name}"
         for sample in info.sample_inputs("cpu", dtype, requires_grad=True)
     ]
@@ -43,9 +53,9 @@ def assert_same(ours, torchs, x, plain, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_batch_norm(dtype):
+def test_batch_norm(operators, dtype):
     count = 0
-    for sample in samples("batch_norm", dtype):
+    for sample in samples(operators, "batch_norm", dtype):
         if sample.input.dim() < 2:
             continue  # (N,) without channels
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -68,9 +78,9 @@ def test_batch_norm(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_max_pool2d(dtype):
+def test_max_pool2d(operators, dtype):
     count = 0
-    for sample in samples("max_pool2d", dtype):
+    for sample in samples(operators, "max_pool2d", dtype):
         options = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False} | sample.kwargs
         window = options["kernel_size"]
         pool = [
@@ -89,8 +99,8 @@ def test_max_pool2d(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "slope"), [("relu", 0.0), ("leaky_relu", 0.01)])
-def test_activations(name, slope, dtype):
-    for sample in samples(name, dtype):
+def test_activations(operators, name, slope, dtype):
+    for sample in samples(operators, name, dtype):
         if sample.input.dim() != 2:
             continue
         slope = sample.kwargs.get("negative_slope", slope)
