@@ -71,7 +71,10 @@ Function = Callable[[dict[str, Tensor]], Tensor]
 
 
 DEVICE = torch.device(option("DEVICE", "cuda" if torch.cuda.is_available() else "cpu"))
-DTYPE = DTYPES[option("DTYPE", "bf16" if DEVICE.type == "cuda" else "fp32")]
+DTYPE_NAME = option("DTYPE", "bf16" if DEVICE.type == "cuda" else "fp32")
+if DTYPE_NAME not in DTYPES:
+    raise pytest.UsageError(f"FASTCNN_BENCH_DTYPE: expected {', '.join(DTYPES)}, got {DTYPE_NAME}")
+DTYPE = DTYPES[DTYPE_NAME]
 QUICK = switched_on("QUICK", False)
 BATCH = int(option("BATCH", "32" if QUICK and DEVICE.type == "cpu" else "128"))
 ROUNDS = max(7, int(option("ROUNDS", "9")))

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <climits>
 #include <functional>
 #include <optional>
 #include <sstream>
@@ -168,7 +169,7 @@ void check_input(const Tensor& x, const char* name) {
 
 Pool pool_of(const Tensor& x, int64_t window, int64_t stride, int64_t padding) {
   REQUIRE(x.dim() == 4, "x: expected (N, K, P, Q), got ", shape_of(x));
-  REQUIRE(window >= 1 && window <= 11 && stride >= 1 && padding >= 0,
+  REQUIRE(window >= 1 && window <= 11 && stride >= 1 && stride < INT_MAX && padding >= 0,
                   "pool: expected a window of 1 to 11, a stride >= 1 and padding >= 0, got (",
                   window, ", ", stride, ", ", padding, ")");
   REQUIRE(padding <= window / 2, "pool: expected padding <= ", window / 2,

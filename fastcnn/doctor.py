@@ -139,7 +139,7 @@ def _compilers() -> list[Finding]:
     from fastcnn.ops import toolchain
 
     compiler, ninja = toolchain.find_compiler(), toolchain.find_ninja()
-    found = Finding("C++ compiler", "missing", False, False, toolchain.NO_COMPILER)
+    found = Finding("C++ compiler", "missing", False, False, toolchain.no_compiler())
     if compiler:
         version = toolchain.first_line(*compiler, "--version")
         found = Finding("C++ compiler", f"{' '.join(compiler)}: {version}")

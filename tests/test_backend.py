@@ -38,6 +38,17 @@ def test_auto_takes_the_library():
     assert backend.choose_backend("auto", CPU, None) == ("fused", "")
     assert backend.choose_backend("fused", CPU, torch.bfloat16) == ("fused", "")
     assert backend.choose_backend("torch", CPU, None) == ("torch", "")
+    assert backend.ops_for("auto", torch.zeros(2, 3)) is ops
+    assert backend.ops_for("torch", torch.zeros(2, 3)) is reference
+
+
+def test_auto_takes_torch_where_there_is_no_kernel():
+    model = build(NETWORKS["mao-batchnorm"], 32, 10).bfloat16().eval()
+    x = torch.randn(2, 3, 32, 32).bfloat16().to(memory_format=torch.channels_last)
+    assert model(x).dtype == torch.bfloat16  # its parameters are not fp32
+    plain = build(NETWORKS["mao-batchnorm"], 32, 10).eval()
+    _, tangent = torch.func.jvp(plain, (x.float(),), (x.float(),))
+    assert tangent.abs().max() > 0
 
 
 def test_auto_says_why_it_takes_torch(no_library):

@@ -26,6 +26,12 @@ SMALL = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _library(library):
+    # "auto" takes the fused ops where the library is loaded
+    return library
+
+
 def start(tmp_path, name, **options):
     place = PlaceConfig(output=str(tmp_path), name=name)
     return run.start(resolve(SMALL | options), place, ["test"], quiet=True)

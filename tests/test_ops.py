@@ -58,9 +58,41 @@ def test_errs_at_most_twice_as_much_as_torch(case, device, dtype):
     for name, true in truth.items():
         got, plain = ours[name], torchs[name]
         assert got.dtype == plain.dtype
-        unit = torch.finfo(got.dtype).eps * true.abs().max()
+        largest = true.abs().max()
+        if name == "dx" and case.training:
+            # of terms as large as dy, which nearly cancel where a channel has few values: its
+            # rounding unit is theirs (torch on the CPU subtracts them in fp64)
+            largest = torch.maximum(largest, t["dy"].abs().max())
+        unit = torch.finfo(got.dtype).eps * largest
         error, allowed = (got - true).abs().max(), 2 * (plain - true).abs().max() + unit
         assert error <= allowed, f"{name}: {error:.3g}, torch {(plain - true).abs().max():.3g}"
+        if name == "y":
+            check_rounding(got, true)
+
+
+def check_rounding(got, true):
+    """Rounded to nearest: half a unit at most, a quarter on average, to both sides alike."""
+    if got.dtype == torch.float32 or got.numel() < 500:
+        return  # errs by its own arithmetic; too few to average
+    # in units of a value's last place, at their largest
+    error = (got - true) / (torch.finfo(got.dtype).eps * true.abs() + 1e-30)
+    assert error.abs().mean() <= 0.26
+    assert error.mean().abs() <= 0.06
+
+
+def test_bf16_rounds_to_nearest_even():
+    # between two neighbours, above, below and at the middle, of both signs
+    bits = torch.arange(0x3F80, 0x4100, dtype=torch.int32).repeat_interleave(5) << 16
+    bits += torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001], dtype=torch.int32).repeat(0x180)
+    x = torch.cat([bits.view(torch.float32), -bits.view(torch.float32)])
+    exact = x.bfloat16()
+    # x = rounded + rest: the op adds the rest to a bf16 value and rounds
+    rest = x - exact.float()
+    for channels in (1, 8, 32):
+        images = exact.view(-1, 1).expand(-1, channels).contiguous()
+        for i in range(0, len(x), 97):
+            y = ops.bias_act(images[i : i + 1], rest[i].expand(channels).contiguous(), 1.0)
+            assert torch.equal(y, x[i].bfloat16().expand(1, channels))
 
 
 def check_gradient(case):
@@ -289,7 +321,9 @@ def test_dtypes_without_a_kernel():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("pool", [(5, 2, 0), (3, 2, 2), (2, 0, 0), (12, 2, 0), (2, 2, -1)])
+@pytest.mark.parametrize(
+    "pool", [(5, 2, 0), (3, 2, 2), (2, 0, 0), (12, 2, 0), (2, 2, -1), (2, 2**32 + 1, 0)]
+)
 def test_impossible_pools(pool, device):
     case = Case((2, 3, 4, 4), norm=False)
     t = tensors_of(case, torch.float32, device)
@@ -297,14 +331,33 @@ def test_impossible_pools(pool, device):
         call(ops, dataclasses.replace(case, pool=pool), t)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (1, 3)])
-def test_one_value_a_channel_is_torchs_error(shape):
-    t = tensors_of(Case(shape), torch.float32)
+@pytest.mark.parametrize(
+    "case", [Case((1, 3, 1, 1)), Case((1, 3)), Case((1, 3, 1, 1), pool=(3, 2, 1))], ids=str
+)
+def test_one_value_a_channel_is_torchs_error(case):
+    t = tensors_of(case, torch.float32)
     with pytest.raises(ValueError, match="more than 1 value per channel") as torchs:
-        call(reference, Case(shape), t)
+        call(reference, case, t)
     with pytest.raises(ValueError, match="more than 1 value per channel") as ours:
-        call(ops, Case(shape), t)
+        call(ops, case, t)
     assert str(ours.value) == str(torchs.value)
+
+
+@pytest.mark.parametrize(
+    "case", [Case((2, 0, 4, 4), training=False), Case((2, 0, 4, 4), norm=False)]
+)
+def test_no_channels(case):
+    for pooled in (case, dataclasses.replace(case, pool=(2, 2, 0))):
+        t = tensors_of(pooled, torch.float32)
+        assert call(ops, pooled, t).shape == output_shape(pooled)
+
+
+@pytest.mark.parametrize("case", [*kinds((2, 3, 4, 4), -0.1, 0.1), *kinds((2, 3, 4, 4), 0.1, -0.1)])
+def test_negative_slopes(case):
+    if case.pre_slope >= 0 and case.post_slope >= 0:
+        return  # a bias has no pre_slope
+    with pytest.raises(RuntimeError, match="slope: expected >= 0"):
+        call(ops, case, tensors_of(case, torch.float32))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -321,6 +374,21 @@ def test_second_derivative_is_refused():
     y = call(ops, case, t)
     with pytest.raises(RuntimeError, match="fastcnn ops have no second derivative"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_forward_mode_and_transforms_are_refused():
+    case = Case((2, 3, 4, 4), norm=False)
+    t = tensors_of(case, torch.float32)
+
+    def op(x):
+        return ops.bias_act(x, t["bias"], 0.1)
+
+    with pytest.raises(RuntimeError, match="use backend torch"):
+        torch.func.jvp(op, (t["x"],), (t["x"],))
+    with pytest.raises(RuntimeError, match="use backend torch"):
+        torch.func.grad(lambda x: op(x).sum())(t["x"])
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        op(torch.autograd.forward_ad.make_dual(t["x"], t["x"]))
 
 
 # values that are none, and equal ones
@@ -398,13 +466,23 @@ def saved_bytes(ops_module, case, tensors):
 
 
 @pytest.mark.parametrize("dtype", ops.DTYPES["cpu"])
-def test_saved_memory_is_at_most_0_6_of_torchs(dtype):
-    for case in (Case((4, 32, 16, 16), pool=(2, 2, 0)), Case((4, 32, 16, 16), norm=False)):
-        t = tensors_of(case, dtype)
-        t["x"] = (t["x"].requires_grad_() * 1).contiguous(memory_format=torch.channels_last)
-        t["bias"].requires_grad_()
-        ours, torchs = (saved_bytes(module, case, t) for module in (ops, reference))
-        assert ours <= 0.6 * torchs if case.pool else ours <= torchs
+@pytest.mark.parametrize(
+    ("case", "share"),
+    [
+        (Case((4, 32, 16, 16), pool=(2, 2, 0)), 0.6),
+        (Case((4, 32, 16, 16)), 0.6),  # x against x and y
+        (Case((4, 32, 16, 16), residual=True), 1.0),
+        (Case((4, 32, 16, 16), norm=False), 1.0),  # y, which the next layer keeps anyway
+        (Case((4, 32, 16, 16), norm=False, pool=(2, 2, 0)), 0.3),
+    ],
+    ids=str,
+)
+def test_saved_memory_as_a_share_of_torchs(case, share, dtype):
+    t = tensors_of(case, dtype)
+    t["x"] = (t["x"].requires_grad_() * 1).contiguous(memory_format=torch.channels_last)
+    t["bias"].requires_grad_()
+    ours, torchs = (saved_bytes(module, case, t) for module in (ops, reference))
+    assert ours <= share * torchs
 
 
 def test_more_values_than_32_bits_count():

@@ -121,3 +121,10 @@ def test_python_headers(monkeypatch):
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": "/nowhere"})
     with pytest.raises(ImportError, match=r"/nowhere holds no Python\.h"):
         toolchain.python_headers()
+
+
+@pytest.mark.parametrize("named", ["/nonexistent/g++", 'g++ "'])
+def test_a_compiler_that_is_none_is_named(named, monkeypatch):
+    monkeypatch.setenv("CXX", named)
+    assert toolchain.find_compiler() == []
+    assert repr(named) in toolchain.no_compiler()

@@ -215,24 +215,32 @@ void scatter_row(const BnActPoolBackward& args, const InputGradient<Acc<T>>& inp
   }
 }
 
+// dx of a strip of rows: those under one row of windows where windows lie side by side, with nothing
+// between them; what they leave at the edges, and any other pool, is gathered
+template <class T, class Block>
+void write_strip(const BnActPoolBackward& args, const InputGradient<Acc<T>>& input,
+                 const Windows& w, int64_t n, int64_t strip,
+                 std::vector<Pooled<T, Block>>& decoded) {
+  const bool tiled = w.pool.window == w.pool.stride && w.pool.padding == 0 && strip < w.pp;
+  if (tiled) scatter_row<T, Block>(args, input, WindowRow(w, n * w.pp + strip));
+  const int64_t q_begin = tiled ? w.qq * w.pool.stride : 0;
+  if (q_begin == w.q) return;
+  const int64_t end = std::min(w.p, (strip + 1) * w.pool.stride);
+  for (int64_t p = strip * w.pool.stride; p < end; ++p)
+    gather_row<T, Block>(args, input, w, n, p, q_begin, decoded);
+}
+
 template <class T, class Block>
 void write_pass(const BnActPoolBackward& args, const InputGradient<Acc<T>>& input,
                 const Windows& w, const Parallel& parallel) {
-  // windows side by side with nothing between them; the rest of the image is gathered
-  const bool tiled = w.pool.window == w.pool.stride && w.pool.padding == 0;
-  const int64_t p_tiled = tiled ? w.pp * w.pool.stride : 0;
-  const int64_t q_tiled = tiled ? w.qq * w.pool.stride : 0;
-  const Parts images(args.sizes.n, 1);
-  parallel(images.tasks, [&](int64_t begin, int64_t end) {
-    // backwards: what the sums read last is still in the cache
+  const int64_t per_image = ceil_div(w.p, w.pool.stride);
+  const Parts strips(args.sizes.n * per_image, 1);
+  parallel(strips.tasks, [&](int64_t begin, int64_t end) {
     std::vector<Pooled<T, Block>> decoded;
+    // backwards: what the sums read last is still in the cache
     for (int64_t task = end - 1; task >= begin; --task)
-      for (int64_t n = images.begin(task); n < images.end(task); ++n) {
-        for (int64_t i = 0; tiled && i < w.pp; ++i)
-          scatter_row<T, Block>(args, input, WindowRow(w, n * w.pp + i));
-        for (int64_t p = q_tiled < w.q ? 0 : p_tiled; p < w.p; ++p)
-          gather_row<T, Block>(args, input, w, n, p, p < p_tiled ? q_tiled : 0, decoded);
-      }
+      for (int64_t at = strips.begin(task); at < strips.end(task); ++at)
+        write_strip<T, Block>(args, input, w, at / per_image, at % per_image, decoded);
   });
 }
 

@@ -33,7 +33,7 @@ struct Parts {
 };
 
 inline Parts pixel_parts(int64_t pixels, int64_t k) {
-  return Parts(pixels, std::max<int64_t>(16, kTileValues / k));
+  return Parts(pixels, std::max<int64_t>(16, kTileValues / std::max<int64_t>(k, 1)));
 }
 
 // Affine with every array in place, and the product that the loops need

@@ -59,12 +59,12 @@ class ConvNormAct(nn.Module):
         if self.norm is None:
             # the op adds the bias: on a GPU torch's convolution would, in a pass of its own
             y = self._convolve(x, None)
-            ops = ops_for(self.backend, y)
+            ops = ops_for(self.backend, y, self.conv.bias)
             if self.pool:
                 return ops.bias_act_pool(y, self.conv.bias, self.post_slope, self.pool)
             return ops.bias_act(y, self.conv.bias, self.post_slope, residual)
         y = self._convolve(x, self.conv.bias)
-        ops = ops_for(self.backend, y)
+        ops = ops_for(self.backend, y, self.norm.weight)
         arguments = (*_tensors(self.norm), self.training, MOMENTUM, self.norm.eps)
         slopes = (self.pre_slope, self.post_slope)
         if self.pool:
@@ -100,7 +100,7 @@ class LinearNormAct(nn.Module):
         Raises ValueError for a batch of one image in training with a norm.
         """
         y = self.linear(x)
-        ops = ops_for(self.backend, y)
+        ops = ops_for(self.backend, y, self.norm.weight if self.norm else None)
         if self.norm is None:
             y = ops.bias_act(y, None, self.post_slope)
         else:

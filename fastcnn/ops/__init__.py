@@ -4,7 +4,8 @@ The public functions have the names, arguments and results of `fastcnn.ops.refer
 plain torch. They work on channels-last memory (NHWC) alone: another layout is an error, never a
 silent copy. Activations are fp32, bf16, fp64 (CPU) or fp32, bf16, fp16 (CUDA); parameters and
 statistics are fp32 (fp64 where the activations are). Under autocast an op computes in the dtype of
-its x and casts nothing. There is no second derivative.
+its x and casts nothing. There is no second derivative, no forward-mode one and no rule for the
+transforms of torch.func: each is an error.
 
 Below, one block an op of the library: schema, shapes for tracing, gradient. csrc/bindings.cpp
 registers the kernels. `load()` builds the library if need be; the first call of a public function
@@ -48,9 +49,13 @@ def load() -> build.Built:
     return built
 
 
-def supports(x: Tensor) -> bool:
-    """Whether a library is loaded that has kernels for tensors like x."""
-    return _loaded and x.dtype in DTYPES.get(x.device.type, ()) and has_kernels(x.device.type)
+def supports(x: Tensor, parameter: Tensor | None = None) -> bool:
+    """Whether a library is loaded that has kernels for tensors like x beside such a parameter."""
+    if not _loaded or x.dtype not in DTYPES.get(x.device.type, ()):
+        return False
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    fits = parameter is None or parameter.dtype == wide
+    return fits and has_kernels(x.device.type) and not _transformed()
 
 
 def has_kernels(device_type: str) -> bool:
@@ -59,14 +64,29 @@ def has_kernels(device_type: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("fastcnn::bn_act", key)
 
 
+def _transformed() -> bool:
+    """Whether forward-mode differentiation or a transform of torch.func is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    dual = torch.autograd.forward_ad._current_level >= 0
+    return dual or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _ready() -> None:
-    if not _loaded and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    if _transformed():  # torch would take the tangents for zeros
+        raise RuntimeError(
+            "fastcnn ops have no forward-mode derivative and no rules for torch.func; "
+            "use backend torch"
+        )
+    if not _loaded:
         load()
 
 
 def _require_more_than_one(x: Tensor) -> None:
     # the text of torch.nn.functional.batch_norm
-    if x.numel() == x.shape[1] > 0:
+    if x.dim() > 1 and x.numel() == x.shape[1] > 0:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.size()}"
         )
@@ -322,6 +342,7 @@ def bias_act(
 ) -> Tensor:
     """Return act(x + bias + residual); no bias: a linear layer has added its own.
 
+    With nothing to do (no bias, no residual, slope 1) the result is x itself, as in `reference`.
     x, residual, result: (N, K, P, Q) channels-last, or (N, K); one dtype. bias: (K,), fp32 (fp64
     where x is). slope >= 0. Saved for the backward: the result alone.
     Raises ValueError for a residual of another shape, RuntimeError for a bias of another length and

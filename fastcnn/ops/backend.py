@@ -14,12 +14,13 @@ Backend = Literal["auto", "fused", "torch"]
 BACKENDS: tuple[Backend, ...] = ("auto", "fused", "torch")
 
 
-def ops_for(backend: str, x: Tensor) -> ModuleType:
+def ops_for(backend: str, x: Tensor, parameter: Tensor | None = None) -> ModuleType:
     """Return the module whose ops a layer calls on x: `fastcnn.ops` or `fastcnn.ops.reference`.
 
-    "auto" takes the native library where one is loaded and has kernels for x's device and dtype.
+    "auto" takes the native library where one is loaded and has kernels for x's device and dtype
+    beside such a parameter, and no transform of torch.func is at work.
     """
-    if backend == "torch" or (backend == "auto" and not ops.supports(x)):
+    if backend == "torch" or (backend == "auto" and not ops.supports(x, parameter)):
         return reference
     return ops
 

@@ -326,7 +326,7 @@ def _possible(wanted: Wanted) -> Wanted:
     GPUs that nobody named get no code where there is no nvcc; the CPU's ops remain.
     """
     if not toolchain.find_compiler():
-        raise BuildError(f"{CANNOT}: {toolchain.NO_COMPILER}")
+        raise BuildError(f"{CANNOT}: {toolchain.no_compiler()}")
     if toolchain.find_ninja() is None:
         raise BuildError(f"{CANNOT}: {toolchain.NO_NINJA}")
     if not wanted.archs:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 JOB_BYTES = 3 * 2**29  # of memory for one compiler: 1.5 GiB
-NO_COMPILER = "no C++ compiler: install g++ (apt-get install g++), or set CXX to one"
 NO_NINJA = "ninja is missing: pip install ninja"
 
 
@@ -48,11 +47,21 @@ class Cuda:
         return next((file for file in files if file.exists()), None)
 
 
+def no_compiler() -> str:
+    """Why there is no C++ compiler, and the remedy."""
+    if named := os.environ.get("CXX"):
+        return f"CXX is {named!r}, which is no program here: set it to a C++ compiler, or unset it"
+    return "no C++ compiler: install g++ (apt-get install g++), or set CXX to one"
+
+
 def find_compiler() -> list[str]:
     """Return the command of the C++ compiler: CXX, else c++, g++ or clang++; [] without one."""
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     for candidate in candidates:
-        words = shlex.split(candidate)
+        try:
+            words = shlex.split(candidate)
+        except ValueError:  # CXX with a quotation that does not end
+            continue
         if words and (path := shutil.which(words[0])):
             return [path, *words[1:]]
     return []

@@ -26,7 +26,7 @@ def requirements() -> tuple[list[str], list[Path]]:
     """Return the C++ compiler and the include folders; skips the test that lacks one."""
     compiler = toolchain.find_compiler()
     if not compiler:
-        pytest.skip(toolchain.NO_COMPILER)
+        pytest.skip(toolchain.no_compiler())
     try:
         python = toolchain.python_headers()
     except ImportError as error:
