@@ -2,12 +2,23 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from conftest import POOLS, SHAPES
+
+from fastcnn import ops
 
 # not the defaults, which a kernel might have for constants
 MOMENTUM, EPS = 0.3, 1e-3
 SLOPES = [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.01, 1.0), (0.2, 0.1)]
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+ON_EACH = [
+    pytest.param(d, t, marks=[pytest.mark.cuda] if d == "cuda" else [], id=f"{d}-{str(t)[6:]}")
+    for d, dtypes in ops.DTYPES.items()
+    for t in dtypes
+]
+SAME_BITS = {"rtol": 0, "atol": 0, "equal_nan": True}
 
 
 @dataclass(frozen=True)
@@ -86,27 +97,27 @@ def output_shape(case):
     return (*case.shape[:2], *pixels)
 
 
-def call(ops, case, t):
-    """The op of `ops` that the case describes, on tensors by name."""
+def call(module, case, t):
+    """The op of `module` that the case describes, on tensors by name."""
     if not case.norm:
         if case.pool:
-            return ops.bias_act_pool(t["x"], t["bias"], case.post_slope, case.pool)
-        return ops.bias_act(t["x"], t["bias"], case.post_slope, t.get("residual"))
+            return module.bias_act_pool(t["x"], t["bias"], case.post_slope, case.pool)
+        return module.bias_act(t["x"], t["bias"], case.post_slope, t.get("residual"))
     arguments = [t[name] for name in ("x", "weight", "bias", "running_mean", "running_var")]
     rest = (case.training, MOMENTUM, EPS, case.pre_slope, case.post_slope)
     if case.pool:
-        return ops.bn_act_pool(*arguments, *rest, case.pool)
-    return ops.bn_act(*arguments, *rest, t.get("residual"))
+        return module.bn_act_pool(*arguments, *rest, case.pool)
+    return module.bn_act(*arguments, *rest, t.get("residual"))
 
 
-def run(ops, case, tensors, call=call):
+def run(module, case, tensors, call=call):
     """Forward and backward on copies: y, the running statistics after it, and every gradient."""
     keep = torch.preserve_format
     t = {name: value.clone(memory_format=keep) for name, value in tensors.items()}
     differentiable = [n for n in ("x", "weight", "bias", "residual") if n in t]
     for name in differentiable:
         t[name].requires_grad_()
-    y = call(ops, case, t)
+    y = call(module, case, t)
     y.backward(t["dy"])
     results = {"y": y.detach()} | {f"d{name}": t[name].grad for name in differentiable}
     return results | {n: t[n] for n in ("running_mean", "running_var") if n in t}
