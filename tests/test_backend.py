@@ -31,7 +31,7 @@ def no_library(monkeypatch):
         raise BuildError("no C++ compiler: install g++")
 
     monkeypatch.setattr(ops, "load", fail)
-    monkeypatch.setattr(ops, "_loaded", False)
+    monkeypatch.setattr("fastcnn.ops.loading._loaded", False)
 
 
 def test_auto_takes_the_library():

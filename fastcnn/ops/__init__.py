@@ -17,8 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn.ops import build
+from fastcnn.ops.loading import DTYPES, define, has_kernels, load, ready, schemas, supports
 from fastcnn.ops.reference import require_same_shape
+
+__all__ = [
+    "DTYPES",
+    "OP_NAMES",
+    "bias_act",
+    "bias_act_pool",
+    "bn_act",
+    "bn_act_pool",
+    "has_kernels",
+    "load",
+    "supports",
+]
 
 OP_NAMES = (
     "bn_stats",
@@ -31,57 +43,7 @@ OP_NAMES = (
     "bias_act_pool",
     "bias_act_pool_backward",
 )
-DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16, torch.float64),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
-
-_library = torch.library.Library("fastcnn", "DEF")
 _ops = torch.ops.fastcnn
-_loaded = False
-
-
-def load() -> build.Built:
-    """Load the native library, building it first where that was not done; raises BuildError."""
-    global _loaded
-    built = build.load()
-    _loaded = True
-    return built
-
-
-def supports(x: Tensor, parameter: Tensor | None = None) -> bool:
-    """Whether a library is loaded that has kernels for tensors like x beside such a parameter."""
-    if not _loaded or x.dtype not in DTYPES.get(x.device.type, ()):
-        return False
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    fits = parameter is None or parameter.dtype == wide
-    return fits and has_kernels(x.device.type) and not _transformed()
-
-
-def has_kernels(device_type: str) -> bool:
-    """Whether the loaded library has kernels for "cpu" or "cuda"."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
-    return torch._C._dispatch_has_kernel_for_dispatch_key("fastcnn::bn_act", key)
-
-
-def _transformed() -> bool:
-    """Whether forward-mode differentiation or a transform of torch.func is at work."""
-    if torch.compiler.is_compiling():
-        return False
-    dual = torch.autograd.forward_ad._current_level >= 0
-    return dual or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _ready() -> None:
-    if torch.compiler.is_compiling():
-        return
-    if _transformed():  # torch would take the tangents for zeros
-        raise RuntimeError(
-            "fastcnn ops have no forward-mode derivative and no rules for torch.func; "
-            "use backend torch"
-        )
-    if not _loaded:
-        load()
 
 
 def _require_more_than_one(x: Tensor) -> None:
@@ -90,10 +52,6 @@ def _require_more_than_one(x: Tensor) -> None:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.size()}"
         )
-
-
-def _define(name: str, schema: str) -> None:
-    _library.define(name + schema)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -130,14 +88,14 @@ def _incoming(dy: Tensor) -> Tensor:
 # bn_stats: mean and rstd = 1 / sqrt(var + eps) of pre(x) a channel; training: those of the batch,
 # and the running ones move towards them by momentum; else those of the running ones
 
-_define(
+define(
     "bn_stats",
     "(Tensor x, Tensor(a!) running_mean, Tensor(b!) running_var, bool training, float momentum, "
     "float eps, float pre_slope) -> (Tensor mean, Tensor rstd)",
 )
 
 
-@torch.library.register_fake("fastcnn::bn_stats", lib=_library)
+@torch.library.register_fake("fastcnn::bn_stats", lib=schemas)
 def _(x, running_mean, running_var, training, momentum, eps, pre_slope):  # type: ignore
     return _per_channel(x), _per_channel(x)
 
@@ -145,12 +103,12 @@ def _(x, running_mean, running_var, training, momentum, eps, pre_slope):  # type
 # bn_act: post((pre(x) - mean) · rstd · weight + bias + residual). batch_stats: mean and rstd are
 # those of this very x, and the gradient counts what it does through them
 
-_define(
+define(
     "bn_act",
     "(Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor? residual, "
     "bool batch_stats, float pre_slope, float post_slope) -> Tensor",
 )
-_define(
+define(
     "bn_act_backward",
     "(Tensor dy, Tensor x, Tensor? y, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, "
     "bool batch_stats, float pre_slope, float post_slope) "
@@ -158,12 +116,12 @@ _define(
 )
 
 
-@torch.library.register_fake("fastcnn::bn_act", lib=_library)
+@torch.library.register_fake("fastcnn::bn_act", lib=schemas)
 def _(x, mean, rstd, weight, bias, residual, batch_stats, pre_slope, post_slope):  # type: ignore
     return _like(x)
 
 
-@torch.library.register_fake("fastcnn::bn_act_backward", lib=_library)
+@torch.library.register_fake("fastcnn::bn_act_backward", lib=schemas)
 def _(dy, x, y, mean, rstd, weight, bias, batch_stats, pre_slope, post_slope):  # type: ignore
     dresidual = x.new_empty(0) if y is None else _like(x)
     return _like(x), _per_channel(x), _per_channel(x), dresidual
@@ -184,7 +142,7 @@ def _bn_act_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd(
-    "fastcnn::bn_act", _bn_act_gradient, setup_context=_bn_act_save, lib=_library
+    "fastcnn::bn_act", _bn_act_gradient, setup_context=_bn_act_save, lib=schemas
 )
 
 
@@ -213,7 +171,7 @@ def bn_act(
     RuntimeError for another layout, dtype, device or length, BuildError without a library.
     Ioffe and Szegedy 2015, algorithm 1; He et al. 2016, figure 2.
     """
-    _ready()
+    ready()
     if training:
         _require_more_than_one(x)
     if residual is not None:
@@ -226,13 +184,13 @@ def bn_act(
 
 # bn_act_pool: max-pool(bn_act(x)); code: one byte for each pooled value (csrc/arguments.h)
 
-_define(
+define(
     "bn_act_pool",
     "(Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, bool batch_stats, "
     "float pre_slope, float post_slope, int window, int stride, int padding) "
     "-> (Tensor y, Tensor code)",
 )
-_define(
+define(
     "bn_act_pool_backward",
     "(Tensor dy, Tensor code, Tensor x, Tensor mean, Tensor rstd, Tensor weight, "
     "bool batch_stats, float pre_slope, float post_slope, int window, int stride, int padding) "
@@ -240,12 +198,12 @@ _define(
 )
 
 
-@torch.library.register_fake("fastcnn::bn_act_pool", lib=_library)
+@torch.library.register_fake("fastcnn::bn_act_pool", lib=schemas)
 def _(x, mean, rstd, weight, bias, batch_stats, pre_slope, post_slope, *pool):  # type: ignore
     return _pooled(x, pool)
 
 
-@torch.library.register_fake("fastcnn::bn_act_pool_backward", lib=_library)
+@torch.library.register_fake("fastcnn::bn_act_pool_backward", lib=schemas)
 def _(dy, code, x, mean, rstd, weight, batch_stats, pre_slope, post_slope, *pool):  # type: ignore
     return _like(x), _per_channel(x), _per_channel(x)
 
@@ -262,7 +220,7 @@ def _bn_act_pool_gradient(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, 
 
 
 torch.library.register_autograd(
-    "fastcnn::bn_act_pool", _bn_act_pool_gradient, setup_context=_bn_act_pool_save, lib=_library
+    "fastcnn::bn_act_pool", _bn_act_pool_gradient, setup_context=_bn_act_pool_save, lib=schemas
 )
 
 
@@ -290,7 +248,7 @@ def bn_act_pool(
 
     Raises RuntimeError, as torch does, for a window larger than the padded image.
     """
-    _ready()
+    ready()
     if training:
         _require_more_than_one(x)
     mean, rstd = _ops.bn_stats(
@@ -302,19 +260,19 @@ def bn_act_pool(
 
 # bias_act: act(x + bias + residual). The mask comes from y, so that x need not be kept
 
-_define("bias_act", "(Tensor x, Tensor? bias, Tensor? residual, float slope) -> Tensor")
-_define(
+define("bias_act", "(Tensor x, Tensor? bias, Tensor? residual, float slope) -> Tensor")
+define(
     "bias_act_backward",
     "(Tensor dy, Tensor y, bool with_bias, float slope) -> (Tensor dx, Tensor dbias)",
 )
 
 
-@torch.library.register_fake("fastcnn::bias_act", lib=_library)
+@torch.library.register_fake("fastcnn::bias_act", lib=schemas)
 def _(x, bias, residual, slope):  # type: ignore
     return _like(x)
 
 
-@torch.library.register_fake("fastcnn::bias_act_backward", lib=_library)
+@torch.library.register_fake("fastcnn::bias_act_backward", lib=schemas)
 def _(dy, y, with_bias, slope):  # type: ignore
     return _like(y), _per_channel(y) if with_bias else _per_channel(y).new_empty(0)
 
@@ -333,7 +291,7 @@ def _bias_act_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd(
-    "fastcnn::bias_act", _bias_act_gradient, setup_context=_bias_act_save, lib=_library
+    "fastcnn::bias_act", _bias_act_gradient, setup_context=_bias_act_save, lib=schemas
 )
 
 
@@ -348,7 +306,7 @@ def bias_act(
     Raises ValueError for a residual of another shape, RuntimeError for a bias of another length and
     for another layout, dtype or device, BuildError without a library.
     """
-    _ready()
+    ready()
     if residual is not None:
         require_same_shape(residual, x)
     if bias is None and residual is None and slope == 1:
@@ -358,24 +316,24 @@ def bias_act(
 
 # bias_act_pool: max-pool(bias_act(x)); the backward needs the codes and the size of x, not x
 
-_define(
+define(
     "bias_act_pool",
     "(Tensor x, Tensor? bias, float slope, int window, int stride, int padding) "
     "-> (Tensor y, Tensor code)",
 )
-_define(
+define(
     "bias_act_pool_backward",
     "(Tensor dy, Tensor code, SymInt p, SymInt q, bool with_bias, float slope, int window, "
     "int stride, int padding) -> (Tensor dx, Tensor dbias)",
 )
 
 
-@torch.library.register_fake("fastcnn::bias_act_pool", lib=_library)
+@torch.library.register_fake("fastcnn::bias_act_pool", lib=schemas)
 def _(x, bias, slope, *pool):  # type: ignore
     return _pooled(x, pool)
 
 
-@torch.library.register_fake("fastcnn::bias_act_pool_backward", lib=_library)
+@torch.library.register_fake("fastcnn::bias_act_pool_backward", lib=schemas)
 def _(dy, code, p, q, with_bias, slope, *pool):  # type: ignore
     dbias = _per_channel(dy) if with_bias else _per_channel(dy).new_empty(0)
     return _image(dy, p, q, dy.dtype), dbias
@@ -399,7 +357,7 @@ torch.library.register_autograd(
     "fastcnn::bias_act_pool",
     _bias_act_pool_gradient,
     setup_context=_bias_act_pool_save,
-    lib=_library,
+    lib=schemas,
 )
 
 
@@ -414,6 +372,6 @@ def bias_act_pool(
     Raises RuntimeError for a bias of another length, a window larger than the padded image, another
     layout, dtype or device, BuildError without a library.
     """
-    _ready()
+    ready()
     y, _ = _ops.bias_act_pool(x, bias, slope, *pool)
     return y
