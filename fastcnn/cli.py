@@ -44,6 +44,7 @@ EVAL_SHARED = (
     "workers",
     "eval_batch_size",
     "test_fraction",
+    "test_flip",
     "device",
     "backend",
     "amp",

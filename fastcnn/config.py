@@ -135,6 +135,7 @@ class OptimConfig:
         high=1,
         open_high=True,
     )
+    test_flip: bool = option(False, "evaluate the mean of an image's logits and its mirror image's")
     early_stop: int = option(
         0, "stop after this many epochs without a better validation figure; 0: off", low=0
     )
@@ -160,6 +161,10 @@ class RunConfig:
     )
     amp: bool = option(False, "mixed precision, where the hardware has it")
     amp_dtype: Literal["bf16", "fp16"] = option("bf16", "half precision of --amp")
+    graph: Literal["auto", "on", "off"] = option(
+        "auto",
+        "the whole step as one CUDA graph: auto: where it can be captured; on: or not at all",
+    )
     threads: int | None = option(None, "CPU threads; default: all cores", low=1, high=1024)
     deterministic: bool = option(False, "bit-equal runs on the same machine, build and batch size")
     seed: int = option(0, "seed of weights, order, augmentation, subsets", low=0, high=2**31 - 1)

@@ -23,7 +23,7 @@ from fastcnn.config import DataConfig, OptimConfig
 from fastcnn.data.digits import load_digits
 from fastcnn.data.draws import epoch_order
 from fastcnn.data.split import split
-from fastcnn.train.mix import mix
+from fastcnn.train.mix import draw
 
 EPOCHS, BATCH = 2, 4
 # what a case does not name. 46 images, 34 with validation: the last batch is one of two
@@ -301,7 +301,7 @@ class HandRun:
     def update(self, images, labels, lr):
         options, others, weight = self.options, labels, 1.0
         if options["mixup"]:
-            weight = mix(images, labels, OptimConfig(mixup=0.4), options["seed"], self.step).weight
+            weight = draw(OptimConfig(mixup=0.4), options["seed"], self.step).weight
             images, others = weight * images + (1 - weight) * images.roll(1, 0), labels.roll(1)
         logits, smoothing = self.model(images), options["label_smoothing"]
         each = weight * losses(logits, labels, smoothing)

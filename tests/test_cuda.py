@@ -10,6 +10,9 @@ from fastcnn.config import AugmentConfig, DataConfig, OptimConfig, PlaceConfig
 from fastcnn.data import Images, Normalization, make_loader
 from fastcnn.recipes import resolve
 from fastcnn.train import checkpoint, run
+from fastcnn.train.evaluate import Evaluator, evaluate
+from fastcnn.train.graph import recorder_for
+from fastcnn.train.host import make_deterministic
 from fastcnn.train.precision import Precision
 from fastcnn.train.step import TrainStep
 
@@ -53,35 +56,108 @@ def test_a_run_learns_in_every_precision(tmp_path, options, precision):
     assert summary["test_top1"] > 0.5
 
 
-@pytest.mark.parametrize("number_format", [None, torch.bfloat16, torch.float16])
-def test_steps_do_not_wait_for_the_device(number_format):
-    images = torch.randint(0, 256, (512, 32, 32, 3), dtype=torch.uint8).numpy()
-    samples = Images(images, torch.arange(512).numpy() % 10)
-    augment = AugmentConfig(rotation=10, cutout=8, color_jitter=0.2)
-    loader = make_loader(
-        samples,
+def loader_of(number_format, samples=500, **augment):
+    images = torch.randint(0, 256, (samples, 32, 32, 3), dtype=torch.uint8).numpy()
+    found = Images(images, torch.arange(samples).numpy() % 10)
+    return make_loader(
+        found,
         DataConfig(),
-        augment,
-        Normalization.fit(samples, "zscore"),
+        AugmentConfig(**augment),
+        Normalization.fit(found, "zscore"),
         batch_size=64,
         device=GPU,
+        dtype=number_format or torch.float32,
         seed=0,
         shuffle=True,
         drop_last=False,
     )
-    model = build(NETWORKS["vgg11"], 32, 10)
+
+
+EVERYTHING = {"ema": 0.99, "mixup": 0.4, "cutmix": 1.0, "clip_grad": 1.0}
+
+
+def step_of(loader, number_format, graph, arch="vgg11", **options):
+    torch.manual_seed(0)
+    model = build(NETWORKS[arch], 32, 10)
     initialise(model, "he", torch.Generator().manual_seed(0))
-    config = OptimConfig(ema=0.99, mixup=0.4, cutmix=1.0, clip_grad=1.0)
-    step = TrainStep(model.to(GPU), config, Precision("cuda", number_format), len(loader), 0, GPU)
-    batches = iter(loader)
-    step(*next(batches))  # the order and the draws of an epoch are uploaded once
+    config = OptimConfig(lr=0.02, **options)
+    precision = Precision("cuda", number_format)
+    return TrainStep(model.to(GPU), config, precision, len(loader), 0, GPU, graph=graph)
+
+
+@pytest.mark.parametrize("number_format", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("graph", ["on", "off"])
+@pytest.mark.parametrize("augment", [{"cutout": 8}, {"rotation": 10, "color_jitter": 0.2}])
+def test_an_epoch_does_not_wait_for_the_device(number_format, graph, augment):
+    loader = loader_of(number_format, **augment)
+    step = step_of(loader, number_format, graph, **EVERYTHING)
+    for _ in range(4):  # the last batch's kind is captured in the fourth epoch
+        for _ in step.epoch(loader):
+            pass
+    step.metrics.reset()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for batch in batches:
-            step(*batch)
+        for _ in step.epoch(loader):
+            step.metrics.peek()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert step.metrics.read().images == 512
+    assert step.replay.captured == (2 if graph == "on" else 0)
+    assert step.metrics.read().images == 500
+
+
+@pytest.fixture
+def deterministic():
+    make_deterministic()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("number_format", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("arch", ["vgg11", "murgolo-improved"])
+def test_graphs_and_eager_steps_give_the_same_bits(number_format, arch, deterministic):
+    ends = []
+    for graph in ("on", "off"):
+        loader = loader_of(number_format, cutout=8)
+        step = step_of(loader, number_format, graph, arch, **EVERYTHING)
+        while step.step < 200:
+            for _ in step.epoch(loader):
+                pass
+        assert step.replay.captured == (2 if graph == "on" else 0)
+        ends.append({**step.model.state_dict(), **{f"ema {i}": p for i, p in
+                     enumerate(step.ema.parameters)}, "sums": step.metrics.sums})  # fmt: skip
+    for name, tensor in ends[0].items():
+        assert torch.equal(tensor, ends[1][name]), name
+
+
+def test_evaluation_by_graphs_gives_the_same_figures():
+    loader = loader_of(torch.bfloat16, samples=300)
+    model = step_of(loader, torch.bfloat16, "off").model
+    precision = Precision("cuda", torch.bfloat16)
+    plain = evaluate(model, loader, 10, precision, GPU, flip=True)
+    recorder = recorder_for(GPU, "on")
+    evaluator = Evaluator(model, loader, 10, precision, GPU, True, recorder)
+    found = [evaluator() for _ in range(6)]
+    assert evaluator.replay.captured == 2
+    for one in found:
+        assert one.figures.top1 == plain.figures.top1
+        assert torch.equal(one.confusion, plain.confusion)
+        assert one.figures.loss == pytest.approx(plain.figures.loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("graph", ["on", "off"])
+def test_device_memory_does_not_grow_over_epochs(tmp_path, monkeypatch, graph):
+    from fastcnn.train import loop
+
+    sizes, original = [], loop.Training._record
+
+    def record(self, trained, evaluation):
+        original(self, trained, evaluation)
+        sizes.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+
+    monkeypatch.setattr(loop.Training, "_record", record)
+    start(tmp_path, "run", epochs=100, arch="cnn-a", amp=True, graph=graph)
+    assert len(sizes) == 100
+    assert sizes[-1] == sizes[4]  # by then every kind of step is captured
 
 
 def test_deterministic_and_resumed_runs_are_bit_equal(tmp_path, monkeypatch):
@@ -109,6 +185,16 @@ def test_deterministic_and_resumed_runs_are_bit_equal(tmp_path, monkeypatch):
     for name, tensor in weights[0].items():
         assert torch.equal(tensor, weights[1][name]), name
         assert torch.equal(tensor, weights[2][name]), name
+
+
+def test_graphs_and_eager_steps_follow_the_same_loss(tmp_path):
+    curves = []
+    for graph in ("on", "off"):
+        options = {"epochs": 8, "optimizer": "sgd", "lr": 0.01, "graph": graph}
+        folder = start(tmp_path, graph, **options).folder
+        history = checkpoint.load(folder.last)["progress"]["history"]
+        curves.append([row["train_loss"] for row in history])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-2)
 
 
 def test_gpu_and_cpu_follow_the_same_loss(tmp_path):

@@ -156,6 +156,26 @@ def make(record: spec.Layer, channels: int, backend: str = "auto") -> nn.Module:
             return nn.Flatten(1)
 
 
+def product_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that convolutions and linear layers take, in the dtype of x.
+
+    The others stay fp32 beside half-precision activations: those of norms, and the bias that an op
+    adds where no norm follows a convolution.
+    """
+    added = {
+        id(module.conv.bias)
+        for module in model.modules()
+        if isinstance(module, ConvNormAct) and module.norm is None
+    }
+    return [
+        parameter
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+        for parameter in module.parameters(recurse=False)
+        if id(parameter) not in added
+    ]
+
+
 def _checked(backend: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")

@@ -85,6 +85,11 @@ def _incoming(dy: Tensor) -> Tensor:
     return dy.contiguous()
 
 
+def _no_gradient_of_code(ctx: Any, code: Tensor) -> None:
+    ctx.mark_non_differentiable(code)
+    ctx.set_materialize_grads(False)  # else each backward fills a tensor of zeros for it
+
+
 # bn_stats: mean and rstd = 1 / sqrt(var + eps) of pre(x) a channel; training: those of the batch,
 # and the running ones move towards them by momentum; else those of the running ones
 
@@ -210,11 +215,13 @@ def _(dy, code, x, mean, rstd, weight, batch_stats, pre_slope, post_slope, *pool
 
 def _bn_act_pool_save(ctx: Any, inputs: Any, output: Any) -> None:
     x, mean, rstd, weight, _, *ctx.rest = inputs
-    ctx.mark_non_differentiable(output[1])
+    _no_gradient_of_code(ctx, output[1])
     ctx.save_for_backward(output[1], x, mean, rstd, weight)
 
 
-def _bn_act_pool_gradient(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _bn_act_pool_gradient(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 11
     dx, dweight, dbias = _ops.bn_act_pool_backward(_incoming(dy), *ctx.saved_tensors, *ctx.rest)
     return dx, None, None, dweight, dbias, *[None] * 6
 
@@ -342,11 +349,13 @@ def _(dy, code, p, q, with_bias, slope, *pool):  # type: ignore
 def _bias_act_pool_save(ctx: Any, inputs: Any, output: Any) -> None:
     x, bias, ctx.slope, *ctx.pool = inputs
     ctx.size, ctx.with_bias = x.shape[2:], bias is not None
-    ctx.mark_non_differentiable(output[1])
+    _no_gradient_of_code(ctx, output[1])
     ctx.save_for_backward(output[1])
 
 
-def _bias_act_pool_gradient(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _bias_act_pool_gradient(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 6
     dx, dbias = _ops.bias_act_pool_backward(
         _incoming(dy), ctx.saved_tensors[0], *ctx.size, ctx.with_bias, ctx.slope, *ctx.pool
     )

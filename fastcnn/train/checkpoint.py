@@ -15,7 +15,7 @@ import torch
 
 from fastcnn.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save(state: dict[str, Any], path: Path) -> None:

@@ -1,34 +1,38 @@
 """Exponential moving average of a model's weights and statistics (Polyak averaging)."""
 
 import copy
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Ema:
     """A second model that trails the first: shadow += (1 − d) · (weight − shadow) a step.
 
-    d is `decay`, or less in the first steps, (1 + t) / (10 + t), so that the shadow forgets the
-    random start. Floating-point buffers (running statistics) trail as well; others are copied.
+    The optimiser moves the parameters in the pass that updates the weights; `update_statistics`
+    moves the running statistics of the norms.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: nn.Module):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
+        self.parameters = [p.detach() for p in self.model.parameters()]
+        self._shadow, self._source = statistics(self.model), statistics(model)
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Move the shadow towards `model` after optimisation step `step` (0-based)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        shadow, source = self._tensors(self.model), self._tensors(model)
-        floats = [i for i, tensor in enumerate(source) if tensor.is_floating_point()]
-        torch._foreach_lerp_([shadow[i] for i in floats], [source[i] for i in floats], 1 - decay)
-        for i, tensor in enumerate(source):
-            if not tensor.is_floating_point():
-                shadow[i].copy_(tensor)
+    def update_statistics(self, weight: Tensor) -> None:
+        """Move the statistics by `weight`, fp32 () on the device, towards those of the model."""
+        if self._shadow:
+            moves = torch._foreach_sub(self._source, self._shadow)
+            torch._foreach_mul_(moves, weight)
+            torch._foreach_add_(self._shadow, moves)
 
-    @staticmethod
-    def _tensors(model: nn.Module) -> list[Any]:
-        return [*(p.detach() for p in model.parameters()), *model.buffers()]
+
+def statistics(model: nn.Module) -> list[Tensor]:
+    """The floating-point buffers; the others, counts of batches, stand still in these networks."""
+    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+
+
+def move_of(decay: float, step: int) -> float:
+    """1 − d after step `step` (0-based): d is `decay`, or less in the first steps,
+    (1 + t) / (10 + t), so that the shadow forgets the random start."""
+    return 1 - min(decay, (1 + step) / (10 + step))

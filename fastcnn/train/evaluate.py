@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcnn.data.loaders import Loader
+from fastcnn.train.graph import Recorder, Replay
+from fastcnn.train.half import half_network, refresh
 from fastcnn.train.metrics import Figures, Metrics, confusion, cross_entropy
 from fastcnn.train.precision import Precision
 
@@ -25,36 +28,73 @@ class Evaluation:
         return self.figures.images / max(self.seconds, 1e-9)
 
 
-@torch.inference_mode()
+class Evaluator:
+    """Evaluates a model on a loader as often as wanted; with a recorder by CUDA graphs.
+
+    `flip`: the logits are the mean of those of an image and of its mirror image.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Any,
+        classes: int,
+        precision: Precision,
+        device: torch.device,
+        flip: bool = False,
+        recorder: Recorder | None = None,
+    ):
+        self.model, self.loader, self.flip = model, loader, flip
+        self.network, self._halves = half_network(model, precision.dtype)
+        self.dtype = precision.dtype
+        self.metrics = Metrics(device)
+        self.counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+        self.replay = Replay(recorder)
+
+    @torch.no_grad()
+    def __call__(
+        self, after_batch: Callable[[], None] | None = None, batches: int | None = None
+    ) -> Evaluation:
+        """Run over the loader in evaluation mode; at most `batches` batches if given.
+
+        `after_batch` is called after each batch; what it raises ends the evaluation.
+        """
+        was_training = self.model.training
+        self.network.eval()
+        refresh(self._halves)
+        self.metrics.reset()
+        self.counts.zero_()
+        if isinstance(self.loader, Loader):
+            self.loader.load_state_dict({"epoch": 0, "position": 0})
+        start = time.perf_counter()
+        try:
+            for number, _ in enumerate(self.replay.epoch(self.loader, self._work), 1):
+                if after_batch:
+                    after_batch()
+                if number == batches:
+                    break
+        finally:
+            self.model.train(was_training)
+        figures = self.metrics.read()
+        return Evaluation(figures, self.counts.cpu(), time.perf_counter() - start)
+
+    def _work(self, images: Tensor, labels: Tensor) -> None:
+        """One batch, on the device alone."""
+        images = images.to(self.dtype or images.dtype)
+        logits = self.network(images)
+        if self.flip:
+            logits = (logits.float() + self.network(images.flip(3)).float()) / 2
+        self.metrics.update(cross_entropy(logits, labels), logits, labels)
+        self.counts += confusion(logits, labels)
+
+
 def evaluate(
     model: nn.Module,
     loader: Any,
     classes: int,
     precision: Precision,
     device: torch.device,
-    after_batch: Callable[[], None] | None = None,
-    batches: int | None = None,
+    flip: bool = False,
 ) -> Evaluation:
-    """Run `model` over `loader` in evaluation mode; at most `batches` batches if given.
-
-    `after_batch` is called after each batch; what it raises ends the evaluation.
-    """
-    was_training = model.training
-    model.eval()
-    metrics = Metrics(device)
-    counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-    start = time.perf_counter()
-    try:
-        for number, (images, labels) in enumerate(loader, 1):
-            with precision.autocast():
-                logits = model(images)
-            metrics.update(cross_entropy(logits, labels), logits, labels)
-            counts += confusion(logits, labels)
-            if after_batch:
-                after_batch()
-            if number == batches:
-                break
-    finally:
-        model.train(was_training)
-    figures = metrics.read()
-    return Evaluation(figures, counts.cpu(), time.perf_counter() - start)
+    """Evaluate once; see `Evaluator`."""
+    return Evaluator(model, loader, classes, precision, device, flip)()

@@ -10,10 +10,9 @@ import torch
 from fastcnn.archs.spec import parameters
 from fastcnn.errors import CheckpointError, NumbersError, UsageError
 from fastcnn.train import checkpoint
-from fastcnn.train.evaluate import Evaluation, evaluate
+from fastcnn.train.evaluate import Evaluation, Evaluator
 from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
 from fastcnn.train.metrics import Figures
-from fastcnn.train.optimizer import load_optimizer_state
 from fastcnn.train.progress import Progress, format_seconds
 from fastcnn.train.rundir import RunFolder, versions
 from fastcnn.train.setup import Setup, load_trained
@@ -47,7 +46,10 @@ class Training:
             len(setup.train_loader),
             config.run.seed,
             setup.device,
+            graph=config.run.graph,
+            backend=setup.backend,
         )
+        self._evaluators: dict[int, Evaluator] = {}
         self.at = Progressed()
 
     def train(self) -> dict[str, Any]:
@@ -71,13 +73,11 @@ class Training:
 
     def _train_epoch(self, stop: StopAtStepEdge) -> None:
         setup, every = self.setup, self.setup.config.run.checkpoint_steps
-        setup.model.train()
         steps_done = self.step.step - self.at.epoch * self.step.steps_per_epoch
         batch_size = setup.config.data.batch_size
         before, start = self.at.seconds, time.perf_counter()
         with self.progress.epoch(self.at.epoch + 1, steps_done, batch_size) as shown:
-            for images, labels in setup.train_loader:
-                self.step(images, labels)
+            for _ in self.step.epoch(setup.train_loader):
                 shown.update(self.step.metrics)
                 self.at.seconds = before + time.perf_counter() - start
                 stop.check()
@@ -105,19 +105,21 @@ class Training:
         self._save()
         return evaluation
 
-    def _evaluate(
-        self, loader: Any, stop: StopAtStepEdge, model: torch.nn.Module | None = None
-    ) -> Evaluation:
+    def _evaluate(self, loader: Any, stop: StopAtStepEdge) -> Evaluation:
+        """Evaluate the model whose accuracy counts; the graphs are kept for the next epoch."""
         setup = self.setup
-        return evaluate(
-            model or self.step.evaluated_model,
-            loader,
-            setup.classes,
-            setup.precision,
-            setup.device,
-            after_batch=stop.check,
-            batches=1 if setup.config.run.fast_dev_run else None,
-        )
+        if id(loader) not in self._evaluators:
+            self._evaluators[id(loader)] = Evaluator(
+                self.step.evaluated_model,
+                loader,
+                setup.classes,
+                setup.precision,
+                setup.device,
+                setup.config.optim.test_flip,
+                self.step.replay.recorder,
+            )
+        batches = 1 if setup.config.run.fast_dev_run else None
+        return self._evaluators[id(loader)](stop.check, batches)
 
     def _record(self, trained: Figures, evaluation: Evaluation) -> None:
         figures, last_step = evaluation.figures, self.step.step - 1
@@ -168,9 +170,10 @@ class Training:
         setup = self.setup
         if setup.test_loader is not None:
             # a model of its own: an interruption here must save the one that was trained
-            restored = setup.config.optim.restore_best
-            model = self._best_model() if restored else None
-            evaluation = self._evaluate(setup.test_loader, stop, model)
+            if setup.config.optim.restore_best:
+                evaluation = self._evaluate_best(setup.test_loader, stop)
+            else:
+                evaluation = self._evaluate(setup.test_loader, stop)
         elif evaluation is None:
             evaluation = self._evaluate(setup.val_loader, stop)
         summary = self._summary(evaluation)
@@ -178,8 +181,12 @@ class Training:
         self.folder.write_summary(summary)
         return summary
 
-    def _best_model(self) -> torch.nn.Module:
-        return load_trained(self.folder.best, self.setup.device, self.setup.backend).model
+    def _evaluate_best(self, loader: Any, stop: StopAtStepEdge) -> Evaluation:
+        setup = self.setup
+        model = load_trained(self.folder.best, setup.device, setup.backend).model
+        flip = setup.config.optim.test_flip
+        evaluator = Evaluator(model, loader, setup.classes, setup.precision, setup.device, flip)
+        return evaluator(stop.check)
 
     def _summary(self, test: Evaluation) -> dict[str, Any]:
         setup, config, history = self.setup, self.setup.config, self.at.history
@@ -228,14 +235,9 @@ class Training:
         self._require_finite(largest_weight(step.model), "largest weight")
         state = {
             **self.setup.identity(),
-            "model": step.model.state_dict(),
-            "ema": step.ema.model.state_dict() if step.ema else None,
-            "optimizer": step.optimizer.state_dict(),
-            "scaler": step.scaler.state_dict(),
+            **step.state_dict(),
             "rng": checkpoint.rng_state(self.setup.device),
             "loader": self.setup.train_loader.state_dict(),
-            "sums": step.metrics.sums.clone(),
-            "step": step.step,
             "progress": vars(self.at) | {"history": [dict(row) for row in self.at.history]},
         }
         checkpoint.save(state, self.folder.last)
@@ -266,8 +268,10 @@ class Training:
         checkpoint.load_weights(step.model, state["model"], self.folder.last)
         if step.ema:
             checkpoint.load_weights(step.ema.model, state["ema"], self.folder.last)
-        load_optimizer_state(step.optimizer, state["optimizer"])
-        step.scaler.load_state_dict(state["scaler"])
+        step.refresh()
+        step.optimizer.load_state_dict(state["optimizer"])
+        if step.scale:
+            step.scale.load_state_dict(state["scale"])
         step.metrics.sums.copy_(state["sums"])
         step.step = state["step"]
         self.setup.train_loader.load_state_dict(state["loader"])

@@ -22,6 +22,8 @@ class Metrics:
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._arriving: Tensor | None = None
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
 
     @torch.no_grad()
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -35,11 +37,32 @@ class Metrics:
 
     def read(self) -> Figures:
         """Copy the sums to the host (synchronises) and divide."""
-        loss, top1, top5, count = self.sums.tolist()
-        return Figures(loss / max(count, 1), top1 / max(count, 1), top5 / max(count, 1), int(count))
+        return _figures(self.sums)
+
+    def peek(self) -> Figures | None:
+        """The figures as the device had them a while ago, without waiting for it.
+
+        Each call asks for the sums as they are once the device has come to this point, and returns
+        what the call before asked for: None where that has not arrived, or nobody asked.
+        """
+        if self._event is None:
+            return self.read()
+        if self._arriving is not None and not self._event.query():
+            return None
+        found = None if self._arriving is None else _figures(self._arriving)
+        self._arriving = torch.empty(4, dtype=torch.float64, pin_memory=True)
+        self._arriving.copy_(self.sums, non_blocking=True)
+        self._event.record()
+        return found
 
     def reset(self) -> None:
         self.sums.zero_()
+        self._arriving = None
+
+
+def _figures(sums: Tensor) -> Figures:
+    loss, top1, top5, count = sums.tolist()
+    return Figures(loss / max(count, 1), top1 / max(count, 1), top5 / max(count, 1), int(count))
 
 
 def confusion(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,38 +1,163 @@
-"""The optimiser of a run: parameter groups with their decay, and torch's fused update."""
+"""The optimiser of a run: parameters grouped by their decay, and one fused update of a group."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastcnn.config import OptimConfig
+from fastcnn.ops.backend import ops_for
+
+BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam: Kingma and Ba 2015, and torch
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Split parameters by weight decay.
+class Optimizer:
+    """SGD or Adam on fp32 weights, with their half-precision copies and averages.
 
-    Norms and biases (one-dimensional parameters) get none with `exempt_norm_bias`. The weight of a
-    layer that carries its own `l2` (the λ of λ·Σw², as in Keras) decays by 2λ in place of
-    `weight_decay`, since the gradient of λ·Σw² is 2λ·w.
+    One launch for all parameters of a kind (weight decay; with or without a copy) does what torch's
+    optimiser, autocast's casts and the averaging do in several passes. `halves`: the copies that
+    the network computes with, by their originals, whose gradients are read instead. `averages`: the
+    tensors that trail the weights, in the order of model.parameters(). Nothing is read back to the
+    host.
     """
-    own: dict[int, float] = {
-        id(parameter): 2 * float(getattr(module, "l2", 0))
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimConfig,
+        halves: Mapping[nn.Parameter, nn.Parameter] | None = None,
+        averages: Sequence[Tensor] = (),
+        backend: str = "auto",
+    ):
+        self.config = config
+        self.decoupled = is_decoupled(config)
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        averaged = dict(zip(map(id, model.parameters()), averages, strict=bool(averages)))
+        first = next(model.parameters())
+        self._ops = ops_for(backend, first.detach(), first)
+        self.steps = torch.zeros((), device=first.device)
+        self.groups = [
+            Group(
+                params,
+                [(halves or {}).get(p, p) for p in params],
+                [halves[p].detach() for p in params] if halves and params[0] in halves else [],
+                [averaged[id(p)] for p in params] if averages else [],
+                {name: [torch.zeros_like(p) for p in params] for name in self._state_names()},
+                decay,
+            )
+            for params, decay in grouped(model, config, halves or {})
+        ]
+        self.leaves = [leaf for group in self.groups for leaf in group.leaves]
+
+    def _state_names(self) -> tuple[str, ...]:
+        if self.config.optimizer != "sgd":
+            return ("exp_avg", "exp_avg_sq")
+        return ("momentum",) if self.config.momentum else ()
+
+    @torch.no_grad()
+    def step(
+        self,
+        gradients: Sequence[Tensor],
+        rates: Tensor,
+        factor: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Update the weights by `gradients`, one for each of `leaves`.
+
+        rates fp32 (2,): learning rate and weight of the averages' move. factor fp32 (): multiplies
+        the gradients. found_inf fp32 (): not 0: this step is skipped.
+        """
+        if self.config.optimizer != "sgd":
+            self.steps += 1 if found_inf is None else 1 - found_inf
+        rest = iter(gradients)
+        for group in self.groups:
+            aligned = [_strides_of(leaf, next(rest)) for leaf in group.leaves]
+            self._update(group, aligned, rates, factor, found_inf)
+
+    def _update(self, group: "Group", gradients: list[Tensor], rates: Tensor, *scale: Any) -> None:
+        config, params = self.config, [p.detach() for p in group.params]
+        decay = {"decay": group.decay, "decoupled": self.decoupled}
+        if config.optimizer == "sgd":
+            momenta = group.state.get("momentum", [])
+            nesterov = config.nesterov and config.momentum > 0
+            self._ops.sgd_(
+                params, gradients, momenta, group.copies, group.averages, rates, *scale,
+                **decay, momentum=config.momentum, nesterov=nesterov,
+            )  # fmt: skip
+            return
+        self._ops.adam_(
+            params, gradients, group.state["exp_avg"], group.state["exp_avg_sq"], group.copies,
+            group.averages, rates, self.steps, *scale, **decay, beta1=BETAS[0], beta2=BETAS[1],
+            eps=EPS,
+        )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the moments by parameter's name, and the number of Adam's steps."""
+        state: dict[str, dict[str, Tensor]] = {}
+        for group in self.groups:
+            for kind, tensors in group.state.items():
+                named = zip(group.params, tensors, strict=True)
+                state.setdefault(kind, {}).update({self.names[id(p)]: t for p, t in named})
+        return {"state": state, "steps": self.steps}
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take up moments; hyperparameters stay those of this optimiser.
+
+        Raises ValueError where the saved state is that of other parameters or another optimiser.
+        """
+        own = self.state_dict()["state"]
+        names = {kind: tensors.keys() for kind, tensors in own.items()}
+        if {kind: tensors.keys() for kind, tensors in saved["state"].items()} != names:
+            raise ValueError("the optimiser's state is that of another network or optimiser")
+        for kind, tensors in own.items():
+            for name, tensor in tensors.items():
+                tensor.copy_(saved["state"][kind][name])
+        self.steps.copy_(saved["steps"])
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that one launch updates, and what lies beside them, in the same order.
+
+    leaves: what the network computes with and has the gradient of: a copy or the parameter itself.
+    """
+
+    params: list[nn.Parameter]
+    leaves: list[nn.Parameter]
+    copies: list[Tensor]
+    averages: list[Tensor]
+    state: dict[str, list[Tensor]]
+    decay: float
+
+
+def grouped(
+    model: nn.Module, config: OptimConfig, halves: Mapping[nn.Parameter, nn.Parameter]
+) -> list[tuple[list[nn.Parameter], float]]:
+    """Split the parameters that are trained by weight decay and by whether they have a copy."""
+    own_decay = layer_decays(model)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decay = own_decay.get(parameter, config.weight_decay)
+            if config.exempt_norm_bias and parameter.ndim == 1:
+                decay = 0.0
+            groups.setdefault((decay, parameter in halves), []).append(parameter)
+    return [(params, decay) for (decay, _), params in groups.items()]
+
+
+def layer_decays(model: nn.Module) -> dict[nn.Parameter, float]:
+    """The decay of weights whose layer carries an `l2` of its own: the λ of λ·Σw², as in Keras,
+    in place of `weight_decay`; its gradient is 2λ·w."""
+    return {
+        parameter: 2 * float(getattr(module, "l2", 0))
         for module in model.modules()
         if getattr(module, "l2", 0)
         for parameter in module.parameters()
         if parameter.ndim > 1
     }
-    # keyed by kind as well: a run resumed with another weight decay must find the same groups
-    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        if config.exempt_norm_bias and parameter.ndim == 1:
-            key = ("exempt", 0.0)
-        elif id(parameter) in own:
-            key = ("own", own[id(parameter)])
-        else:
-            key = ("decayed", config.weight_decay)
-        groups.setdefault(key, []).append(parameter)
-    return [{"params": params, "weight_decay": decay} for (_, decay), params in groups.items()]
 
 
 def is_decoupled(config: OptimConfig) -> bool:
@@ -40,51 +165,9 @@ def is_decoupled(config: OptimConfig) -> bool:
     return config.decay == "decoupled" or config.optimizer == "adamw"
 
 
-class DecoupledSGD(torch.optim.SGD):
-    """SGD whose weight decay is decoupled: w ← w · (1 − lr·λ) before the step.
-
-    Loshchilov & Hutter (2019), algorithm 1. A step that the loss scaler skips leaves w alone.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        decays = [group["weight_decay"] for group in self.param_groups]
-        for group in self.param_groups:
-            if group["weight_decay"]:
-                loss = group["lr"] * group["weight_decay"]
-                found_inf = getattr(self, "found_inf", None)
-                shrink = 1 - loss if found_inf is None else 1 - loss * (1 - found_inf)
-                torch._foreach_mul_([p for p in group["params"] if p.grad is not None], shrink)
-            group["weight_decay"] = 0.0
-        try:
-            return super().step(closure)
-        finally:
-            for group, decay in zip(self.param_groups, decays, strict=True):
-                group["weight_decay"] = decay
-
-
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD, Adam or AdamW in torch's fused implementation."""
-    groups = parameter_groups(model, config)
-    if config.optimizer != "sgd":
-        adam = torch.optim.AdamW if is_decoupled(config) else torch.optim.Adam
-        return adam(groups, lr=config.lr, fused=True)
-    sgd = DecoupledSGD if is_decoupled(config) else torch.optim.SGD
-    nesterov = config.nesterov and config.momentum > 0
-    return sgd(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
-
-
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load moments and step counts; hyperparameters stay those of `optimizer`.
-
-    torch would bring the saved hyperparameters back, over those that a resumed run was given.
-    """
-    own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, values in zip(optimizer.param_groups, own, strict=True):
-        group.update(values)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def _strides_of(leaf: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in the leaf's memory layout, which the library that computed it may not keep."""
+    pairs = zip(leaf.shape, leaf.stride(), gradient.stride(), strict=True)
+    if all(size == 1 or own == its for size, own, its in pairs):
+        return gradient
+    return torch.empty_like(leaf).copy_(gradient)

@@ -1,7 +1,7 @@
 """What a user sees of a running epoch: a bar on a terminal, plain lines elsewhere.
 
-The figures on the device are read at most twice a second (bar) or every 30 seconds (lines): the
-only synchronisation inside an epoch.
+Figures are asked of the device twice a second (bar) or every 30 seconds (lines) and shown when they
+have arrived: nobody waits for them.
 """
 
 import sys
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fastcnn.train.metrics import Metrics
+from fastcnn.train.metrics import Figures, Metrics
 
 BAR_INTERVAL_S = 0.5
 LINE_INTERVAL_S = 30.0
@@ -92,21 +92,27 @@ class EpochProgress:
         now = time.perf_counter()
         if now < self.due or self.run.quiet:
             return
-        figures = metrics.read()
-        elapsed = time.perf_counter() - self.start
-        steps = self.done - self.first
-        left = (self.run.epochs - self.number + 1) * self.run.steps - self.done
-        text = (
-            f"loss {figures.loss:.3f}  top-1 {figures.top1:.1%}  "
-            f"{steps * self.batch_size / elapsed:,.0f} images/s  "
-            f"{format_seconds(left * elapsed / steps)} left"
-        )
+        figures = metrics.peek()
+        if figures is None:  # the device is behind; look again soon
+            self.due = now + BAR_INTERVAL_S
+            return
+        text = self._text(figures, now - self.start)
         if self.bar:
             self.bar.update(self.task, completed=self.done, figures=text)
         else:
             place = f"epoch {self.number}/{self.run.epochs}  step {self.done}/{self.run.steps}"
             self.run.say(f"{place}  {text}")
-        self.due = time.perf_counter() + self.interval
+        self.due = now + self.interval
+
+    def _text(self, figures: Figures, elapsed: float) -> str:
+        # what the device has done, not what was launched
+        images = figures.images - self.first * self.batch_size
+        total = (self.run.epochs - self.number + 1) * self.run.steps * self.batch_size
+        rate = max(images, 1) / elapsed
+        return (
+            f"loss {figures.loss:.3f}  top-1 {figures.top1:.1%}  {rate:,.0f} images/s  "
+            f"{format_seconds((total - figures.images) / rate)} left"
+        )
 
 
 def format_seconds(seconds: float) -> str:

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 NEUTRAL_ON_RESUME = {
     "device",
     "backend",
+    "graph",
     "threads",
     "workers",
     "checkpoint_steps",
@@ -48,6 +49,7 @@ CHANGEABLE_ON_RESUME = {
     "mixup",
     "cutmix",
     "clip_grad",
+    "test_flip",
     "early_stop",
     "crop_padding",
     "crop_mode",
@@ -179,7 +181,8 @@ def evaluate_run(
         )
     config = replace(trained.config, data=replace(trained.config.data, **data_options))
     loader = evaluation_loader(images, config, trained.normalization, device)
-    result = evaluate(trained.model, loader, len(trained.classes), precision, device)
+    flip = options.get("test_flip", trained.config.optim.test_flip)
+    result = evaluate(trained.model, loader, len(trained.classes), precision, device, flip)
     if not math.isfinite(result.figures.loss):
         raise NumbersError(f"{trained.path}: the loss is {result.figures.loss}: broken weights")
     return {

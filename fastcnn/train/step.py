@@ -1,23 +1,36 @@
-"""One optimisation step: forward, loss, backward, clipping, update, averaging, figures.
+"""One optimisation step: batch, forward, loss, backward, clipping, update, averaging, figures.
 
-Nothing here waits for the device: the learning rate is a function of the step's number, the loss
-scaler's check stays in the optimiser's kernel, and the figures are summed on the device.
+Nothing in it waits for the device, and nothing that changes from step to step is a number on the
+host: the learning rate, the averages' weight and the mixing of each step of an epoch lie in a table
+on the device, beside a clock that the step itself moves on. So a step can be captured as a CUDA
+graph and replayed.
 """
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastcnn.config import OptimConfig
-from fastcnn.train.ema import Ema
+from fastcnn.data.upload import upload
+from fastcnn.train import mix
+from fastcnn.train.ema import Ema, move_of
+from fastcnn.train.graph import GraphMode, Recorder, Replay, recorder_for
+from fastcnn.train.half import half_network, refresh
 from fastcnn.train.metrics import Metrics, cross_entropy
-from fastcnn.train.mix import mix
-from fastcnn.train.optimizer import build_optimizer, set_learning_rate
+from fastcnn.train.optimizer import Optimizer
 from fastcnn.train.precision import Precision
+from fastcnn.train.scaling import LossScale, gradient_factor
 from fastcnn.train.schedule import learning_rate
 
 
 class TrainStep:
-    """Model, optimiser, loss scaler and averaged weights, advanced a batch at a time."""
+    """Model, optimiser, loss scale and averaged weights, advanced a batch at a time.
+
+    `model` holds the fp32 weights; with half precision the step computes with copies of them.
+    `graph`: whether steps become CUDA graphs; `replay.note` says why they could not.
+    """
 
     def __init__(
         self,
@@ -27,6 +40,10 @@ class TrainStep:
         steps_per_epoch: int,
         seed: int,
         device: torch.device,
+        *,
+        graph: GraphMode = "off",
+        backend: str = "auto",
+        recorder: Recorder | None = None,
     ):
         self.model = model
         self.config = config
@@ -34,10 +51,18 @@ class TrainStep:
         self.steps_per_epoch = steps_per_epoch
         self.seed = seed
         self.step = 0
-        self.optimizer = build_optimizer(model, config)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision.scales_loss)
-        self.ema = Ema(model, config.ema) if config.ema else None
+        self.network, self._halves = half_network(model, precision.dtype)
+        self.ema = Ema(model) if config.ema else None
+        averages = self.ema.parameters if self.ema else ()
+        self.optimizer = Optimizer(model, config, self._halves, averages, backend)
+        self.scale = LossScale(device) if precision.scales_loss else None
         self.metrics = Metrics(device)
+        self.mixes = bool(config.mixup or config.cutmix)
+        columns = 2 + (mix.NUMBERS if self.mixes else 0)
+        self._table = torch.zeros(steps_per_epoch, columns, device=device)
+        self._clock = torch.zeros(1, dtype=torch.int64, device=device)
+        self._table_epoch = self._clock_step = -1
+        self.replay = Replay(recorder or recorder_for(device, graph), required=graph == "on")
 
     def lr_of(self, step: int) -> float:
         """Learning rate of step `step` (0-based, over the whole run)."""
@@ -48,31 +73,79 @@ class TrainStep:
         """The model whose accuracy counts: the averaged one if there is one."""
         return self.ema.model if self.ema else self.model
 
+    def epoch(self, loader: Any) -> Iterator[None]:
+        """Train on the rest of the loader's epoch; yields after each step."""
+        self.network.train()
+        steps = self.replay.epoch(loader, self._work)
+        while True:
+            self._prepare()
+            if next(steps, None) is None:
+                return
+            self.step += 1
+            yield
+
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Train on images (N, 3, H, W), channels-last, and labels int64 (N,)."""
-        set_learning_rate(self.optimizer, self.lr_of(self.step))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, logits = self._forward(images, labels)
-        self.scaler.scale(loss).backward()
-        if self.config.clip_grad:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.ema:
-            self.ema.update(self.model, self.step)
-        self.metrics.update(loss.detach(), logits.detach(), labels)
+        self._prepare()
+        self.replay.feed(images, labels, self._work)
         self.step += 1
 
-    def _forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def refresh(self) -> None:
+        """Take up weights that were written into `model`."""
+        refresh(self._halves)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the random generators and the loader's position."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.model.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scale": self.scale.state_dict() if self.scale else None,
+            "sums": self.metrics.sums.clone(),
+            "step": self.step,
+        }
+
+    def _prepare(self) -> None:
+        """Bring table and clock to the step that comes: at the start, and when an epoch begins."""
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        if epoch != self._table_epoch:
+            upload(self._table, torch.tensor(self._rows(epoch), dtype=torch.float32))
+            self._table_epoch = epoch
+        if self.step != self._clock_step or position == 0:
+            self._clock.fill_(position)
+        self._clock_step = self.step + 1
+
+    def _rows(self, epoch: int) -> list[list[float]]:
+        """Learning rate, move of the averages and mixing of each step of an epoch."""
+        rows = []
+        for step in range(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch):
+            row = [self.lr_of(step), move_of(self.config.ema, step)]
+            rows.append(row + list(mix.draw(self.config, self.seed, step) if self.mixes else ()))
+        return rows
+
+    def _work(self, images: Tensor, labels: Tensor) -> None:
+        """One step, on the device alone."""
+        row = self._table.index_select(0, self._clock)[0]
+        loss, logits = self._forward(images, labels, row)
+        scaled = loss * self.scale.scale[0] if self.scale else loss
+        gradients = torch.autograd.grad(scaled, self.optimizer.leaves)
+        factor, found_inf = gradient_factor(gradients, self.config.clip_grad, self.scale)
+        self.optimizer.step(gradients, row[:2], factor, found_inf)
+        if self.scale and found_inf is not None:
+            self.scale.update(found_inf)
+        if self.ema:
+            self.ema.update_statistics(row[1])
+        self.metrics.update(loss.detach(), logits.detach(), labels)
+        self._clock += 1
+
+    def _forward(self, images: Tensor, labels: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
         smoothing = self.config.label_smoothing
-        if not (self.config.mixup or self.config.cutmix):
-            with self.precision.autocast():
-                logits = self.model(images)
+        images = images.to(self.precision.dtype or images.dtype)
+        if not self.mixes:
+            logits = self.network(images)
             return cross_entropy(logits, labels, smoothing), logits
-        mixed = mix(images, labels, self.config, self.seed, self.step)
-        with self.precision.autocast():
-            logits = self.model(mixed.images)
-        first = cross_entropy(logits, mixed.labels, smoothing)
-        second = cross_entropy(logits, mixed.others, smoothing)
-        return mixed.weight * first + (1 - mixed.weight) * second, logits
+        images, own = mix.mix(images, row[2:])
+        logits = self.network(images)
+        first = cross_entropy(logits, labels, smoothing)
+        second = cross_entropy(logits, labels.roll(1), smoothing)
+        return own * first + (1 - own) * second, logits

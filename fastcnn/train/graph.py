@@ -1,0 +1,157 @@
+"""Device work that repeats every step, as a CUDA graph: one launch in place of hundreds.
+
+A kind of work (a step on so many images) is done eagerly a few times, so that libraries choose
+their algorithms, is then captured, and from then on replayed. A replay runs the same kernels on the
+same addresses with the same launch arguments: whatever changes from step to step must lie in a
+tensor on the device that the work itself moves on. What a graph leaves behind lives outside of its
+memory pool; so all graphs share one pool and may be replayed in any order.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fastcnn.data.resident import ResidentLoader
+from fastcnn.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+GraphMode = Literal["auto", "on", "off"]
+Work = Callable[[], None]
+WARM_UP = 3  # eager calls of each kind; torch's own advice is 3 for a backward in a graph
+
+
+class Recorder(Protocol):
+    """What turns work into a replay; `warm_up` runs it eagerly as the capture will run it."""
+
+    def warm_up(self, work: Work) -> None: ...
+
+    def capture(self, work: Work) -> Work: ...
+
+
+class CudaRecorder:
+    """CUDA graphs of one device, captured on a stream of their own, in one memory pool."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, work: Work) -> None:
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            work()
+        current.wait_stream(self.stream)
+
+    def capture(self, work: Work) -> Work:
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: another thread, such as one that pins memory, may use the device meanwhile
+        options: Any = {"pool": self.pool, "capture_error_mode": "thread_local"}
+        with (
+            torch.cuda.device(self.device),
+            torch.cuda.graph(graph, stream=self.stream, **options),
+        ):
+            work()
+        return graph.replay
+
+
+def recorder_for(device: torch.device, mode: GraphMode) -> Recorder | None:
+    """Return what captures graphs on `device`; None where there are to be none.
+
+    Raises UsageError for mode "on" without a GPU.
+    """
+    if mode != "off" and device.type == "cuda":
+        return CudaRecorder(device)
+    if mode == "on":
+        raise UsageError("--graph on: CUDA graphs need a GPU; use --graph auto")
+    return None
+
+
+class Replay:
+    """Runs work by kind: eagerly at first or without a recorder, then by replaying its graph.
+
+    `note`: why capture failed, if it did; the work then goes on eagerly. With `required` a failure
+    is a UsageError.
+    """
+
+    def __init__(self, recorder: Recorder | None, required: bool = False):
+        self.recorder = recorder
+        self.required = required
+        self.note = ""
+        self._calls: Counter[Hashable] = Counter()
+        self._replays: dict[Hashable, Work] = {}
+        self._inputs: dict[Hashable, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def captured(self) -> int:
+        """Graphs there are."""
+        return len(self._replays)
+
+    def run(self, kind: Hashable, work: Work) -> None:
+        """Do `work` once."""
+        if self.recorder is None:
+            work()
+        elif replay := self._replays.get(kind):
+            replay()
+        elif self._calls[kind] < WARM_UP:
+            self._calls[kind] += 1
+            self.recorder.warm_up(work)
+        else:
+            self._capture(kind, work)
+
+    def _capture(self, kind: Hashable, work: Work) -> None:
+        assert self.recorder is not None
+        try:
+            replay = self.recorder.capture(work)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            if self.required:
+                raise UsageError(f"--graph on: the step cannot be captured: {reason}") from error
+            self.note = f"no CUDA graph, steps are launched one kernel at a time: {reason}"
+            log.warning("note: %s", self.note)
+            self.recorder = None
+            work()
+            return
+        self._replays[kind] = replay
+        replay()
+
+    def epoch(self, loader: Any, work: Callable[[Tensor, Tensor], None]) -> Iterator[int]:
+        """Do `work(images, labels)` on each batch of the rest of the loader's epoch.
+
+        Yields the size of a batch after its work. A resident loader selects and augments inside
+        the graph; the batches of another one are copied into buffers that the graph reads.
+        """
+        if not isinstance(loader, ResidentLoader):
+            for images, labels in loader:
+                self.feed(images, labels, work)
+                yield len(labels)
+            return
+        for count in loader.begin():
+
+            def resident(count: int = count) -> None:
+                work(*loader.batch(count))
+
+            self.run((id(loader), count), resident)
+            loader.advance(count)
+            yield count
+        loader.finish()
+
+    def feed(self, images: Tensor, labels: Tensor, work: Callable[[Tensor, Tensor], None]) -> None:
+        """Do `work` on a batch that comes from outside."""
+        if self.recorder is None:
+            work(images, labels)
+            return
+        kind = ("fed", images.shape, images.dtype)
+        if kind not in self._inputs:
+            self._inputs[kind] = (torch.empty_like(images), torch.empty_like(labels))
+        inputs = self._inputs[kind]
+        inputs[0].copy_(images, non_blocking=True)
+        inputs[1].copy_(labels, non_blocking=True)
+        self.run(kind, lambda: work(*inputs))
