@@ -89,6 +89,17 @@ def test_every_parameter_is_in_one_group():
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
 
 
+def test_frozen_parameters_are_in_no_group():
+    model = build(NETWORKS["tiny-f"], 64, 10)
+    model.conv1.conv.requires_grad_(False)
+    model.conv3.requires_grad_(False)
+    groups = parameter_groups(model, OptimConfig())
+    grouped = [id(p) for group in groups for p in group["params"]]
+    trained = [id(p) for p in model.parameters() if p.requires_grad]
+    assert sorted(grouped) == sorted(trained)
+    assert len(trained) == len(list(model.parameters())) - 6
+
+
 def test_a_layers_own_l2_counts_twice_lambda():
     model = build(NETWORKS["tiny-f"], 64, 10)
     decays = {

@@ -34,9 +34,11 @@ def evaluate(
     device: torch.device,
     after_batch: Callable[[], None] | None = None,
     batches: int | None = None,
+    flip: bool = False,
 ) -> Evaluation:
     """Run `model` over `loader` in evaluation mode; at most `batches` batches if given.
 
+    `flip`: an image's logits are the mean of its own and of those of its mirror image.
     `after_batch` is called after each batch; what it raises ends the evaluation.
     """
     was_training = model.training
@@ -47,7 +49,7 @@ def evaluate(
     try:
         for number, (images, labels) in enumerate(loader, 1):
             with precision.autocast():
-                logits = model(images)
+                logits = predict(model, images, flip)
             metrics.update(cross_entropy(logits, labels), logits, labels)
             counts += confusion(logits, labels)
             if after_batch:
@@ -58,3 +60,13 @@ def evaluate(
         model.train(was_training)
     figures = metrics.read()
     return Evaluation(figures, counts.cpu(), time.perf_counter() - start)
+
+
+def predict(model: nn.Module, images: Tensor, flip: bool) -> Tensor:
+    """Logits (N, classes) of images (N, 3, H, W); with `flip` the mean over both directions."""
+    logits = model(images)
+    if not flip:
+        return logits
+    # in half precision the sum would be rounded once more
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    return (logits.to(precise) + model(images.flip(-1)).to(precise)) / 2

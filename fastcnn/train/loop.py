@@ -117,6 +117,7 @@ class Training:
             setup.device,
             after_batch=stop.check,
             batches=1 if setup.config.run.fast_dev_run else None,
+            flip=setup.config.optim.test_flip,
         )
 
     def _record(self, trained: Figures, evaluation: Evaluation) -> None:
@@ -196,6 +197,7 @@ class Training:
             "best_epoch": self.at.best_epoch,
             "best_val_top1": max(r["val_top1"] for r in history),
             "tested_model": "best" if best else "last",
+            "test_flip": config.optim.test_flip,
             "validation_images": "test" if setup.dataset.val is None else "val",
             "val_loss": row["val_loss"],
             "val_top1": row["val_top1"],

@@ -13,7 +13,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
     Norms and biases (one-dimensional parameters) get none with `exempt_norm_bias`. The weight of a
     layer that carries its own `l2` (the λ of λ·Σw², as in Keras) decays by 2λ in place of
-    `weight_decay`, since the gradient of λ·Σw² is 2λ·w.
+    `weight_decay`, since the gradient of λ·Σw² is 2λ·w. Frozen parameters are in no group.
     """
     own: dict[int, float] = {
         id(parameter): 2 * float(getattr(module, "l2", 0))
@@ -25,6 +25,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     # keyed by kind as well: a run resumed with another weight decay must find the same groups
     groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
         if config.exempt_norm_bias and parameter.ndim == 1:
             key = ("exempt", 0.0)
         elif id(parameter) in own:

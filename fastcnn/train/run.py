@@ -45,6 +45,7 @@ CHANGEABLE_ON_RESUME = {
     "final_lr",
     "time_decay",
     "label_smoothing",
+    "test_flip",
     "mixup",
     "cutmix",
     "clip_grad",
@@ -150,7 +151,7 @@ def evaluate_run(
     weights: str | None = None,
     overrides: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a run folder or a checkpoint file; `overrides` are data and run options by name.
+    """Evaluate a run folder or a checkpoint file; `overrides` are options by name.
 
     `weights` is "last" or "best"; None takes the model that the run's summary speaks of.
     Returns top1, top5 (fractions), loss, images, images_per_s, seconds and what was evaluated.
@@ -179,7 +180,8 @@ def evaluate_run(
         )
     config = replace(trained.config, data=replace(trained.config.data, **data_options))
     loader = evaluation_loader(images, config, trained.normalization, device)
-    result = evaluate(trained.model, loader, len(trained.classes), precision, device)
+    flip = options.get("test_flip", config.optim.test_flip)
+    result = evaluate(trained.model, loader, len(trained.classes), precision, device, flip=flip)
     if not math.isfinite(result.figures.loss):
         raise NumbersError(f"{trained.path}: the loss is {result.figures.loss}: broken weights")
     return {
@@ -191,6 +193,7 @@ def evaluate_run(
         "top1": result.figures.top1,
         "top5": result.figures.top5,
         "loss": result.figures.loss,
+        "test_flip": flip,
         "seconds": result.seconds,
         "images_per_s": result.images_per_s,
         "device": str(device),
