@@ -265,10 +265,12 @@ def run_eval(given: dict[str, Any], command: list[str]) -> None:
     if given.get("json"):
         print(json.dumps(result, indent=2))
         return
+    flipped = " seen both ways" if result["test_flip"] else ""
     print(
         f"{result['arch']} ({result['checkpoint']}) on {result['data']} {result['split']}, "
-        f"{result['images']:,} images: top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, "
-        f"loss {result['loss']:.4f}, {result['images_per_s']:,.0f} images/s"
+        f"{result['images']:,} images{flipped}: top-1 {result['top1']:.2%}, "
+        f"top-5 {result['top5']:.2%}, loss {result['loss']:.4f}, "
+        f"{result['images_per_s']:,.0f} images/s"
     )
 
 

@@ -23,6 +23,13 @@ class ModelConfig:
     init: Literal["he", "xavier", "uniform", "torch"] = option(
         "he", "weights: He normal, Glorot uniform, uniform in ±0.05, or torch's own default"
     )
+    whiten: bool = option(
+        False,
+        "the first layer's filters start as whitening filters of the training images' patches",
+    )
+    freeze_first: bool = option(
+        False, "leave the first convolution as it starts; its norm is trained"
+    )
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,9 @@ class OptimConfig:
         high=1,
         open_high=True,
     )
-    test_flip: bool = option(False, "evaluate the mean of an image's logits and its mirror image's")
+    test_flip: bool = option(
+        False, "evaluation takes the mean of the logits of an image and of its mirror image"
+    )
     early_stop: int = option(
         0, "stop after this many epochs without a better validation figure; 0: off", low=0
     )
@@ -149,10 +158,10 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    recipe: Literal["modern", "report"] = option(
+    recipe: Literal["modern", "fast", "report"] = option(
         "modern",
-        "where unset options come from: the project's recipe for the network, "
-        "or the one printed in the network's report",
+        "where unset options come from: the project's recipe for the network, the one that needs "
+        "few epochs, or the one printed in the network's report",
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     backend: Literal["auto", "fused", "torch"] = option(

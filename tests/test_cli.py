@@ -81,6 +81,8 @@ def run(capsys, *words):
         ("train --data digits --val-fraction 1.0", 2, "--val-fraction: must be less than 1"),
         ("train --data digits --image-size 16", 2, "smallest size that works is 32x32"),
         ("train --recipe report --arch resnet18 --data digits", 2, "no report describes resnet18"),
+        ("train --recipe fast --arch cnn-a --data digits", 2, "which cnn-a lacks; take --recipe"),
+        ("train --recipe fsat", 2, "is not one of modern, fast, report; did you mean 'fast'?"),
         ("eval no/such/run", 4, "no checkpoint at"),
         ("eval", 2, "run"),
         ("archs nosuchnet", 2, "unknown architecture 'nosuchnet'"),
@@ -178,6 +180,8 @@ def test_train_draws_its_figures_and_page_and_eval_reads_the_run(capsys, tmp_pat
     assert json.loads(out)["top1"] == summary["test_top1"]
     code, out, _ = run(capsys, "eval", str(folder / "best.pt"), "--threads", "1")
     assert "32 images: top-1" in out
+    _, out, _ = run(capsys, "eval", str(folder), "--test-flip", "--threads", "1")
+    assert "32 images seen both ways: top-1" in out
 
 
 def test_an_unexpected_error_is_one_line_too(capsys, monkeypatch):

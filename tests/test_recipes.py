@@ -61,3 +61,47 @@ def test_printed_numbers_of_the_reports():
     assert (config.data.batch_size, config.data.shuffle) == (64, False)
     config = resolve({"arch": "tiny-e", "recipe": "report"})
     assert (config.optim.lr, config.optim.epochs, config.model.init) == (1e-2, 60, "he")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_fast_recipe_needs_batch_norm_everywhere(name):
+    if name.startswith(("vgg", "resnet")) or name in ("tiny-b", "tiny-d", "tiny-e", "tiny-f"):
+        config = resolve({"arch": name, "recipe": "fast"})
+        assert config.model.whiten
+        assert config.optim.test_flip
+    else:
+        with pytest.raises(UsageError, match=f"which {name} lacks; take --recipe modern"):
+            resolve({"arch": name, "recipe": "fast"})
+
+
+def test_the_fast_recipe_has_what_it_is_known_for():
+    found = resolve({"recipe": "fast"}).flat()
+    expected = {
+        "optimizer": "sgd",
+        "nesterov": True,
+        "schedule": "one-cycle",
+        "flip": "alternating",
+        "label_smoothing": 0.2,
+        "exempt_norm_bias": True,
+        "crop_mode": "reflect",
+        "normalize": "zscore",
+        "whiten": True,
+        "freeze_first": True,
+        "test_flip": True,
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert found["epochs"] < resolve({}).optim.epochs
+    # the average must forget: it spans less than a tenth of the steps on 50,000 images
+    steps = found["epochs"] * 50_000 / found["batch_size"]
+    assert 0.02 < 1 / (1 - found["ema"]) / steps < 0.1
+    # by image, the rate is that of the modern recipe
+    modern = resolve({}).flat()
+    rates = [options["lr"] / options["batch_size"] for options in (found, modern)]
+    assert rates[0] == rates[1]
+
+
+def test_the_fast_recipe_on_digits_does_not_mirror_them():
+    config = resolve({"recipe": "fast", "data": "digits"})
+    assert (config.augment.flip, config.optim.test_flip) == ("none", False)
+    assert config.optim.lr / config.data.batch_size == 0.4 / 512
+    assert resolve({"recipe": "fast", "data": "digits", "epochs": 3}).optim.epochs == 3

@@ -50,6 +50,31 @@ def test_stopped_anywhere_and_resumed_is_bit_equal(tmp_path, monkeypatch, look, 
         assert outcome.summary[key] == reference[key]
 
 
+FIRST = {"whiten": True, "freeze_first": True, "test_flip": True, "ema": 0.9, "val_fraction": 0.25}
+
+
+@pytest.mark.parametrize("look", [1, 4, 8])
+def test_a_frozen_whitened_layer_is_resumed_bit_equal(tmp_path, monkeypatch, look):
+    whole = final_state(start(tmp_path, "whole", **FIRST).folder.path)
+    with monkeypatch.context() as patch:
+        stop_at_check(patch, look)
+        with pytest.raises(Interrupted):
+            start(tmp_path, "broken", **FIRST)
+    first = checkpoint.load(tmp_path / "broken" / "last.pt")["model"]
+    resume(tmp_path / "broken")
+    assert_same(whole, final_state(tmp_path / "broken"))
+    for state in (whole["model"], whole["ema"]):
+        assert torch.equal(state["conv1.conv.weight"], first["conv1.conv.weight"])
+    assert not torch.equal(whole["model"]["conv1.norm.weight"], torch.ones(32))
+
+
+@pytest.mark.parametrize("name", ["whiten", "freeze_first"])
+def test_the_first_layers_treatment_cannot_change_in_mid_run(tmp_path, name):
+    folder = start(tmp_path, epochs=1).folder.path
+    with pytest.raises(UsageError, match=f"{name} cannot change in mid-run"):
+        resume(folder, epochs=2, allow_changes=True, **{name: True})
+
+
 def test_resume_from_a_periodic_checkpoint_is_bit_equal(tmp_path, monkeypatch):
     whole = final_state(start(tmp_path, "whole").folder.path)
 

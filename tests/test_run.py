@@ -21,6 +21,7 @@ from fastcnn.errors import CheckpointError, DataError, NumbersError, UsageError
 from fastcnn.recipes import resolve
 from fastcnn.train import checkpoint, loop, run
 from fastcnn.train.rundir import COLUMNS, RunFolder
+from fastcnn.train.setup import prepare
 
 
 def test_run_folder_holds_what_the_readme_says(tmp_path):
@@ -210,6 +211,33 @@ def test_evaluation_uses_the_normalisation_of_the_run(tmp_path, normalize):
     outcome = start(tmp_path, epochs=1, normalize=normalize)
     found = run.evaluate_run(str(outcome.folder.last), split_name="test", overrides={"threads": 1})
     assert found["loss"] == pytest.approx(outcome.summary["test_loss"], rel=1e-6)
+
+
+def test_evaluation_sees_images_both_ways_as_the_run_did(tmp_path):
+    figures = {}
+    for flip in (False, True):
+        outcome = start(tmp_path, f"{flip}", test_flip=flip, epochs=1)
+        summary = outcome.summary
+        assert summary["test_flip"] is flip
+        for given in ({}, {"test_flip": False}, {"test_flip": True}):
+            found = run.evaluate_run(str(outcome.folder.path), overrides={"threads": 1} | given)
+            expected = given.get("test_flip", flip)
+            assert found["test_flip"] is expected
+            assert found["loss"] == pytest.approx(figures.setdefault(expected, found["loss"]))
+            if expected is flip:
+                assert found["loss"] == pytest.approx(summary["test_loss"], rel=1e-6)
+                assert found["top1"] == summary["test_top1"]
+    assert figures[True] != pytest.approx(figures[False], rel=1e-3)
+
+
+def test_a_frozen_first_layer_is_one_of_the_networks_parameters(tmp_path):
+    options = {"arch": "mao-default", "whiten": True, "freeze_first": True}
+    outcome = start(tmp_path, **options)
+    assert outcome.summary["parameters"] == 256_058
+    state = checkpoint.load(outcome.folder.last)
+    first = prepare(resolve(SMALL | options)).model.state_dict()
+    same = {name for name, value in first.items() if torch.equal(value, state["model"][name])}
+    assert same == {"conv1.conv.weight", "conv1.conv.bias"}
 
 
 def test_evaluation_on_other_data_needs_the_same_classes(tmp_path):

@@ -11,7 +11,7 @@ from fastcnn.archs.spec import build
 from fastcnn.config import OptimConfig
 from fastcnn.errors import UsageError
 from fastcnn.train import precision
-from fastcnn.train.evaluate import evaluate
+from fastcnn.train.evaluate import evaluate, predict
 from fastcnn.train.precision import Precision, choose_device, choose_precision
 from fastcnn.train.step import TrainStep
 
@@ -72,6 +72,41 @@ def test_every_network_takes_a_step_at_every_size(name):
         assert sum(changed) > len(changed) / 2
 
 
+OPTIMIZERS = [
+    {"optimizer": "sgd", "lr": 0.02},
+    {"optimizer": "sgd", "lr": 0.02, "decay": "decoupled"},
+    {"optimizer": "adam", "lr": 1e-3},
+    {"optimizer": "adamw", "lr": 1e-3},
+]
+
+
+# a norm, a bias and norm, a bias alone behind the frozen product
+@pytest.mark.parametrize("name", ["vgg11", "tiny-f", "cnn-a"])
+@pytest.mark.parametrize("backend", ["torch", "fused"])
+@pytest.mark.parametrize("options", OPTIMIZERS, ids=lambda o: " ".join(map(str, o.values())))
+def test_a_frozen_convolution_stays_and_all_else_learns(name, backend, options, library):
+    network = NETWORKS[name]
+    model = build(network, network.image_sizes[0], 10, backend)
+    initialise(model, "he", torch.Generator().manual_seed(0))
+    model.conv1.conv.requires_grad_(False)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    step = make_step(
+        model.train(), **(options | {"weight_decay": 0.1, "clip_grad": 1.0, "ema": 0.5})
+    )
+    for _ in range(3):
+        step(*batch(8, network.image_sizes[0]))
+    after, shadow = model.state_dict(), step.ema.model.state_dict()
+    stays = {
+        key for key in after if "num_batches" not in key and torch.equal(after[key], before[key])
+    }
+    expected = {"conv1.conv.weight"} | (
+        {"conv1.conv.bias"} if "conv1.conv.bias" in after else set()
+    )
+    assert stays == expected
+    assert all(torch.equal(shadow[key], before[key]) for key in stays)
+    assert torch.isfinite(torch.stack([p.abs().max() for p in model.parameters()])).all()
+
+
 def linear_step(**options):
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     nn.init.zeros_(model[1].weight)
@@ -118,6 +153,45 @@ def test_mixed_targets_are_weighted():
     assert step.metrics.read().loss == pytest.approx(
         F.cross_entropy(torch.zeros(1, 3), torch.tensor([0])).item()
     )
+
+
+def test_evaluation_of_both_directions_is_the_mean_of_their_logits():
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 4)).double()
+    images, labels = torch.randn(40, 3, 4, 4).double(), torch.arange(40) % 4
+    batches = [(images[:24], labels[:24]), (images[24:], labels[24:])]
+    found = [evaluate(model, batches, 4, Precision("cpu"), CPU, flip=f) for f in (False, True)]
+    mirrored = torch.stack([images[..., column] for column in (3, 2, 1, 0)], 3)
+    with torch.no_grad():
+        one, other = model(images), model(mirrored)
+    for result, logits in zip(found, (one, (one + other) / 2), strict=True):
+        assert result.figures.loss == pytest.approx(F.cross_entropy(logits, labels).item())
+        counts = torch.zeros(4, 4, dtype=torch.int64)
+        for true, predicted in zip(labels.tolist(), logits.argmax(1).tolist(), strict=True):
+            counts[true, predicted] += 1
+        assert torch.equal(result.confusion, counts)
+        assert result.figures.top1 == counts.trace().item() / 40
+    assert found[0].figures != found[1].figures
+
+
+def test_logits_of_both_directions_are_averaged_in_fp32():
+    class Half(nn.Module):
+        def forward(self, images):
+            return images[:, 0, 0, :1].to(torch.bfloat16)
+
+    images = torch.tensor([1.0, 1.0 + 2**-7]).expand(1, 3, 2, 2)
+    assert predict(Half(), images, True).item() == 1.0 + 2**-8
+    assert predict(Half(), images, False).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", ["torch", "fused"])
+def test_mirrored_images_keep_the_layout_that_the_ops_take(backend, library):
+    model = build(NETWORKS["mao-batchnorm"], 32, 10, backend).eval()
+    images, _ = batch(4)
+    with torch.no_grad():
+        found = predict(model, images, True)
+        torch.testing.assert_close(found, predict(model, images.flip(3), True))
+        assert not torch.allclose(found, predict(model, images, False))
 
 
 def test_bf16_keeps_fp32_weights_and_loss():

@@ -229,9 +229,9 @@ def test_sizes_reach_the_loaders(loader):
 def test_evaluation_takes_the_sizes_given_to_it(tmp_path, monkeypatch):
     folder, batches, evaluate = start(tmp_path, epochs=1).folder, [], run.evaluate
 
-    def recorded(model, loader, *arguments):
+    def recorded(model, loader, *arguments, **options):
         batches.append(sizes(loader))
-        return evaluate(model, loader, *arguments)
+        return evaluate(model, loader, *arguments, **options)
 
     monkeypatch.setattr(run, "evaluate", recorded)
     for options in ({}, {"eval_batch_size": 9}, {"test_subset": 13}):

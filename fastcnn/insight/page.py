@@ -70,9 +70,10 @@ def write_page(folder: Path) -> Path:
 
 def lead(summary: dict[str, Any]) -> str:
     """One sentence: accuracy, effort, device."""
+    flipped = ", each image seen both ways," if summary.get("test_flip") else ""
     epochs = "1 epoch" if summary["epochs"] == 1 else f"{summary['epochs']} epochs"
     return (
-        f"Test top-1 {summary['test_top1']:.2%}, top-5 {summary['test_top5']:.2%} after "
+        f"Test top-1 {summary['test_top1']:.2%}, top-5 {summary['test_top5']:.2%}{flipped} after "
         f"{epochs} and {summary['train_seconds']:,.0f} s "
         f"({summary['images_per_s']:,.0f} images/s) on {summary['device']}."
     )

@@ -81,11 +81,19 @@ class Evaluator:
     def _work(self, images: Tensor, labels: Tensor) -> None:
         """One batch, on the device alone."""
         images = images.to(self.dtype or images.dtype)
-        logits = self.network(images)
-        if self.flip:
-            logits = (logits.float() + self.network(images.flip(3)).float()) / 2
+        logits = predict(self.network, images, self.flip)
         self.metrics.update(cross_entropy(logits, labels), logits, labels)
         self.counts += confusion(logits, labels)
+
+
+def predict(model: nn.Module, images: Tensor, flip: bool) -> Tensor:
+    """Logits (N, classes) of images (N, 3, H, W); with `flip` the mean over both directions."""
+    logits = model(images)
+    if not flip:
+        return logits
+    # in half precision the sum would be rounded once more
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    return (logits.to(precise) + model(images.flip(-1)).to(precise)) / 2
 
 
 def evaluate(

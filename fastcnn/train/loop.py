@@ -203,6 +203,7 @@ class Training:
             "best_epoch": self.at.best_epoch,
             "best_val_top1": max(r["val_top1"] for r in history),
             "tested_model": "best" if best else "last",
+            "test_flip": config.optim.test_flip,
             "validation_images": "test" if setup.dataset.val is None else "val",
             "val_loss": row["val_loss"],
             "val_top1": row["val_top1"],

@@ -136,7 +136,8 @@ class Group:
 def grouped(
     model: nn.Module, config: OptimConfig, halves: Mapping[nn.Parameter, nn.Parameter]
 ) -> list[tuple[list[nn.Parameter], float]]:
-    """Split the parameters that are trained by weight decay and by whether they have a copy."""
+    """Split the parameters that are trained, and not frozen, by weight decay and by whether they
+    have a copy."""
     own_decay = layer_decays(model)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():

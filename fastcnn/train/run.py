@@ -46,10 +46,10 @@ CHANGEABLE_ON_RESUME = {
     "final_lr",
     "time_decay",
     "label_smoothing",
+    "test_flip",
     "mixup",
     "cutmix",
     "clip_grad",
-    "test_flip",
     "early_stop",
     "crop_padding",
     "crop_mode",
@@ -152,7 +152,7 @@ def evaluate_run(
     weights: str | None = None,
     overrides: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a run folder or a checkpoint file; `overrides` are data and run options by name.
+    """Evaluate a run folder or a checkpoint file; `overrides` are options by name.
 
     `weights` is "last" or "best"; None takes the model that the run's summary speaks of.
     Returns top1, top5 (fractions), loss, images, images_per_s, seconds and what was evaluated.
@@ -194,6 +194,7 @@ def evaluate_run(
         "top1": result.figures.top1,
         "top5": result.figures.top5,
         "loss": result.figures.loss,
+        "test_flip": flip,
         "seconds": result.seconds,
         "images_per_s": result.images_per_s,
         "device": str(device),

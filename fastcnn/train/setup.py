@@ -11,13 +11,17 @@ from torch import nn
 from fastcnn.archs import get_network
 from fastcnn.archs.init import initialise
 from fastcnn.archs.spec import Network, build, layer_table
+from fastcnn.archs.whiten import first_convolution, whiten
 from fastcnn.config import Config
 from fastcnn.data import Dataset, Images, Normalization, load_dataset, make_loader, split
+from fastcnn.data.draws import generator
 from fastcnn.errors import CheckpointError, DataError, UsageError
 from fastcnn.ops.backend import choose_backend
 from fastcnn.train import checkpoint
 from fastcnn.train.host import make_deterministic
 from fastcnn.train.precision import Precision, choose_device, choose_precision
+
+WHITENING_PIXELS = 5000 * 32**2  # of training images that the whitening filters are measured on
 
 
 @dataclass
@@ -102,7 +106,7 @@ def prepare(config: Config) -> Setup:
     test_loader = None
     if dataset.val is not None:
         test_loader = evaluation_loader(dataset.test, config, normalization, device)
-    model = new_model(network, dataset, config, device, backend)
+    model = new_model(network, dataset, config, normalization, device, backend)
     return Setup(
         config,
         network,
@@ -129,13 +133,36 @@ def configure_torch(config: Config, device: torch.device) -> None:
 
 
 def new_model(
-    network: Network, dataset: Dataset, config: Config, device: torch.device, backend: str
+    network: Network,
+    dataset: Dataset,
+    config: Config,
+    normalization: Normalization,
+    device: torch.device,
+    backend: str,
 ) -> nn.Module:
-    """Network with initial weights drawn from the seed alone, in channels-last, on `device`."""
-    size = dataset.train.pixels.shape[1]
+    """Network with initial weights by seed and options, in channels-last, on `device`.
+
+    They are drawn from the seed alone, but for whitening filters, which the images decide as well.
+    """
+    size, seed = dataset.train.pixels.shape[1], config.run.seed
     model = build(network, size, len(dataset.classes), backend)
-    initialise(model, config.model.init, torch.Generator().manual_seed(config.run.seed))
+    initialise(model, config.model.init, torch.Generator().manual_seed(seed))
+    first = first_convolution(model)
+    if config.model.whiten:
+        whiten(first, whitening_images(dataset.train, normalization, seed))
+    if config.model.freeze_first:
+        first.requires_grad_(False)
     return model.to(device)
+
+
+def whitening_images(images: Images, normalization: Normalization, seed: int) -> torch.Tensor:
+    """Images drawn by the seed, fp32 (n, 3, H, W), as the network sees them without augmentation:
+    5,000 of 32x32, or as many pixels of another size."""
+    height, width = images.pixels.shape[1:3]
+    order = torch.randperm(len(images), generator=generator(seed, "whitening"))
+    drawn = order[: max(1, WHITENING_PIXELS // (height * width))].sort().values
+    pixels = torch.from_numpy(images.pixels[drawn.numpy()])
+    return normalization.apply(pixels).permute(0, 3, 1, 2)
 
 
 def check_dataset(dataset: Dataset, config: Config) -> None:
