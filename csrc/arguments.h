@@ -120,4 +120,34 @@ struct BnActPoolBackward {
   void* workspace;  // bn_act_backward_workspace(...) bytes
 };
 
+enum class Flip { none, random, alternating };
+
+// x (count, H, W, 3), y (count,) ← what becomes of the samples order[(position + i) % length] and
+// their labels: cropped from an image with `padding` pixels around it, mirrored, normalised, and
+// with a square of `cutout` pixels set to fill. draws.h has the choices.
+// A pixel becomes pixel · scale + bias: the product and the sum are each rounded to fp32, so that
+// all halves agree to the bit, and the result to dtype. The padding holds pixels, 0 if not
+// reflected.
+struct Augment {
+  Dtype dtype;  // of x
+  int64_t count;
+  int h, w;                // less than 2^30 values an image
+  const uint8_t* images;   // (M, H, W, 3)
+  const int64_t* labels;   // (M,)
+  const int64_t* order;    // (length,), sample numbers below M
+  int64_t length;
+  const int64_t* at;       // epoch, position >= 0; on the device
+  const float* scale;      // (3,)
+  const float* bias;       // (3,), or (H, W, 3) if bias_of_pixels
+  bool bias_of_pixels;
+  const float* fill;       // (3,)
+  int64_t seed;
+  int padding;             // less than H and W if reflect
+  bool reflect;            // without the edge; else 0
+  Flip flip;
+  int cutout;
+  void* x;
+  int64_t* y;
+};
+
 }  // namespace fastcnn

@@ -1,54 +1,19 @@
-// The ops of fastcnn for torch: checks, allocation, device and stream, errors, registration. The
-// only file that sees torch, through its stable ABI; fastcnn/ops/__init__.py holds the schemas.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
+// What follows a convolution, for torch: checks, allocation, registration. fastcnn/ops/__init__.py
+// holds the schemas.
 #include <algorithm>
 #include <climits>
-#include <functional>
-#include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
-#include <tuple>
-#include <vector>
 
-#include "arguments.h"
-#include "cpu/cpu.h"
-#ifdef FASTCNN_CUDA
-#include "kernels.h"
-#endif
+#include "bindings.h"
 
 namespace {
 
 using namespace fastcnn;
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-
-// STD_TORCH_CHECK's message names a source file, which is of no use to a caller
-#define REQUIRE(condition, ...) \
-  if (!(condition)) fail(__VA_ARGS__)
-
-template <class... Words>
-[[noreturn]] void fail(const Words&... words) {
-  std::ostringstream text;
-  (text << ... << words);
-  throw std::runtime_error(text.str());
-}
 
 // where an op runs: the same calls for both devices
 struct Cpu {
   static constexpr auto stats_workspace = cpu::bn_stats_workspace;
   static constexpr auto backward_workspace = cpu::bn_act_backward_workspace;
 
-  static void parallel(int64_t tasks, const std::function<void(int64_t, int64_t)>& body) {
-    torch::stable::parallel_for(0, tasks, 1, body);
-  }
   static void run(const BnStats& args, const Tensor&) { cpu::bn_stats(args, parallel); }
   static void run(const BnAct& args, const Tensor&) { cpu::bn_act(args, parallel); }
   static void run(const BnActPool& args, const Tensor&) { cpu::bn_act_pool(args, parallel); }
@@ -65,15 +30,6 @@ struct Cuda {
   static constexpr auto stats_workspace = cuda::bn_stats_workspace;
   static constexpr auto backward_workspace = cuda::bn_act_backward_workspace;
 
-  template <class Args>
-  static void enqueue(cudaError_t (*launch)(const Args&, cudaStream_t), const Args& args,
-                      const Tensor& x) {
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    void* stream;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-    const cudaError_t error = launch(args, static_cast<cudaStream_t>(stream));
-    REQUIRE(error == cudaSuccess, "fastcnn kernel: ", cudaGetErrorString(error));
-  }
   static void run(const BnStats& args, const Tensor& x) {
     enqueue(cuda::launch_bn_stats, args, x);
   }
@@ -89,31 +45,6 @@ struct Cuda {
   }
 };
 #endif
-
-std::string shape_of(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return text + "]";
-}
-
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      REQUIRE(!x.is_cpu(), "x: expected float32, bfloat16 or float64 on the CPU, got "
-                                   "float16; use backend torch");
-      return Dtype::f16;
-    case ScalarType::Double:
-      REQUIRE(x.is_cpu(), "x: expected float32, bfloat16 or float16 on a GPU, got float64; "
-                                  "use backend torch");
-      return Dtype::f64;
-    default:
-      fail("x: expected a floating-point tensor, got scalar type ", int(x.scalar_type()));
-  }
-}
 
 // of parameters, statistics and sums
 ScalarType parameter_type(const Tensor& x) {
@@ -147,8 +78,7 @@ void check_like(const Tensor& t, const Tensor& x, const char* name) {
   REQUIRE(t.dim() == x.dim() && shape_of(t) == shape_of(x), name, ": expected shape ",
                   shape_of(x), ", got ", shape_of(t));
   REQUIRE(t.scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
-  REQUIRE(t.get_device_index() == x.get_device_index() && t.is_cpu() == x.is_cpu(), name,
-                  ": expected the device of x");
+  REQUIRE(same_device(t, x), name, ": expected the device of x");
   check_layout(t, name);
 }
 
@@ -157,8 +87,7 @@ const void* channels_of(const Tensor& t, const Tensor& x, const char* name) {
                   ": expected contiguous [", x.size(1), "], got ", shape_of(t));
   REQUIRE(t.scalar_type() == parameter_type(x), name,
                   ": expected float32 (float64 where x is)");
-  REQUIRE(t.get_device_index() == x.get_device_index() && t.is_cpu() == x.is_cpu(), name,
-                  ": expected the device of x");
+  REQUIRE(same_device(t, x), name, ": expected the device of x");
   return t.const_data_ptr();
 }
 
@@ -184,11 +113,6 @@ void check_slope(double slope) {
   REQUIRE(slope >= 0, "slope: expected >= 0, got ", slope);
 }
 
-Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
-  const auto format = shape.size() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-  return torch::stable::empty(shape, dtype, std::nullopt, like.device(), std::nullopt, format);
-}
-
 Tensor empty_as(const Tensor& x) {
   return empty(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type());
 }
@@ -196,8 +120,6 @@ Tensor empty_as(const Tensor& x) {
 Tensor per_channel(const Tensor& x) { return empty(x, {x.size(1)}, parameter_type(x)); }
 
 Tensor bytes(const Tensor& x, int64_t count) { return empty(x, {count}, ScalarType::Byte); }
-
-void* pointer(const Tensor& t) { return t.mutable_data_ptr(); }
 
 template <class B>
 std::tuple<Tensor, Tensor> bn_stats(const Tensor& x, const Tensor& running_mean,

@@ -61,6 +61,32 @@ def library():
     return ops.load()
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """csrc/cuda, compiled for the CPU (tests/simt)."""
+    from simt import harness
+
+    return harness.compile_module(tmp_path_factory.mktemp("simt"), ["-O2"])
+
+
+@pytest.fixture(scope="session")
+def kernels(compiled):
+    """The launchers of csrc/kernels.h, run on the CPU."""
+    from simt import harness
+
+    return harness.load_module(compiled)
+
+
+@pytest.fixture
+def chain(kernels):
+    """The launchers on torch tensors, in fenced memory."""
+    from simt.chain import Chain
+
+    yield Chain(kernels)
+    kernels.descending(False)
+    kernels.only_blocks(0, -1)
+
+
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     """A cache that nothing was packed into yet."""

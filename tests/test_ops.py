@@ -3,6 +3,7 @@
 import dataclasses
 import types
 
+import augment_cases
 import pytest
 import torch
 from conftest import GRADCHECK, LARGE_SHAPE, SMALL_SHAPES, TOLERANCE
@@ -151,7 +152,15 @@ def op_arguments(device="cpu", dtype=torch.float32):
         "bias_act_backward": (t["dy"], x, True, 0.1),
         "bias_act_pool": (x, bias, 0.1, *pool),
         "bias_act_pool_backward": (dy, code, 5, 6, True, 0.1, *pool),
+        "augment": augment_arguments(device, dtype),
     }
+
+
+def augment_arguments(device, dtype):
+    t = augment_cases.tensors_of(augment_cases.FULL, device)
+    tensors = [t[name] for name in ("images", "labels", "order", "at")]
+    parameters = [t[name] for name in ("scale", "bias", "fill")]
+    return (*tensors, 9, *parameters, 2**40, 4, True, 1, 5, dtype)
 
 
 def check_op(name, device):
@@ -176,7 +185,7 @@ def check_tracing(name, dtype):
         fakes = [
             t.to("cuda", dtype if t.dim() == 4 and t.is_floating_point() else t.dtype)
             if torch.is_tensor(t)
-            else t
+            else (dtype if isinstance(t, torch.dtype) else t)
             for t in arguments
         ]
         told = getattr(torch.ops.fastcnn, name)(*fakes)
@@ -194,7 +203,7 @@ def test_tracing_tells_the_results_layout(name, dtype):
     check_tracing(name, dtype)
 
 
-@pytest.mark.parametrize("name", [n for n in ops.OP_NAMES if n != "bn_stats"])
+@pytest.mark.parametrize("name", [n for n in ops.OP_NAMES if n not in ("bn_stats", "augment")])
 def test_wrong_strides_in_tracing_are_seen(name, monkeypatch):
     """The planted error: tracing is told NCHW memory. (opcheck looks at strides on CUDA alone.)"""
     monkeypatch.setattr(ops, "_like", lambda x: x.new_empty(x.shape))

@@ -1,7 +1,9 @@
 """What only a GPU can show of the ops: streams, graphs, no waiting, more than 2^31 values."""
 
+import augment_cases
 import pytest
 import torch
+from augment_cases import FULL
 from op_cases import Case, call, kinds, run, tensors_of
 
 from fastcnn import ops
@@ -101,3 +103,54 @@ def test_two_devices_are_kept_apart():
     t = tensors_of(case, torch.float32, "cuda:1")
     with torch.cuda.device(0):
         assert call(ops, case, t).device.index == 1
+
+
+# augment
+
+
+def test_augment_on_a_side_stream_and_without_waiting():
+    t = augment_cases.tensors_of(FULL, "cuda")
+    want = augment_cases.call(ops, FULL, t, torch.bfloat16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            slow = t | {"images": torch.zeros_like(t["images"])}
+            torch.cuda._sleep(20_000_000)
+            slow["images"].copy_(t["images"])
+            got = augment_cases.call(ops, FULL, slow, torch.bfloat16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    torch.testing.assert_close(got, want, **SAME_BITS)
+
+
+def test_a_graph_of_augment_makes_the_batch_that_at_names():
+    t = augment_cases.tensors_of(FULL, "cuda")
+    places = [[0, 0], [0, 9], [1, 0], [5, 20]]
+    wanted = []
+    for place in places:
+        t["at"].copy_(torch.tensor(place))
+        wanted.append(augment_cases.call(ops, FULL, t, torch.bfloat16))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = augment_cases.call(ops, FULL, t, torch.bfloat16)
+    for place, want in zip(places, wanted, strict=True):
+        t["at"].copy_(torch.tensor(place))
+        graph.replay()
+        torch.testing.assert_close(got, want, **SAME_BITS)
+
+
+def test_augment_makes_more_values_than_32_bits_count():
+    case = augment_cases.Case(1024, 1024, padding=4, flip="random")
+    if torch.cuda.mem_get_info()[0] < 8 * 2**30:
+        pytest.skip("needs 8 GiB of GPU memory")
+    t = augment_cases.tensors_of(case, "cuda", samples=3, position=0)
+    count = 2**31 // (1024 * 1024 * 3) + 2
+    x, y = augment_cases.call(ops, case, t, torch.bfloat16, count=count)
+    assert x.numel() > 2**31
+    first, labels = augment_cases.call(ops, case, t, torch.bfloat16, count=3)
+    for i in (0, count // 2, count - 1):
+        assert torch.equal(x[i], first[i % 3])
+        assert y[i] == labels[i % 3]

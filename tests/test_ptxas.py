@@ -27,7 +27,7 @@ ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(sm_\d+)'")
 FIGURES = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
 KERNEL = re.compile(
-    r"\d+(bn_[a-z_]+_kernel)(?:I(f|6__half|13__nv_bfloat16)((?:L(?:i|b|N\w*?PassE)\d+E)*)E)?"
+    r"\d+(bn_[a-z_]+_kernel|augment_kernel)(?:I(f|6__half|13__nv_bfloat16)((?:L(?:i|b|N\w*?PassE)\d+E)*)E)?"
 )
 PASSES = ("reduce", "apply", "single")
 
@@ -67,7 +67,9 @@ def expected_kernels() -> set[str]:
     names |= {"bn_act_backward_finalise_kernel"}
     for number, wide in WIDE.items():
         pools = [(wide, 2), (4, 3), (1, 0)]
-        names |= {f"bn_stats_kernel<{number}, {v}>" for v in (wide, 1)}
+        names |= {
+            f"{op}_kernel<{number}, {v}>" for op in ("bn_stats", "augment") for v in (wide, 1)
+        }
         for v, residual in itertools.product((wide, 1), (0, 1)):
             names.add(f"bn_act_kernel<{number}, {v}, {residual}>")
         names |= {f"bn_act_pool_kernel<{number}, {v}, {window}>" for v, window in pools}

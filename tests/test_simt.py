@@ -30,23 +30,6 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    return harness.compile_module(tmp_path_factory.mktemp("simt"), ["-O2"])
-
-
-@pytest.fixture(scope="session")
-def kernels(compiled):
-    return harness.load_module(compiled)
-
-
-@pytest.fixture
-def chain(kernels):
-    yield Chain(kernels)
-    kernels.descending(False)
-    kernels.only_blocks(0, -1)
-
-
 def judge(found, truth, plain, terms):
     """Error against fp64 at most twice plain torch's in this dtype, plus one rounding unit; and
     in the mean over a tensor, where that says something, half a unit whatever torch's error is."""
@@ -370,14 +353,10 @@ def test_sanitizers_find_nothing_but_a_planted_overrun(tmp_path):
 def test_a_barrier_that_is_missing_is_seen(compiled, tmp_path):
     plant = harness.Plant(compiled.parent, "bn_stats.cu", "common.cuh", "__syncthreads();", "")
     path = harness.compile_module(tmp_path, ["-O2"], plant)
-    # a process has one module of a name
-    program = f"""
-import sys
-sys.path.insert(0, {str(harness.HERE.parent)!r})
-from simt import chain, harness
-data = chain.inputs((2, 24, 11, 9), chain.torch.float32, case := chain.Case())
-found = chain.Chain(harness.load_module(harness.Path({str(path)!r}))).run(data, case)
-print(found["mean"].isnan().all())
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout == "tensor(True)\n", done.stderr
+    found = harness.run_apart(
+        path,
+        "data = chain.inputs((2, 24, 11, 9), chain.torch.float32, case := chain.Case())\n"
+        "found = chain.Chain(kernels).run(data, case)\n"
+        'print(found["mean"].isnan().all())\n',
+    )
+    assert found == "tensor(True)\n"

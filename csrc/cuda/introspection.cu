@@ -15,6 +15,7 @@ std::vector<Kernel> bn_act_kernels();
 std::vector<Kernel> bn_act_pool_kernels();
 std::vector<Kernel> bn_act_backward_kernels();
 std::vector<Kernel> bn_act_pool_backward_kernels();
+std::vector<Kernel> augment_kernels();
 
 namespace {
 
@@ -22,7 +23,8 @@ const std::vector<Kernel>& all_kernels() {
   static const std::vector<Kernel> kernels = [] {
     std::vector<Kernel> all;
     for (const auto& some : {bn_stats_kernels(), bn_act_kernels(), bn_act_pool_kernels(),
-                             bn_act_backward_kernels(), bn_act_pool_backward_kernels()})
+                             bn_act_backward_kernels(), bn_act_pool_backward_kernels(),
+                             augment_kernels()})
       all.insert(all.end(), some.begin(), some.end());
     return all;
   }();
@@ -71,6 +73,14 @@ cudaError_t launch_op(const std::string& op, Dtype dtype, const Sizes& sizes, co
   }
   if (op == "bn_act_backward" || op == "bn_act_pool_backward")
     return launch_backward_of(op, dtype, sizes, pool);
+  if (op == "augment") {
+    Augment args{};
+    args.dtype = dtype;
+    args.count = sizes.n;
+    args.h = static_cast<int>(sizes.p);
+    args.w = static_cast<int>(sizes.q);
+    return launch_augment(args, nullptr);
+  }
   throw std::invalid_argument("no op '" + op + "'");
 }
 

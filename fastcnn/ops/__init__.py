@@ -1,4 +1,5 @@
-"""What follows a convolution or a linear layer, each in one fused kernel for CPU and CUDA tensors.
+"""What follows a convolution or a linear layer, each in one fused kernel for CPU and CUDA tensors;
+and the augmentation of a batch (augmentation.py).
 
 The public functions have the names, arguments and results of `fastcnn.ops.reference`, the same in
 plain torch. They work on channels-last memory (NHWC) alone: another layout is an error, never a
@@ -7,8 +8,8 @@ statistics are fp32 (fp64 where the activations are). Under autocast an op compu
 its x and casts nothing. There is no second derivative, no forward-mode one and no rule for the
 transforms of torch.func: each is an error.
 
-Below, one block an op of the library: schema, shapes for tracing, gradient. csrc/bindings.cpp
-registers the kernels. `load()` builds the library if need be; the first call of a public function
+Below, one block an op of the library: schema, shapes for tracing, gradient. csrc/bindings*
+register the kernels. `load()` builds the library if need be; the first call of a public function
 does it as well, but not inside torch.compile.
 """
 
@@ -17,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcnn.ops.augmentation import augment
 from fastcnn.ops.loading import DTYPES, define, has_kernels, load, ready, schemas, supports
 from fastcnn.ops.reference import require_same_shape
 
 __all__ = [
     "DTYPES",
     "OP_NAMES",
+    "augment",
     "bias_act",
     "bias_act_pool",
     "bn_act",
@@ -42,6 +45,7 @@ OP_NAMES = (
     "bias_act_backward",
     "bias_act_pool",
     "bias_act_pool_backward",
+    "augment",
 )
 _ops = torch.ops.fastcnn
 

@@ -104,7 +104,7 @@ def library_steps(source: Path, archs: tuple[str, ...]) -> list[Step]:
     steps = _nvcc_steps(source, archs, compiler[0]) if archs else []
     torch_include = str(Path(torch.__file__).parent / "include")
     flags = [*FLAGS, *TORCH_DEFINES, *_flags(source, archs), "-isystem", torch_include]
-    for path in [source / "bindings.cpp", *sorted((source / "cpu").glob("*.cpp"))]:
+    for path in [*sorted(source.glob("bindings*.cpp")), *sorted((source / "cpu").glob("*.cpp"))]:
         output = _object(source, path)
         steps.append(Step(output, [*compiler, *flags, "-c", str(path), "-o", output]))
     objects = tuple(step.output for step in steps)

@@ -1,8 +1,10 @@
 // Runs every CPU op on odd shapes with buffers of exactly the size that it may touch, each in an
 // allocation of its own, so that a sanitizer sees any access beside them.
+#include <algorithm>
 #include <cstdio>
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cpu/cpu.h"
@@ -64,6 +66,29 @@ void run(Dtype dtype, Sizes sizes, Pool pool) {
                             threads);
 }
 
+// every option on images of one size: 4 of them, of which a batch of 5 takes two twice
+void run_augment(Dtype dtype, int h, int w) {
+  const int64_t samples = 4, count = 5, values = int64_t{h} * w * 3;
+  Buffer images(samples * values, 1), scale(3, 4), bias(3, 4), pixel_bias(values, 4), fill(3, 4);
+  Buffer x(count * values, size_of(dtype), false), y(count, 8, false);
+  const std::vector<int64_t> labels{7, 8, 9, 10}, order{3, 1, 0}, at{1, 2};
+  const auto floats = [](Buffer& buffer) { return static_cast<const float*>(buffer.data()); };
+  for (const bool reflect : {true, false})
+    for (const Flip flip : {Flip::none, Flip::random, Flip::alternating})
+      for (const int cutout : {0, 3, 3 * w}) {
+        Augment args{dtype, count, h, w, static_cast<uint8_t*>(images.data())};
+        args.labels = labels.data(), args.order = order.data(), args.at = at.data();
+        args.length = int64_t(order.size());
+        args.scale = floats(scale), args.fill = floats(fill);
+        args.bias_of_pixels = flip == Flip::random;
+        args.bias = floats(args.bias_of_pixels ? pixel_bias : bias);
+        args.seed = 5, args.reflect = reflect, args.flip = flip, args.cutout = cutout;
+        args.padding = reflect ? std::min(h, w) - 1 : 2 * std::max(h, w);
+        args.x = x.data(), args.y = static_cast<int64_t*>(y.data());
+        cpu::augment(args, threads);
+      }
+}
+
 }  // namespace
 
 int main() {
@@ -74,5 +99,7 @@ int main() {
   for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f64})
     for (const Sizes& sizes : shapes)
       for (const Pool& pool : pools) run(dtype, sizes, pool);
+  for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f64})
+    for (const auto& [h, w] : {std::pair{1, 1}, {5, 7}, {16, 8}}) run_augment(dtype, h, w);
   std::puts("clean");
 }

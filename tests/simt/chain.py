@@ -113,12 +113,30 @@ class Chain:
             assert (raw[end:] == 0xFF).all()
 
     def call(self, op: str, like: Tensor, /, **arguments) -> None:
-        sizes = tuple(like.shape)
+        self.launch(op, like.dtype, sizes=tuple(like.shape), **arguments)
+
+    def launch(self, op: str, dtype: torch.dtype, **arguments) -> None:
         plain = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in arguments.items()}
         given = {k: v for k, v in plain.items() if v is not None}
-        dtype = str(like.dtype).removeprefix("torch.")
-        status = getattr(self.kernels, op)(sizes=sizes, dtype=dtype, **given)
+        status = getattr(self.kernels, op)(dtype=str(dtype).removeprefix("torch."), **given)
         assert status == 0, f"{op}: cudaError {status}"
+
+    def augment(self, images, labels, order, at, count, scale, bias, fill, *, dtype, **options):
+        """The op with the arguments of fastcnn.ops.augment; its tensors are fenced as well."""
+        _, height, width, _ = images.shape
+        named = {"images": images, "labels": labels, "order": order, "at": at}
+        named |= {"scale": scale, "bias": bias, "fill": fill}
+        fenced = {
+            name: self.buffer(t.shape, t.dtype, t, workspace=True) for name, t in named.items()
+        }
+        x = self.buffer((count, height, width, 3), dtype)
+        y = self.buffer((count,), torch.int64, workspace=True)
+        options["flip"] = reference.FLIPS.index(options["flip"])
+        sizes = {"count": count, "h": height, "w": width, "length": len(order)}
+        pixels = {"bias_of_pixels": bias.dim() == 3}
+        self.launch("augment", dtype, **fenced, **sizes, **pixels, **options, x=x, y=y)
+        self.check_fences()
+        return nchw(x), y
 
     def statistics(self, x: Tensor, data: Inputs, training: bool, pre_slope: float):
         """mean, rstd, running mean, running variance."""

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -93,6 +94,17 @@ def load_module(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def run_apart(path: Path, program: str) -> str:
+    """Return what a program prints that finds the module at `path` as `kernels`, beside `chain`:
+    a process has one module of a name."""
+    head = f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); from simt import chain, harness"
+    load = f"kernels = harness.load_module(harness.Path({str(path)!r}))"
+    command = [sys.executable, "-c", f"{head}\n{load}\n{program}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def _run(command: list[str]) -> None:

@@ -91,6 +91,22 @@ int bn_act_pool_backward(const py::kwargs& kwargs) {
       nullptr);
 }
 
+int augment(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  const auto integers = [&](const char* name) {
+    return static_cast<int64_t*>(f.pointer(name));
+  };
+  const auto floats = [&](const char* name) { return static_cast<float*>(f.pointer(name)); };
+  return cuda::launch_augment(
+      {f.dtype(), f.value<int64_t>("count"), f.value<int>("h"), f.value<int>("w"),
+       static_cast<uint8_t*>(f.pointer("images")), integers("labels"), integers("order"),
+       f.value<int64_t>("length"), integers("at"), floats("scale"), floats("bias"),
+       f.value<bool>("bias_of_pixels"), floats("fill"), f.value<int64_t>("seed"),
+       f.value<int>("padding"), f.value<bool>("reflect"), static_cast<Flip>(f.value<int>("flip")),
+       f.value<int>("cutout"), f.pointer("x"), integers("y")},
+      nullptr);
+}
+
 py::list launch_configuration(const py::kwargs& kwargs) {
   const Fields f{kwargs};
   py::list launches;
@@ -109,6 +125,7 @@ PYBIND11_MODULE(simt_kernels, module) {
   module.def("bn_act_pool", &bn_act_pool);
   module.def("bn_act_backward", &bn_act_backward);
   module.def("bn_act_pool_backward", &bn_act_pool_backward);
+  module.def("augment", &augment);
   module.def("launch_configuration", &launch_configuration);
   module.def("bn_stats_workspace", [](int64_t n, int64_t p, int64_t q, int64_t k) {
     return cuda::bn_stats_workspace({n, p, q, k});

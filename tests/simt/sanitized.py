@@ -9,6 +9,8 @@ import struct
 import sys
 
 SIZES = [(2, 3, 5, 17), (1, 2, 7, 24), (3, 1, 1, 3), (2, 5, 4, 32), (1, 4, 3, 1), (0, 2, 2, 8)]
+# images: count, height, width; the rows of the last are vectors of every dtype
+IMAGES = [(3, 5, 7), (1, 1, 1), (2, 9, 4), (5, 17, 24)]
 POOLS = [(2, 2, 0), (3, 2, 0), (3, 2, 1), (3, 1, 1), (4, 3, 2)]
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -81,6 +83,31 @@ def run(kernels, sizes, dtype):
     heap.release()
 
 
+def augment(kernels, sizes, dtype):
+    heap = Heap(kernels)
+    count, h, w = sizes
+    samples, order = 4, [3, 0, 3]
+    values = h * w * 3
+    tensors = {
+        "images": heap.block(random.randbytes(samples * values)),
+        "labels": heap.block(struct.pack("4q", *range(samples))),
+        "order": heap.block(struct.pack("3q", *order)),
+        "at": heap.block(struct.pack("2q", 1, 2)),
+        "scale": heap.values("float32", 3),
+        "fill": heap.values("float32", 3),
+        "x": heap.output(count * values * ITEM_BYTES[dtype]),
+        "y": heap.output(count * 8),
+    }
+    common = {"count": count, "h": h, "w": w, "dtype": dtype, "length": len(order), "seed": 5}
+    reflected = {"reflect": True, "padding": min(h, w) - 1}
+    for padded in (reflected, {"reflect": False, "padding": 2 * max(h, w)}):
+        for flip, cutout, of_pixels in ((0, 0, False), (1, 3, True), (2, 3 * w, False)):
+            given = {"flip": flip, "cutout": cutout, "bias_of_pixels": of_pixels}
+            given["bias"] = heap.values("float32", values if of_pixels else 3)
+            assert kernels.augment(**common, **tensors, **padded, **given) == 0
+    heap.release()
+
+
 def main():
     spec = importlib.util.spec_from_file_location("simt_kernels", sys.argv[1])
     kernels = importlib.util.module_from_spec(spec)
@@ -89,6 +116,9 @@ def main():
     for sizes in SIZES:
         for dtype in ITEM_BYTES:
             run(kernels, sizes, dtype)
+    for sizes in IMAGES:
+        for dtype in ITEM_BYTES:
+            augment(kernels, sizes, dtype)
 
 
 if __name__ == "__main__":
