@@ -1,54 +1,22 @@
-// The ops of fastcnn for torch: checks, allocation, device and stream, errors, registration. The
-// only file that sees torch, through its stable ABI; fastcnn/ops/__init__.py holds the schemas.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
+// The ops that follow a convolution, for torch: checks, allocation, registration. What sees torch
+// are the files bindings*, through its stable ABI; fastcnn/ops/__init__.py holds the schemas.
 #include <algorithm>
 #include <climits>
-#include <functional>
-#include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 #include <vector>
 
-#include "arguments.h"
-#include "cpu/cpu.h"
-#ifdef FASTCNN_CUDA
-#include "kernels.h"
-#endif
+#include "bindings.h"
 
 namespace {
 
 using namespace fastcnn;
 using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-
-// STD_TORCH_CHECK's message names a source file, which is of no use to a caller
-#define REQUIRE(condition, ...) \
-  if (!(condition)) fail(__VA_ARGS__)
-
-template <class... Words>
-[[noreturn]] void fail(const Words&... words) {
-  std::ostringstream text;
-  (text << ... << words);
-  throw std::runtime_error(text.str());
-}
 
 // where an op runs: the same calls for both devices
 struct Cpu {
   static constexpr auto stats_workspace = cpu::bn_stats_workspace;
   static constexpr auto backward_workspace = cpu::bn_act_backward_workspace;
 
-  static void parallel(int64_t tasks, const std::function<void(int64_t, int64_t)>& body) {
-    torch::stable::parallel_for(0, tasks, 1, body);
-  }
   static void run(const BnStats& args, const Tensor&) { cpu::bn_stats(args, parallel); }
   static void run(const BnAct& args, const Tensor&) { cpu::bn_act(args, parallel); }
   static void run(const BnActPool& args, const Tensor&) { cpu::bn_act_pool(args, parallel); }
@@ -65,15 +33,6 @@ struct Cuda {
   static constexpr auto stats_workspace = cuda::bn_stats_workspace;
   static constexpr auto backward_workspace = cuda::bn_act_backward_workspace;
 
-  template <class Args>
-  static void enqueue(cudaError_t (*launch)(const Args&, cudaStream_t), const Args& args,
-                      const Tensor& x) {
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    void* stream;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-    const cudaError_t error = launch(args, static_cast<cudaStream_t>(stream));
-    REQUIRE(error == cudaSuccess, "fastcnn kernel: ", cudaGetErrorString(error));
-  }
   static void run(const BnStats& args, const Tensor& x) {
     enqueue(cuda::launch_bn_stats, args, x);
   }
@@ -89,12 +48,6 @@ struct Cuda {
   }
 };
 #endif
-
-std::string shape_of(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return text + "]";
-}
 
 Dtype dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {

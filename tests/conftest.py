@@ -61,6 +61,31 @@ def library():
     return ops.load()
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """The CUDA kernels compiled for the CPU (tests/simt), a file."""
+    from simt import harness
+
+    return harness.compile_module(tmp_path_factory.mktemp("simt"), ["-O2"])
+
+
+@pytest.fixture(scope="session")
+def kernels(compiled):
+    """Their launchers, a module."""
+    from simt import harness
+
+    return harness.load_module(compiled)
+
+
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory):
+    """The same with the address and undefined-behaviour sanitizers, a file."""
+    from simt import harness
+
+    # the compiler takes longer than the program, above -O0
+    return harness.compile_module(tmp_path_factory.mktemp("sanitized"), harness.SANITIZE)
+
+
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     """A cache that nothing was packed into yet."""

@@ -15,6 +15,7 @@ std::vector<Kernel> bn_act_kernels();
 std::vector<Kernel> bn_act_pool_kernels();
 std::vector<Kernel> bn_act_backward_kernels();
 std::vector<Kernel> bn_act_pool_backward_kernels();
+std::vector<Kernel> update_kernels();
 
 namespace {
 
@@ -22,7 +23,8 @@ const std::vector<Kernel>& all_kernels() {
   static const std::vector<Kernel> kernels = [] {
     std::vector<Kernel> all;
     for (const auto& some : {bn_stats_kernels(), bn_act_kernels(), bn_act_pool_kernels(),
-                             bn_act_backward_kernels(), bn_act_pool_backward_kernels()})
+                             bn_act_backward_kernels(), bn_act_pool_backward_kernels(),
+                             update_kernels()})
       all.insert(all.end(), some.begin(), some.end());
     return all;
   }();
@@ -57,6 +59,16 @@ cudaError_t launch_backward_of(const std::string& op, Dtype dtype, const Sizes& 
   return launch_bn_act_pool_backward(args, nullptr);
 }
 
+cudaError_t launch_update_of(const std::string& op, Dtype dtype, const Sizes& sizes) {
+  const UpdateTensor tensor{sizes.elements()};
+  UpdateGroup group{};
+  group.grad_dtype = dtype;
+  group.tensors = &tensor;
+  group.count = 1;
+  if (op == "sgd_") return launch_sgd({group}, nullptr);
+  return launch_adam({group}, nullptr);
+}
+
 cudaError_t launch_op(const std::string& op, Dtype dtype, const Sizes& sizes, const Pool& pool) {
   if (op == "bn_stats") {
     auto args = arguments<BnStats>(dtype, sizes);
@@ -71,6 +83,7 @@ cudaError_t launch_op(const std::string& op, Dtype dtype, const Sizes& sizes, co
   }
   if (op == "bn_act_backward" || op == "bn_act_pool_backward")
     return launch_backward_of(op, dtype, sizes, pool);
+  if (op == "sgd_" || op == "adam_") return launch_update_of(op, dtype, sizes);
   throw std::invalid_argument("no op '" + op + "'");
 }
 

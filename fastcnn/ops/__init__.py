@@ -1,4 +1,5 @@
-"""What follows a convolution or a linear layer, each in one fused kernel for CPU and CUDA tensors.
+"""What follows a convolution or a linear layer, each in one fused kernel for CPU and CUDA tensors;
+and the optimisers' updates (optimizers.py).
 
 The public functions have the names, arguments and results of `fastcnn.ops.reference`, the same in
 plain torch. They work on channels-last memory (NHWC) alone: another layout is an error, never a
@@ -18,17 +19,20 @@ import torch
 from torch import Tensor
 
 from fastcnn.ops.loading import DTYPES, define, has_kernels, load, ready, schemas, supports
+from fastcnn.ops.optimizers import adam_, sgd_
 from fastcnn.ops.reference import require_same_shape
 
 __all__ = [
     "DTYPES",
     "OP_NAMES",
+    "adam_",
     "bias_act",
     "bias_act_pool",
     "bn_act",
     "bn_act_pool",
     "has_kernels",
     "load",
+    "sgd_",
     "supports",
 ]
 
@@ -42,6 +46,8 @@ OP_NAMES = (
     "bias_act_backward",
     "bias_act_pool",
     "bias_act_pool_backward",
+    "sgd_",
+    "adam_",
 )
 _ops = torch.ops.fastcnn
 
