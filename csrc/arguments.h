@@ -4,6 +4,8 @@
 // A layer without pixels, (N, K), has P = Q = 1. An activation is its negative slope: 1 none,
 // 0 ReLU, 0.01 leaky ReLU. Memory is the caller's; every buffer is written whole, none is read
 // before it is written, so that nothing needs to be cleared.
+//
+// An update works on flat memory: the tensors of a parameter have the same strides, without gaps.
 #pragma once
 
 #include <cstdint>
@@ -148,6 +150,52 @@ struct Augment {
   int cutout;
   void* x;
   int64_t* y;
+};
+
+// One parameter of `count` values in flat memory, and what is updated with it; null: not there.
+struct UpdateTensor {
+  int64_t count;
+  void* weight;
+  const void* grad;
+  void* first;    // SGD: momentum; Adam: exp_avg
+  void* second;   // Adam: exp_avg_sq
+  void* copy;     // ← the new weight, rounded
+  void* average;  // ← average + rates[1] · (new weight - average)
+};
+
+// The tensors of one update and what is the same for all of them. Every one or none has a first,
+// a second, a copy and an average. The scalars are fp32 in the memory of the device.
+struct UpdateGroup {
+  Dtype dtype;       // of weights, first, second and averages: f32, or f64 on the CPU
+  Dtype grad_dtype;  // f32, bf16, f16; f64 where dtype is
+  Dtype copy_dtype;  // bf16, f16; of no meaning without copies
+  const UpdateTensor* tensors;  // read by the launcher alone
+  int64_t count;
+  const float* rates;      // (2,): learning rate, weight of the new weights in the averages
+  const float* factor;     // that gradients are multiplied by; null: 1
+  const float* found_inf;  // not 0: weight, first, second and copy stay; null: 0
+};
+
+// g = factor · grad (+ decay · w);  w ← w · (1 - lr · decay) if decoupled
+// first ← momentum · first + g;  w ← w - lr · (first, or g + momentum · first if nesterov)
+// Without first: w ← w - lr · g.
+struct Sgd {
+  UpdateGroup group;
+  double decay;
+  bool decoupled;
+  double momentum;
+  bool nesterov;
+};
+
+// g and decay as above;  first ← beta1 · first + (1 - beta1) · g
+// second ← beta2 · second + (1 - beta2) · g²;  with c = 1 - beta^steps,
+// w ← w - lr / c1 · first / (sqrt(second) / sqrt(c2) + eps)
+struct Adam {
+  UpdateGroup group;
+  const float* steps;  // the number of this step, from 1
+  double decay;
+  bool decoupled;
+  double beta1, beta2, eps;
 };
 
 }  // namespace fastcnn

@@ -1,7 +1,9 @@
-// What follows a convolution, for torch: checks, allocation, registration. fastcnn/ops/__init__.py
-// holds the schemas.
+// The ops that follow a convolution, for torch: checks, allocation, registration. What sees torch
+// are the files bindings*, through its stable ABI; fastcnn/ops/__init__.py holds the schemas.
 #include <algorithm>
 #include <climits>
+#include <tuple>
+#include <vector>
 
 #include "bindings.h"
 
@@ -45,6 +47,25 @@ struct Cuda {
   }
 };
 #endif
+
+Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      REQUIRE(!x.is_cpu(), "x: expected float32, bfloat16 or float64 on the CPU, got "
+                                   "float16; use backend torch");
+      return Dtype::f16;
+    case ScalarType::Double:
+      REQUIRE(x.is_cpu(), "x: expected float32, bfloat16 or float16 on a GPU, got float64; "
+                                  "use backend torch");
+      return Dtype::f64;
+    default:
+      fail("x: expected a floating-point tensor, got scalar type ", int(x.scalar_type()));
+  }
+}
 
 // of parameters, statistics and sums
 ScalarType parameter_type(const Tensor& x) {

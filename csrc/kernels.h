@@ -23,10 +23,13 @@ cudaError_t launch_bn_act_pool(const BnActPool& args, cudaStream_t stream);
 cudaError_t launch_bn_act_backward(const BnActBackward& args, cudaStream_t stream);
 cudaError_t launch_bn_act_pool_backward(const BnActPoolBackward& args, cudaStream_t stream);
 cudaError_t launch_augment(const Augment& args, cudaStream_t stream);
+cudaError_t launch_sgd(const Sgd& args, cudaStream_t stream);
+cudaError_t launch_adam(const Adam& args, cudaStream_t stream);
 
 // The launches of an op ("bn_stats", ..., "augment"), in order, for sizes of x: a
-// function of shape, dtype and pool alone. 16-byte aligned tensors; training, no residual. Throws
-// std::invalid_argument for an unknown op or a dtype without kernels.
+// function of shape, dtype and pool alone. 16-byte aligned tensors; training, no residual. "sgd_",
+// "adam_": one parameter of so many values, gradients of this dtype. Throws std::invalid_argument
+// for an unknown op or a dtype without kernels.
 struct LaunchConfiguration {
   std::string kernel;
   dim3 grid, block;

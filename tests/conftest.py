@@ -63,7 +63,7 @@ def library():
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    """csrc/cuda, compiled for the CPU (tests/simt)."""
+    """The CUDA kernels compiled for the CPU (tests/simt), a file."""
     from simt import harness
 
     return harness.compile_module(tmp_path_factory.mktemp("simt"), ["-O2"])
@@ -71,7 +71,7 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def kernels(compiled):
-    """The launchers of csrc/kernels.h, run on the CPU."""
+    """Their launchers, a module."""
     from simt import harness
 
     return harness.load_module(compiled)
@@ -85,6 +85,15 @@ def chain(kernels):
     yield Chain(kernels)
     kernels.descending(False)
     kernels.only_blocks(0, -1)
+
+
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory):
+    """The same with the address and undefined-behaviour sanitizers, a file."""
+    from simt import harness
+
+    # the compiler takes longer than the program, above -O0
+    return harness.compile_module(tmp_path_factory.mktemp("sanitized"), harness.SANITIZE)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from fastcnn.ops import toolchain
 ROOT = Path(__file__).parents[1]
 CPU = ROOT / "csrc" / "cpu"
 FLAGS = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=fast", "-Wno-psabi", "-pthread"]
-FLAGS += [f"-I{CPU.parent}", f"-I{CPU}"]
+FLAGS += ["-fno-math-errno", f"-I{CPU.parent}", f"-I{CPU}"]
 ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREAD = ("-fsanitize=thread",)
 SOURCES = (ROOT / "tests/cpu/driver.cpp", *sorted(CPU.glob("*.cpp")))
@@ -55,15 +55,22 @@ def test_no_two_threads_write_the_same(tmp_path):
     assert (ran.returncode, ran.stdout) == (0, "clean\n"), ran.stderr[:2000]
 
 
-def test_an_overrun_is_seen(address_objects, tmp_path):
-    """The planted error: dx is written one value too far."""
-    text = (CPU / "bn_act.cpp").read_text()
-    planted = text.replace("store<W>(dx + at, pre.none()", "store<W>(dx + at + 1, pre.none()")
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("bn_act.cpp", "store<W>(dx + at, pre.none()", "store<W>(dx + at + 1, pre.none()"),
+        ("update.cpp", "std::min(kTileCount, tasks[i].end - at)", "kTileCount"),
+    ],
+)
+def test_an_overrun_is_seen(address_objects, tmp_path, name, old, new):
+    """The planted error: dx one value too far, or a tensor's last tile a whole one."""
+    text = (CPU / name).read_text()
+    planted = text.replace(old, new)
     assert planted != text
-    source = tmp_path / "bn_act.cpp"
+    source = tmp_path / name
     source.write_text(planted)
-    compile_with(ADDRESS, "-c", source, "-o", tmp_path / "bn_act.o")
-    objects = (address_objects | {"bn_act.cpp": tmp_path / "bn_act.o"}).values()
+    compile_with(ADDRESS, "-c", source, "-o", tmp_path / "planted.o")
+    objects = (address_objects | {name: tmp_path / "planted.o"}).values()
     ran = link_and_run(ADDRESS, objects, tmp_path / "driver")
     assert ran.returncode != 0
     assert "heap-buffer-overflow" in ran.stderr

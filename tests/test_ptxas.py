@@ -29,6 +29,7 @@ REGISTERS = re.compile(r"Used (\d+) registers")
 KERNEL = re.compile(
     r"\d+(bn_[a-z_]+_kernel|augment_kernel)(?:I(f|6__half|13__nv_bfloat16)((?:L(?:i|b|N\w*?PassE)\d+E)*)E)?"
 )
+UPDATE = re.compile(r"\d+update_kernelI(f|6__half|13__nv_bfloat16)N\w*?_\d(Sgd|Adam)RuleE")
 PASSES = ("reduce", "apply", "single")
 
 
@@ -39,6 +40,8 @@ class Figures(NamedTuple):
 
 def kernel_name(mangled: str) -> str:
     """bn_act_kernel<bf16, 8, 1> of its mangled name, as csrc/cuda/introspection.cu names it."""
+    if update := UPDATE.search(mangled):
+        return f"update_kernel<{TYPES[update[1]]}, {update[2].lower()}>"
     found = KERNEL.search(mangled)
     assert found, mangled
     name, number, rest = found.groups()
@@ -66,6 +69,7 @@ def expected_kernels() -> set[str]:
     names = {"bn_stats_finalise_kernel", "bn_stats_running_kernel"}
     names |= {"bn_act_backward_finalise_kernel"}
     for number, wide in WIDE.items():
+        names |= {f"update_kernel<{number}, {rule}>" for rule in ("sgd", "adam")}
         pools = [(wide, 2), (4, 3), (1, 0)]
         names |= {
             f"{op}_kernel<{number}, {v}>" for op in ("bn_stats", "augment") for v in (wide, 1)
@@ -86,6 +90,8 @@ def row_of(kernel: str) -> tuple[str, str]:
         return kernel, ""
     name, arguments = kernel.rstrip(">").split("<")
     number, width, *rest = arguments.split(", ")
+    if name == "update_kernel":
+        return f"{name}, {width}", number
     words = ["1 value" if width == "1" else f"{int(width) * 4 // WIDE[number] * 4} bytes"]
     if "backward" in name:
         *rest, index = rest
@@ -153,7 +159,14 @@ LNS0_4PassE2EEEvNS1_E' for 'sm_90'
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 80 registers
 """
+    log += """
+ptxas info    : Compiling entry function '_ZN7fastcnn4cuda41_GLOBAL__N__992_9_update_cu_ead5082e13\
+update_kernelI6__halfNS1_8AdamRuleEEEvNS1_11UpdateTableET0_' for 'sm_80'
+    0 bytes stack frame, 4 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 68 registers
+"""
     assert parse(log) == {
+        ("update_kernel<f16, adam>", "sm_80"): Figures(68, 4),
         ("bn_act_kernel<bf16, 8, 1>", "sm_80"): Figures(72, 16),
         ("bn_act_pool_backward_kernel<f16, 4, 3, 2>", "sm_90"): Figures(80, 0),
     }

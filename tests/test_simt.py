@@ -335,17 +335,13 @@ def sanitized_run(path):
 
 
 @pytest.mark.slow
-def test_sanitizers_find_nothing_but_a_planted_overrun(tmp_path):
-    right, planted = tmp_path / "right", tmp_path / "planted"
-    right.mkdir()
-    planted.mkdir()
-    flags = ["-O0", *harness.SANITIZE]  # the compiler takes longer than the program, above -O0
-    done = sanitized_run(harness.compile_module(right, flags))
+def test_sanitizers_find_nothing_but_a_planted_overrun(sanitized, tmp_path):
+    done = sanitized_run(sanitized)
     assert done.returncode == 0, done.stderr[-3000:]
     plant = harness.Plant(
-        right, "bn_act.cu", "bn_act.cu", "walk.step >= at.end", "walk.step > at.end"
+        sanitized.parent, "bn_act.cu", "bn_act.cu", "walk.step >= at.end", "walk.step > at.end"
     )
-    done = sanitized_run(harness.compile_module(planted, flags, plant))
+    done = sanitized_run(harness.compile_module(tmp_path, harness.SANITIZE, plant))
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
 

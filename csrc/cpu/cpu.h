@@ -24,5 +24,7 @@ void bn_act_pool(const BnActPool& args, const Parallel& parallel);
 void bn_act_backward(const BnActBackward& args, const Parallel& parallel);
 void bn_act_pool_backward(const BnActPoolBackward& args, const Parallel& parallel);
 void augment(const Augment& args, const Parallel& parallel);
+void sgd(const Sgd& args, const Parallel& parallel);
+void adam(const Adam& args, const Parallel& parallel);
 
 }  // namespace fastcnn::cpu

@@ -16,6 +16,7 @@ std::vector<Kernel> bn_act_pool_kernels();
 std::vector<Kernel> bn_act_backward_kernels();
 std::vector<Kernel> bn_act_pool_backward_kernels();
 std::vector<Kernel> augment_kernels();
+std::vector<Kernel> update_kernels();
 
 namespace {
 
@@ -24,7 +25,7 @@ const std::vector<Kernel>& all_kernels() {
     std::vector<Kernel> all;
     for (const auto& some : {bn_stats_kernels(), bn_act_kernels(), bn_act_pool_kernels(),
                              bn_act_backward_kernels(), bn_act_pool_backward_kernels(),
-                             augment_kernels()})
+                             augment_kernels(), update_kernels()})
       all.insert(all.end(), some.begin(), some.end());
     return all;
   }();
@@ -59,6 +60,16 @@ cudaError_t launch_backward_of(const std::string& op, Dtype dtype, const Sizes& 
   return launch_bn_act_pool_backward(args, nullptr);
 }
 
+cudaError_t launch_update_of(const std::string& op, Dtype dtype, const Sizes& sizes) {
+  const UpdateTensor tensor{sizes.elements()};
+  UpdateGroup group{};
+  group.grad_dtype = dtype;
+  group.tensors = &tensor;
+  group.count = 1;
+  if (op == "sgd_") return launch_sgd({group}, nullptr);
+  return launch_adam({group}, nullptr);
+}
+
 cudaError_t launch_op(const std::string& op, Dtype dtype, const Sizes& sizes, const Pool& pool) {
   if (op == "bn_stats") {
     auto args = arguments<BnStats>(dtype, sizes);
@@ -81,6 +92,7 @@ cudaError_t launch_op(const std::string& op, Dtype dtype, const Sizes& sizes, co
     args.w = static_cast<int>(sizes.q);
     return launch_augment(args, nullptr);
   }
+  if (op == "sgd_" || op == "adam_") return launch_update_of(op, dtype, sizes);
   throw std::invalid_argument("no op '" + op + "'");
 }
 

@@ -1,5 +1,6 @@
 """What follows a convolution or a linear layer, each in one fused kernel for CPU and CUDA tensors;
-and the augmentation of a batch (augmentation.py).
+and what surrounds a step: the augmentation of a batch (augmentation.py) and the optimisers' updates
+(optimizers.py).
 
 The public functions have the names, arguments and results of `fastcnn.ops.reference`, the same in
 plain torch. They work on channels-last memory (NHWC) alone: another layout is an error, never a
@@ -20,11 +21,13 @@ from torch import Tensor
 
 from fastcnn.ops.augmentation import augment
 from fastcnn.ops.loading import DTYPES, define, has_kernels, load, ready, schemas, supports
+from fastcnn.ops.optimizers import adam_, sgd_
 from fastcnn.ops.reference import require_same_shape
 
 __all__ = [
     "DTYPES",
     "OP_NAMES",
+    "adam_",
     "augment",
     "bias_act",
     "bias_act_pool",
@@ -32,6 +35,7 @@ __all__ = [
     "bn_act_pool",
     "has_kernels",
     "load",
+    "sgd_",
     "supports",
 ]
 
@@ -46,6 +50,8 @@ OP_NAMES = (
     "bias_act_pool",
     "bias_act_pool_backward",
     "augment",
+    "sgd_",
+    "adam_",
 )
 _ops = torch.ops.fastcnn
 

@@ -22,9 +22,10 @@ from fastcnn.ops.gpu_archs import gencode_flags
 
 FORMAT = 1  # of a key and a stamp
 LIBRARY = "libfastcnn_ops.so"
-# -march=native makes the CPU's features a part of the key; the target version is that of the
-# oldest torch allowed
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-Wno-psabi"]
+# -march=native makes the CPU's features a part of the key; a square root that sets errno is not
+# vectorised; the target version is that of the oldest torch allowed
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno"]
+FLAGS += ["-fPIC", "-Wno-psabi"]
 TORCH_DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 NVCC_FLAGS = [
     *["--std=c++17", "-O3", "--expt-relaxed-constexpr", "-lineinfo"],

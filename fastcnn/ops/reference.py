@@ -1,6 +1,7 @@
 """Every op of fastcnn in plain torch: the oracle that faster versions are judged against.
 
-First what follows a layer, then `augment`, which makes a batch of images.
+First what follows a layer, then `augment`, which makes a batch of images; the optimisers' updates
+are those of reference_update.py.
 
 An op is what follows a convolution or a linear layer: [activation] → normalisation (or bias) →
 [+ residual] → [activation] → [max-pool]. An activation is its negative slope: 1 none, 0 ReLU,
@@ -15,6 +16,18 @@ under autocast.
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fastcnn.ops.reference_update import adam_, sgd_
+
+__all__ = [
+    "adam_",
+    "augment",
+    "bias_act",
+    "bias_act_pool",
+    "bn_act",
+    "bn_act_pool",
+    "sgd_",
+]
 
 FLIPS = ("none", "random", "alternating")
 _MASK = 2**32 - 1

@@ -89,6 +89,34 @@ void run_augment(Dtype dtype, int h, int w) {
       }
 }
 
+// both updates, with everything that may be there and with nothing
+void update(Dtype dtype) {
+  const Dtype wide = dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+  const int64_t counts[] = {0, 1, 3, 1023, 1024, 1025, 16384, 40001};
+  const float rates[] = {0.1f, 0.2f}, factor = 0.5f, found_inf[] = {0, 1}, steps = 3;
+  std::vector<Buffer> buffers;
+  std::vector<UpdateTensor> tensors, bare;
+  for (int64_t count : counts) {
+    for (Dtype type : {wide, dtype, wide, wide, Dtype::bf16, wide})
+      buffers.emplace_back(count, size_of(type));
+    const auto at = [&](int i) { return buffers[buffers.size() - 6 + i].data(); };
+    void* copy = wide == Dtype::f64 ? nullptr : at(4);
+    tensors.push_back({count, at(0), at(1), at(2), at(3), copy, at(5)});
+    bare.push_back({count, at(0), at(1)});
+  }
+  for (bool decoupled : {false, true})
+    for (const float& found : found_inf) {
+      const UpdateGroup group{wide,           dtype, Dtype::bf16, tensors.data(),
+                              int64_t(tensors.size()), rates, &factor, &found};
+      cpu::sgd({group, 0.1, decoupled, 0.9, decoupled}, threads);
+      cpu::adam({group, &steps, 0.1, decoupled, 0.9, 0.99, 1e-8}, threads);
+      cpu::adam({group, &steps, 0.1, decoupled, 0, 0.99, 1e-8}, threads);
+    }
+  const UpdateGroup group{wide,           dtype, Dtype::bf16, bare.data(), int64_t(bare.size()),
+                          rates, nullptr, nullptr};
+  cpu::sgd({group, 0, false, 0, false}, threads);
+}
+
 }  // namespace
 
 int main() {
@@ -101,5 +129,6 @@ int main() {
       for (const Pool& pool : pools) run(dtype, sizes, pool);
   for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f64})
     for (const auto& [h, w] : {std::pair{1, 1}, {5, 7}, {16, 8}}) run_augment(dtype, h, w);
+  for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f64}) update(dtype);
   std::puts("clean");
 }

@@ -17,7 +17,7 @@ from fastcnn.ops import toolchain
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
+SANITIZE = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
 # alias: a test reads and writes activations as bytes, halves and vectors alike;
 # fortify: its longjmp refuses to leave a fiber
 FLAGS = ["-std=c++17", "-fPIC", "-w", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]

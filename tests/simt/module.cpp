@@ -33,8 +33,8 @@ struct Fields {
     const auto p = value<std::tuple<int, int, int>>("pool");
     return {std::get<0>(p), std::get<1>(p), std::get<2>(p)};
   }
-  Dtype dtype() const {
-    const auto name = value<std::string>("dtype");
+  Dtype dtype(const char* field = "dtype") const {
+    const auto name = value<std::string>(field);
     return name == "float32"    ? Dtype::f32
            : name == "float16"  ? Dtype::f16
            : name == "bfloat16" ? Dtype::bf16
@@ -107,6 +107,43 @@ int augment(const py::kwargs& kwargs) {
       nullptr);
 }
 
+// tensors: (count, weight, grad, first, second, copy, average) each
+struct Group {
+  std::vector<UpdateTensor> tensors;
+  UpdateGroup group;
+
+  explicit Group(const Fields& f) {
+    for (const py::handle tensor : f.values["tensors"]) {
+      const auto t = tensor.cast<std::vector<uintptr_t>>();
+      const auto at = [&](int i) { return reinterpret_cast<void*>(t[i]); };
+      tensors.push_back({int64_t(t[0]), at(1), at(2), at(3), at(4), at(5), at(6)});
+    }
+    const auto scalar = [&](const char* name) {
+      return static_cast<const float*>(f.pointer(name));
+    };
+    group = {f.dtype(),         f.dtype("grad_dtype"), f.dtype("copy_dtype"), tensors.data(),
+             int64_t(tensors.size()), scalar("rates"), scalar("factor"),      scalar("found_inf")};
+  }
+};
+
+int sgd(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  const Group all(f);
+  return cuda::launch_sgd({all.group, f.value<double>("decay"), f.value<bool>("decoupled"),
+                           f.value<double>("momentum"), f.value<bool>("nesterov")},
+                          nullptr);
+}
+
+int adam(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  const Group all(f);
+  return cuda::launch_adam(
+      {all.group, static_cast<const float*>(f.pointer("steps")), f.value<double>("decay"),
+       f.value<bool>("decoupled"), f.value<double>("beta1"), f.value<double>("beta2"),
+       f.value<double>("eps")},
+      nullptr);
+}
+
 py::list launch_configuration(const py::kwargs& kwargs) {
   const Fields f{kwargs};
   py::list launches;
@@ -126,6 +163,8 @@ PYBIND11_MODULE(simt_kernels, module) {
   module.def("bn_act_backward", &bn_act_backward);
   module.def("bn_act_pool_backward", &bn_act_pool_backward);
   module.def("augment", &augment);
+  module.def("sgd_", &sgd);
+  module.def("adam_", &adam);
   module.def("launch_configuration", &launch_configuration);
   module.def("bn_stats_workspace", [](int64_t n, int64_t p, int64_t q, int64_t k) {
     return cuda::bn_stats_workspace({n, p, q, k});

@@ -12,6 +12,8 @@ SIZES = [(2, 3, 5, 17), (1, 2, 7, 24), (3, 1, 1, 3), (2, 5, 4, 32), (1, 4, 3, 1)
 # images: count, height, width; the rows of the last are vectors of every dtype
 IMAGES = [(3, 5, 7), (1, 1, 1), (2, 9, 4), (5, 17, 24)]
 POOLS = [(2, 2, 0), (3, 2, 0), (3, 2, 1), (3, 1, 1), (4, 3, 2)]
+# values of the tensors that are updated together: tails, two chunks and more, more than one table
+COUNTS = [0, 1, 3, 4, 257, 4099, 8192, *[5] * 60]
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -105,6 +107,30 @@ def augment(kernels, sizes, dtype):
             given = {"flip": flip, "cutout": cutout, "bias_of_pixels": of_pixels}
             given["bias"] = heap.values("float32", values if of_pixels else 3)
             assert kernels.augment(**common, **tensors, **padded, **given) == 0
+
+
+def update(kernels, dtype, shift):
+    """Both updates with everything that may be there; shift: values after a 16-byte boundary."""
+    heap = Heap(kernels)
+
+    def values(dtype, count):
+        return heap.values(dtype, count + shift) + shift * ITEM_BYTES[dtype]
+
+    half = "bfloat16" if dtype == "bfloat16" else "float16"
+    tensors = [
+        (count, *(values(t, count) for t in ("float32", dtype, *["float32"] * 2, half, "float32")))
+        for count in COUNTS
+    ]
+    common = {"dtype": "float32", "grad_dtype": dtype, "copy_dtype": half, "decay": 0.1}
+    for name in ("factor", "found_inf", "steps"):
+        common[name] = heap.block(struct.pack("f", 1.0 if name == "steps" else 0.0))
+    common["rates"] = heap.block(struct.pack("2f", 0.1, 0.2))
+    for decoupled in (True, False):
+        given = {**common, "tensors": tensors, "decoupled": decoupled}
+        assert kernels.sgd_(**given, momentum=0.9, nesterov=True) == 0
+        assert kernels.adam_(**given, beta1=0.9, beta2=0.99, eps=1e-8) == 0
+    bare = [(*tensor[:3], 0, 0, 0, 0) for tensor in tensors]
+    assert kernels.sgd_(**common, tensors=bare, decoupled=True, momentum=0, nesterov=False) == 0
     heap.release()
 
 
@@ -119,6 +145,9 @@ def main():
     for sizes in IMAGES:
         for dtype in ITEM_BYTES:
             augment(kernels, sizes, dtype)
+    for dtype in ITEM_BYTES:
+        for shift in (0, 1):
+            update(kernels, dtype, shift)
 
 
 if __name__ == "__main__":
