@@ -178,7 +178,7 @@ def evaluate_run(
             "note: %s has changed since training: other images, or split otherwise", dataset.name
         )
     config = replace(trained.config, data=replace(trained.config.data, **data_options))
-    loader = evaluation_loader(images, config, trained.normalization, device)
+    loader = evaluation_loader(images, config, trained.normalization, device, backend)
     result = evaluate(trained.model, loader, len(trained.classes), precision, device)
     if not math.isfinite(result.figures.loss):
         raise NumbersError(f"{trained.path}: the loss is {result.figures.loss}: broken weights")

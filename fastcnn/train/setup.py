@@ -97,11 +97,11 @@ def prepare(config: Config) -> Setup:
         seed=config.run.seed,
         shuffle=config.data.shuffle,
         drop_last=drop_last,
+        backend=backend,
     )
-    val_loader = evaluation_loader(dataset.val or dataset.test, config, normalization, device)
-    test_loader = None
-    if dataset.val is not None:
-        test_loader = evaluation_loader(dataset.test, config, normalization, device)
+    feeding = (config, normalization, device, backend)
+    val_loader = evaluation_loader(dataset.val or dataset.test, *feeding)
+    test_loader = None if dataset.val is None else evaluation_loader(dataset.test, *feeding)
     model = new_model(network, dataset, config, device, backend)
     return Setup(
         config,
@@ -167,7 +167,11 @@ def drops_last(samples: int, network: Network, config: Config, notes: list[str])
 
 
 def evaluation_loader(
-    images: Images, config: Config, normalization: Normalization, device: torch.device
+    images: Images,
+    config: Config,
+    normalization: Normalization,
+    device: torch.device,
+    backend: str,
 ) -> Any:
     """Every image once, in order, without augmentation."""
     return make_loader(
@@ -180,6 +184,7 @@ def evaluation_loader(
         seed=config.run.seed,
         shuffle=False,
         drop_last=False,
+        backend=backend,
     )
 
 
