@@ -3,8 +3,10 @@
     pytest benchmarks/bench_data.py --benchmark-enable
     FASTCNN_BENCH_DATA=<image folder> pytest benchmarks/bench_data.py --benchmark-enable
 
-Without a folder the images are noise of CIFAR-10's size. `images_per_s`, from the median round, is
-in the extra info of the JSON (--benchmark-json) and printed.
+"resident-fused" makes its batches with fastcnn.ops.augment, "resident-torch" with tensor operations;
+of "all" both do more than that op does, and are alike. Without a folder the images are noise of
+CIFAR-10's size. `images_per_s`, from the median round, is in the extra info of the JSON
+(--benchmark-json) and printed.
 """
 
 import os
@@ -16,11 +18,12 @@ import torch
 from fastcnn.config import AugmentConfig, DataConfig
 from fastcnn.data import Images, Normalization, load_dataset, make_loader
 
-# images an epoch: a loader of single images is some 50 times slower
+# the backend, and images an epoch: a loader of single images is some 50 times slower
 LOADERS = {
-    "resident": (DataConfig(), 20_000),
-    "torch-0-workers": (DataConfig(loader="torch", workers=0), 2_000),
-    "torch-2-workers": (DataConfig(loader="torch", workers=2), 4_000),
+    "resident-fused": (DataConfig(), "fused", 20_000),
+    "resident-torch": (DataConfig(), "torch", 20_000),
+    "torch-0-workers": (DataConfig(loader="torch", workers=0), "torch", 2_000),
+    "torch-2-workers": (DataConfig(loader="torch", workers=2), "torch", 4_000),
 }
 AUGMENTS = {
     "off": None,
@@ -42,7 +45,7 @@ def images():
 @pytest.mark.parametrize("augment", AUGMENTS)
 @pytest.mark.parametrize("name", LOADERS)
 def test_loader(benchmark, images, name, augment, batch_size):
-    config, count = LOADERS[name]
+    config, backend, count = LOADERS[name]
     part = Images(images.pixels[:count], images.labels[:count])
     loader = make_loader(
         part,
@@ -54,6 +57,7 @@ def test_loader(benchmark, images, name, augment, batch_size):
         seed=0,
         shuffle=True,
         drop_last=False,
+        backend=backend,
     )
 
     def epoch():

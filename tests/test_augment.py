@@ -15,10 +15,12 @@ from torchvision.transforms import v2
 
 from fastcnn.config import AugmentConfig
 from fastcnn.data import augment
-from fastcnn.data.augment import crop_flip, cut_out, draw, jitter, resized_crop, rotate_shift
+from fastcnn.data.augment import draw, jitter, resized_crop, rotate_shift
+from fastcnn.data.draws import alternating_flip
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.store import Images
 from fastcnn.errors import UsageError
+from fastcnn.ops.reference import crop_flip, cut_out
 
 OFF = AugmentConfig(crop_padding=0, flip="none")
 P_LIMIT = 1e-4  # of the statistical tests, all with fixed seeds
@@ -44,9 +46,8 @@ def test_crop_and_flip_equal_numpy_pad(height, width, padding, mode, seed):
     index = rng.integers(0, 5, 11)
     crop = rng.integers(-padding, padding + 1, (11, 2))
     flip = rng.integers(0, 2, 11).astype(bool)
-    result = crop_flip(
-        pixels, torch.from_numpy(index), torch.from_numpy(crop), torch.from_numpy(flip), mode
-    )
+    choices = [torch.from_numpy(chosen) for chosen in (index, crop, flip)]
+    result = crop_flip(pixels, *choices, reflect=mode == "reflect")
     widths = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     padded = np.pad(pixels.numpy(), widths, mode="reflect" if mode == "reflect" else "constant")
     for n in range(11):
@@ -61,7 +62,8 @@ def test_crop_equals_torchvision_pad(mode, theirs):
     pixels = images()
     padded = F.pad(pixels.permute(0, 3, 1, 2), 4, padding_mode=theirs).permute(0, 2, 3, 1)
     for top, left in ((-4, -4), (4, 4), (-3, 2), (0, 0)):
-        result = crop_flip(pixels, torch.arange(6), torch.tensor([[top, left]] * 6), None, mode)
+        crop = torch.tensor([[top, left]] * 6)
+        result = crop_flip(pixels, torch.arange(6), crop, None, mode == "reflect")
         assert torch.equal(result, padded[:, top + 4 : top + 13, left + 4 : left + 11])
 
 
@@ -160,15 +162,15 @@ def test_resized_boxes_are_distributed_as_torchvision(height, width, smallest):
     assert stats.ks_2samp(h * w, theirs[:, 2] * theirs[:, 3]).pvalue > P_LIMIT
 
 
-def test_cutout_is_a_clipped_square_of_the_mean():
-    centres = torch.tensor([[0, 0], [8, 6], [4, 3]])
+def test_cutout_is_a_clipped_square_of_the_fill():
+    centres, fill = torch.tensor([[0, 0], [8, 6], [4, 3]]), torch.tensor([2.0, 3.0, 4.0])
     x = torch.ones(3, 9, 7, 3)
-    result = cut_out(x, centres, 4, (2.0, 3.0, 4.0))
+    result = cut_out(x, centres, 4, fill)
     expected = np.ones((3, 9, 7, 3))
     expected[0, 0:2, 0:2] = expected[1, 6:9, 4:7] = expected[2, 2:6, 1:5] = (2, 3, 4)
     assert np.array_equal(result.numpy(), expected)
-    assert (cut_out(x, centres, 40, (0, 0, 0)) == 0).all()
-    odd = cut_out(x, centres[2:], 3, (0, 0, 0))[0, :, :, 0]
+    assert (cut_out(x, centres, 40, fill) == fill).all()
+    odd = cut_out(x, centres[2:], 3, fill * 0)[0, :, :, 0]
     assert odd.nonzero().shape[0] == 63 - 9
 
 
@@ -178,16 +180,33 @@ def test_cutout_centres_are_uniform():
     assert stats.chisquare(counts).pvalue > P_LIMIT
 
 
-@pytest.mark.parametrize("samples", [1, 7, 100])
-def test_alternating_flip_shows_both_sides_every_two_epochs(samples):
-    config = AugmentConfig(flip="alternating")
+def test_alternating_flip_shows_both_sides_every_two_epochs():
+    config, samples = AugmentConfig(flip="alternating"), 500
     flips = [draw(config, 3, epoch, samples, 8, 8)["flip"] for epoch in range(4)]
     assert torch.equal(flips[0], ~flips[1])
     assert torch.equal(flips[0], flips[2])
     assert torch.equal(flips[1], flips[3])
-    assert int(flips[0].sum()) == samples // 2
-    if samples == 100:
-        assert not torch.equal(flips[0], draw(config, 4, 0, samples, 8, 8)["flip"])
+    assert stats.binomtest(int(flips[0].sum()), samples, 0.5).pvalue > P_LIMIT
+    for epoch in range(4):  # of the torch loader
+        assert torch.equal(alternating_flip(3, epoch, samples), flips[epoch])
+    assert not torch.equal(flips[0], draw(config, 4, 0, samples, 8, 8)["flip"])
+
+
+@pytest.mark.parametrize(
+    ("options", "one_kernel"),
+    [
+        ({}, True),
+        ({"cutout": 4, "flip": "alternating", "crop_mode": "zero"}, True),
+        ({"rotation": 1.0}, False),
+        ({"shift": 0.1}, False),
+        ({"resized_crop": 0.5}, False),
+        ({"color_jitter": 0.1}, False),
+    ],
+)
+def test_what_one_kernel_does(options, one_kernel):
+    assert augment.is_one_kernel(AugmentConfig(**options)) == one_kernel
+    drawn = draw(AugmentConfig(**options), 0, 0, 5, 8, 8)
+    assert (drawn.keys() <= {"crop", "flip", "cutout"}) == one_kernel
 
 
 def test_draws_depend_on_seed_and_epoch_and_not_on_each_other():

@@ -1,8 +1,8 @@
 """Augmentation of whole batches by tensor operations, on CPU and GPU alike.
 
-Nothing here waits for the device: every choice is drawn on the CPU for a whole epoch (`draw`) and
-indexed by sample. Pad-and-crop and flip are one read of the uint8 images: the padding is never
-written, its rows and columns are looked up in the image (two gathers of the cropped size).
+For what fastcnn.ops.augment does not do in its one kernel (resized crop, rotation and shift,
+colour), and for machines without the library. Nothing here waits for the device: every choice is
+drawn for a whole epoch (`draw`) and indexed by sample.
 
 Order: crop and flip, resized crop, rotation and shift, colour; then normalisation; then cutout.
 """
@@ -13,8 +13,9 @@ from collections.abc import Mapping
 import torch
 
 from fastcnn.config import AugmentConfig
-from fastcnn.data.draws import alternating_flip, generator
+from fastcnn.data.draws import generator
 from fastcnn.errors import UsageError
+from fastcnn.ops import reference
 
 RATIO = (3 / 4, 4 / 3)  # width to height of a resized crop, as in torchvision
 ATTEMPTS = 10  # at a box that fits, as in torchvision, before the centre is taken
@@ -33,22 +34,45 @@ def check(config: AugmentConfig, height: int, width: int) -> None:
         )
 
 
+def is_one_kernel(config: AugmentConfig | None) -> bool:
+    """Whether fastcnn.ops.augment does everything that is switched on."""
+    if config is None:
+        return True
+    still = config.rotation == config.shift == config.color_jitter == 0
+    return still and config.resized_crop == 1
+
+
 def draw(
+    config: AugmentConfig,
+    seed: int,
+    epoch: int,
+    samples: int,
+    height: int,
+    width: int,
+    device: torch.device | str = "cpu",
+) -> Draws:
+    """Return the choices of one epoch by name, each (samples,) or (samples, k).
+
+    Only what is switched on is there, each drawn apart, so that switching one augmentation on
+    leaves the others' choices as they were. Crop, flip and cutout are on `device`, and those of
+    fastcnn.ops.augment; the others come from generators on the CPU.
+    """
+    numbers = torch.arange(samples, device=device)
+    at = torch.full((), epoch, device=device)
+    draws: Draws = {}
+    if config.crop_padding > 0:
+        draws["crop"] = reference.draw_crop(seed, at, numbers, config.crop_padding)
+    if (flip := reference.draw_flip(seed, at, numbers, config.flip)) is not None:
+        draws["flip"] = flip
+    if config.cutout > 0:
+        draws["cutout"] = reference.draw_cutout(seed, at, numbers, height, width)
+    return draws | _draw_on_cpu(config, seed, epoch, samples, height, width)
+
+
+def _draw_on_cpu(
     config: AugmentConfig, seed: int, epoch: int, samples: int, height: int, width: int
 ) -> Draws:
-    """Return the choices of one epoch by name, each (samples,) or (samples, k), on the CPU.
-
-    Only what is switched on is there, each from a generator of its own, so that switching one
-    augmentation on leaves the others' choices as they were.
-    """
     draws: Draws = {}
-    if (padding := config.crop_padding) > 0:
-        source = generator(seed, "crop", epoch)
-        draws["crop"] = torch.randint(-padding, padding + 1, (samples, 2), generator=source)
-    if config.flip == "random":
-        draws["flip"] = torch.rand(samples, generator=generator(seed, "flip", epoch)) < 0.5
-    elif config.flip == "alternating":
-        draws["flip"] = alternating_flip(seed, epoch, samples)
     if config.resized_crop < 1:
         source = generator(seed, "resized crop", epoch)
         draws["box"] = resized_boxes(samples, height, width, config.resized_crop, source)
@@ -63,9 +87,6 @@ def draw(
         uniform = torch.rand(samples, 3, generator=generator(seed, "color", epoch))
         low = max(0.0, 1 - strength)
         draws["color"] = low + uniform * (1 + strength - low)
-    if config.cutout > 0:
-        uniform = torch.rand(samples, 2, generator=generator(seed, "cutout", epoch))
-        draws["cutout"] = (uniform * torch.tensor([height, width])).long()
     return draws
 
 
@@ -81,7 +102,8 @@ def distort(
     `draws` are the rows of the samples. Returns uint8, or float32 in 0..255 where pixels were
     interpolated or recoloured, (n, H, W, 3).
     """
-    pixels = crop_flip(images, index, draws.get("crop"), draws.get("flip"), config.crop_mode)
+    reflect = config.crop_mode == "reflect"
+    pixels = reference.crop_flip(images, index, draws.get("crop"), draws.get("flip"), reflect)
     if "box" in draws:
         pixels = resized_crop(pixels, draws["box"])
     if "affine" in draws:
@@ -89,50 +111,6 @@ def distort(
     if "color" in draws:
         pixels = jitter(pixels, draws["color"])
     return pixels
-
-
-def crop_flip(
-    images: torch.Tensor,
-    index: torch.Tensor,
-    crop: torch.Tensor | None,
-    flip: torch.Tensor | None,
-    mode: str,
-) -> torch.Tensor:
-    """Pad, crop and mirror: out[n, y, x] = padded image[index[n]][y + crop[n, 0], x + crop[n, 1]],
-    x running backwards where `flip[n]`.
-
-    images uint8 (N, H, W, 3) contiguous; crop int64 (n, 2) offsets of the window from the image;
-    flip bool (n,); mode "reflect" (the edge is not repeated) or "zero". Returns uint8 (n, H, W, 3).
-    """
-    count, height, width, _ = images.shape
-    size, device = len(index), images.device
-    if crop is None and flip is None:
-        return images.view(count, -1).index_select(0, index).view(size, height, width, 3)
-    rows = torch.arange(height, device=device).expand(size, height)
-    columns = torch.arange(width, device=device).expand(size, width)
-    if crop is not None:
-        rows, columns = rows + crop[:, :1], columns + crop[:, 1:]
-    if flip is not None:
-        columns = torch.where(flip[:, None], columns.flip(1), columns)
-    inner_rows, inner_columns = _fold(rows, height, mode), _fold(columns, width, mode)
-    from_rows = (index[:, None] * height + inner_rows).view(-1)
-    strips = images.view(count * height, width * 3).index_select(0, from_rows)
-    channels = inner_columns[:, :, None] * 3 + torch.arange(3, device=device)
-    from_columns = channels.view(size, 1, width * 3).expand(size, height, width * 3)
-    result = strips.view(size, height, width * 3).gather(2, from_columns)
-    result = result.view(size, height, width, 3)
-    if crop is not None and mode == "zero":
-        inside = (rows == inner_rows)[:, :, None] & (columns == inner_columns)[:, None]
-        result.mul_(inside[..., None])
-    return result
-
-
-def _fold(positions: torch.Tensor, length: int, mode: str) -> torch.Tensor:
-    """Bring positions outside 0..length-1 inside: reflected, or clamped (zero: masked later)."""
-    if mode == "zero":
-        return positions.clamp(0, length - 1)
-    positions = positions.abs()
-    return torch.where(positions < length, positions, 2 * (length - 1) - positions)
 
 
 def resized_boxes(
@@ -228,20 +206,3 @@ def jitter(pixels: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 def _grey(pixels: torch.Tensor) -> torch.Tensor:
     red, green, blue = pixels.unbind(3)
     return (GREY[0] * red + GREY[1] * green + GREY[2] * blue).unsqueeze(3)
-
-
-def cut_out(
-    inputs: torch.Tensor, centres: torch.Tensor, side: int, fill: tuple[float, float, float]
-) -> torch.Tensor:
-    """Set a square of `side` pixels to `fill`, in normalised inputs (n, H, W, 3).
-
-    centres int64 (n, 2): any pixel (y, x); what lies outside the image is lost, as in DeVries and
-    Taylor, arXiv:1708.04552. The square spans centre - side // 2 up to side pixels on.
-    """
-    _, height, width, _ = inputs.shape
-    start = centres - side // 2
-    y = torch.arange(height, device=inputs.device) - start[:, :1]
-    x = torch.arange(width, device=inputs.device) - start[:, 1:]
-    inside = ((y >= 0) & (y < side))[:, :, None] & ((x >= 0) & (x < side))[:, None, :]
-    colour = torch.tensor(fill, dtype=inputs.dtype).to(inputs.device, non_blocking=True)
-    return torch.where(inside[..., None], colour, inputs)

@@ -1,13 +1,15 @@
 """Seeded draws: every random choice depends on (seed, purpose, epoch, sample) and nothing else.
 
-The random numbers of an epoch are drawn for all samples at once, on the CPU, and indexed by
-sample. So neither batch size nor position nor device changes what becomes of a sample, and a run
-resumed in mid-epoch goes on exactly where it stopped.
+So neither batch size nor position nor device changes what becomes of a sample, and a run resumed in
+mid-epoch goes on exactly where it stopped. Here are the draws of the host; crop, flip and cutout
+are drawn from a counter where the batch is made (fastcnn.ops.augment).
 """
 
 import hashlib
 
 import torch
+
+from fastcnn.ops.reference import draw_alternating_flip
 
 
 def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
@@ -29,7 +31,5 @@ def epoch_order(seed: int, epoch: int, samples: int, shuffle: bool) -> torch.Ten
 
 
 def alternating_flip(seed: int, epoch: int, samples: int) -> torch.Tensor:
-    """Return bool (samples,): a fixed random half on even epochs, the other half on odd ones."""
-    order = torch.randperm(samples, generator=generator(seed, "alternating flip"))
-    half = order < samples // 2
-    return half if epoch % 2 == 0 else ~half
+    """Return bool (samples,): one half on even epochs, the other on odd ones, as ops.augment."""
+    return draw_alternating_flip(seed, torch.tensor(epoch), torch.arange(samples))

@@ -3,6 +3,13 @@
 for x, y in loader:     the rest of the current epoch; then the next epoch begins
     x                   (n, 3, H, W), normalised, channels-last strides
     y                   int64 (n,)
+
+The same in parts, for whoever wants the batches made elsewhere (in a CUDA graph):
+
+for count in loader.begin():
+    x, y = loader.batch(count)
+    loader.advance(count)
+loader.finish()
 """
 
 import abc
@@ -13,7 +20,6 @@ import torch
 
 from fastcnn.config import AugmentConfig, DataConfig
 from fastcnn.data import augment as augmentation
-from fastcnn.data.draws import epoch_order
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.store import Images
 from fastcnn.errors import DataError, UsageError
@@ -52,19 +58,32 @@ class Loader(abc.ABC):
         return whole + (1 if rest and not self.drop_last else 0)
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch = self.epoch
-        order = epoch_order(self.seed, epoch, self.samples, self.shuffle)[self.position :]
-        batches = [chunk for chunk in order.split(self.batch_size) if len(chunk)]
-        if self.drop_last and batches and len(batches[-1]) < self.batch_size:
-            batches.pop()
-        for index, batch in zip(batches, self.deliver(epoch, batches), strict=True):
-            self.position += len(index)
+        for count in self.begin():
+            batch = self.batch(count)
+            self.advance(count)
             yield batch
-        self.epoch, self.position = epoch + 1, 0
+        self.finish()
+
+    def remaining(self) -> list[int]:
+        """Return the sizes of the batches that are left of the current epoch."""
+        whole, rest = divmod(self.samples - self.position, self.batch_size)
+        return [self.batch_size] * whole + ([rest] if rest and not self.drop_last else [])
 
     @abc.abstractmethod
-    def deliver(self, epoch: int, batches: list[torch.Tensor]) -> Iterator[Batch]:
-        """Yield the batch of each int64 index tensor, in order."""
+    def begin(self) -> list[int]:
+        """Make ready for the rest of the current epoch; return the sizes of its batches."""
+
+    @abc.abstractmethod
+    def batch(self, count: int) -> Batch:
+        """Return the next batch, of the size that `begin` told."""
+
+    def advance(self, count: int) -> None:
+        """Note that a batch of `count` images was handed out."""
+        self.position += count
+
+    def finish(self) -> None:
+        """Go on to the next epoch."""
+        self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
         """Return {"epoch", "position"}: what was handed out, whatever was prefetched.
@@ -98,8 +117,13 @@ def make_loader(
     seed: int,
     shuffle: bool,
     drop_last: bool,
+    backend: str = "auto",
 ) -> Loader:
     """Return the loader that `data.loader` names; `augment` None is for evaluation.
+
+    backend: what makes the resident loader's batches: "fused" (fastcnn.ops.augment), "torch" (plain
+    torch), "auto" (fused where a library is loaded that has kernels for `dtype`). All give the same
+    bits.
 
     The order is a permutation by (seed, epoch), each sample once an epoch; what becomes of a sample
     depends on (seed, epoch, sample) alone. Raises DataError for no images, UsageError for a batch
@@ -122,4 +146,4 @@ def make_loader(
         return TorchLoader(images, augment, normalization, workers=data.workers, **options)
     from fastcnn.data.resident import ResidentLoader
 
-    return ResidentLoader(images, augment, normalization, **options)
+    return ResidentLoader(images, augment, normalization, backend=backend, **options)

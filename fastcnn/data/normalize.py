@@ -1,7 +1,7 @@
 """Normalisation of uint8 pixels: fitted on the training images, kept in the checkpoint.
 
 Every mode is y = x · scale + bias in float32, with scale and bias a channel (or, for the mean
-image, a bias a pixel), so that all loaders share one formula and agree to the bit.
+image, a bias a pixel), the formula of fastcnn.ops.augment, so that all loaders agree to the bit.
 """
 
 from dataclasses import asdict, dataclass
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fastcnn.data.store import Images
+from fastcnn.ops.reference import normalize
 
 Mode = Literal["zscore", "unit", "centered", "mean-image"]
 # float32 sums of up to 256 squares of uint8 stay below 2^24, so they are exact in any order
@@ -57,38 +58,24 @@ class Normalization:
             return _three([mean - 0.5 for mean in self.mean])
         return (0.0, 0.0, 0.0)
 
-    def scale_bias(self, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return float32 scale (width·3,) and bias, (width·3,) or (H, width·3).
-
-        y = x · scale + bias. A whole row, not three channels: the inner loop then runs over
-        contiguous memory.
-        """
+    def scale_bias(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return float32 scale (3,) and bias, (3,) or (H, W, 3): y = x · scale + bias."""
         mean, std = np.array(self.mean), np.array(self.std)
         scale, bias = np.full(3, 1 / 255), np.zeros(3)
         if self.mode == "zscore":
             scale, bias = 1 / (255 * std), -mean / std
         elif self.mode == "centered":
             bias = np.full(3, -0.5)
-        rows = np.tile(bias, (1, width))[0]
-        if self.mode == "mean-image":
-            rows = -np.array(self.mean_image).reshape(-1, width * 3)
+        elif self.mode == "mean-image":
+            bias = -np.array(self.mean_image)
         return (
-            torch.tensor(np.tile(scale, width), dtype=torch.float32, device=device),
-            torch.tensor(rows, dtype=torch.float32, device=device),
+            torch.tensor(scale, dtype=torch.float32, device=device),
+            torch.tensor(bias, dtype=torch.float32, device=device),
         )
 
     def apply(self, pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Normalise (n, H, W, 3), uint8 or float in 0..255, to the same shape in `dtype`."""
-        return normalize(pixels, *self.scale_bias(pixels.shape[2], pixels.device), dtype)
-
-
-def normalize(
-    pixels: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return contiguous (n, H, W, 3) of `dtype`: x · scale + bias, computed in float32."""
-    rows = pixels.reshape(*pixels.shape[:2], -1)
-    result = rows.float().mul_(scale) if rows.dtype == torch.uint8 else rows.float().mul(scale)
-    return result.add_(bias).to(dtype).view(pixels.shape)
+        return normalize(pixels, *self.scale_bias(pixels.device)).to(dtype)
 
 
 def _sums(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,22 +1,32 @@
 """The resident loader: uint8 images stay on the device, a batch is gathered and augmented there.
 
-On the CPU the store's memory map itself is read, without a copy.
-"""
+One kernel does it all (fastcnn.ops.augment), but for the rarer augmentations and without the native
+library, where tensor operations give the same bits. On the CPU the store's memory map itself is
+read, without a copy.
 
-from collections.abc import Iterator
+What changes from epoch to epoch lies in buffers whose addresses never change, and the place in the
+epoch is on the device, so that `batch` can be captured in a CUDA graph and replayed.
+"""
 
 import numpy as np
 import torch
 
+from fastcnn import ops
 from fastcnn.config import AugmentConfig
 from fastcnn.data import augment as augmentation
+from fastcnn.data.draws import epoch_order
 from fastcnn.data.loaders import Batch, Loader
-from fastcnn.data.normalize import Normalization, normalize
+from fastcnn.data.normalize import Normalization
 from fastcnn.data.store import Images
+from fastcnn.data.upload import upload
+from fastcnn.ops import reference
+from fastcnn.ops.backend import ops_for
+
+OFF = AugmentConfig(crop_padding=0, flip="none")
 
 
 class ResidentLoader(Loader):
-    """See loaders.make_loader."""
+    """See loaders.make_loader. `at`: int64 (2,) on the device, epoch and position."""
 
     def __init__(
         self,
@@ -30,38 +40,74 @@ class ResidentLoader(Loader):
         seed: int,
         shuffle: bool,
         drop_last: bool,
+        backend: str,
     ) -> None:
         super().__init__(
             len(images), batch_size=batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last
         )
         self.device = device
         self.dtype = dtype
-        self.augment = augment
-        self.fill = normalization.fill
+        self.augment = augment or OFF
         self.pixels = torch.from_numpy(np.ascontiguousarray(images.pixels)).to(device)
         self.labels = torch.from_numpy(images.labels).to(device)
-        self.scale, self.bias = normalization.scale_bias(self.pixels.shape[2], device)
+        self.scale, self.bias = normalization.scale_bias(device)
+        self.fill = torch.tensor(normalization.fill, dtype=torch.float32, device=device)
+        self.order = torch.zeros(self.samples, dtype=torch.int64, device=device)
+        self.at = torch.zeros(2, dtype=torch.int64, device=device)
+        self.cursor = self.at[1:]  # the position alone
+        chosen = ops_for(backend, torch.empty(0, dtype=dtype, device=device))
+        self.fused = chosen is ops and augmentation.is_one_kernel(self.augment)
+        self.draws = {} if self.fused else self._draw()
 
-    def deliver(self, epoch: int, batches: list[torch.Tensor]) -> Iterator[Batch]:
-        draws: augmentation.Draws = {}
-        if self.augment is not None:
-            height, width = self.pixels.shape[1:3]
-            drawn = augmentation.draw(self.augment, self.seed, epoch, self.samples, height, width)
-            draws = {name: values.to(self.device) for name, values in drawn.items()}
-        if not batches:
-            return
-        order = torch.cat(batches).to(self.device)
-        for index in order.split([len(batch) for batch in batches]):
-            own = {name: values.index_select(0, index) for name, values in draws.items()}
-            yield self.inputs(index, own), self.labels.index_select(0, index)
+    def begin(self) -> list[int]:
+        order = epoch_order(self.seed, self.epoch, self.samples, self.shuffle)
+        upload(self.order, order)
+        upload(self.at, torch.tensor([self.epoch, self.position]))
+        if not self.fused:
+            for name, values in self._draw().items():
+                self.draws[name].copy_(values)
+        return self.remaining()
 
-    def inputs(self, index: torch.Tensor, draws: augmentation.Draws) -> torch.Tensor:
-        """Return (n, 3, H, W), channels last: the images at `index`, augmented and normalised."""
-        if self.augment is None:
-            pixels = augmentation.crop_flip(self.pixels, index, None, None, "zero")
-        else:
-            pixels = augmentation.distort(self.augment, self.pixels, index, draws)
-        x = normalize(pixels, self.scale, self.bias, self.dtype)
-        if self.augment is not None and "cutout" in draws:
-            x = augmentation.cut_out(x, draws["cutout"], self.augment.cutout, self.fill)
-        return x.permute(0, 3, 1, 2)
+    def _draw(self) -> augmentation.Draws:
+        """The epoch's choices, on the device."""
+        height, width = self.pixels.shape[1:3]
+        shape = (self.samples, height, width, self.device)
+        drawn = augmentation.draw(self.augment, self.seed, self.epoch, *shape)
+        return {name: v.to(self.device, non_blocking=True) for name, v in drawn.items()}
+
+    def batch(self, count: int) -> Batch:
+        """Return the next `count` images and labels, and move the position on the device.
+
+        Work of the device alone. More than is left of the epoch starts it again.
+        """
+        made = self._one_kernel(count) if self.fused else self._tensor_operations(count)
+        self.cursor.add_(count)
+        return made
+
+    def _one_kernel(self, count: int) -> Batch:
+        config = self.augment
+        return ops.augment(
+            self.pixels,
+            self.labels,
+            self.order,
+            self.at,
+            count,
+            self.scale,
+            self.bias,
+            self.fill,
+            seed=self.seed,
+            padding=config.crop_padding,
+            reflect=config.crop_mode == "reflect",
+            flip=config.flip,
+            cutout=config.cutout,
+            dtype=self.dtype,
+        )
+
+    def _tensor_operations(self, count: int) -> Batch:
+        index = reference.next_samples(self.order, self.at, count)
+        draws = {name: values.index_select(0, index) for name, values in self.draws.items()}
+        pixels = augmentation.distort(self.augment, self.pixels, index, draws)
+        x = reference.normalize(pixels, self.scale, self.bias)
+        if "cutout" in draws:
+            x = reference.cut_out(x, draws["cutout"], self.augment.cutout, self.fill)
+        return x.to(self.dtype).permute(0, 3, 1, 2), self.labels.index_select(0, index)

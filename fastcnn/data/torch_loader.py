@@ -17,11 +17,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from fastcnn.config import AugmentConfig
-from fastcnn.data.draws import alternating_flip, derive_seed
+from fastcnn.data.draws import alternating_flip, derive_seed, epoch_order
 from fastcnn.data.loaders import Batch, Loader
-from fastcnn.data.normalize import Normalization, normalize
+from fastcnn.data.normalize import Normalization
 from fastcnn.data.store import Images
 from fastcnn.errors import DataError, UsageError
+from fastcnn.ops.reference import normalize
 
 POLL_S = 2  # between two looks at whether the workers are alive
 WORKER_TIMEOUT_S = 120  # without a batch for so long, a worker is taken to hang
@@ -52,6 +53,8 @@ class TorchLoader(Loader):
         self.device = device
         self.labels = torch.from_numpy(images.labels)
         self.schedule = Schedule()
+        self.batches: Iterator[torch.Tensor] = iter(())
+        self.fetched: Iterator[torch.Tensor] = iter(())
         self.loader = DataLoader(
             Samples(images, augment, normalization, dtype, seed),
             batch_sampler=self.schedule,
@@ -66,14 +69,24 @@ class TorchLoader(Loader):
             generator=torch.Generator(),
         )
 
-    def deliver(self, epoch: int, batches: list[torch.Tensor]) -> Iterator[Batch]:
-        self.schedule.batches = [[(epoch, i) for i in batch.tolist()] for batch in batches]
-        fetched = self._start()
-        for index in batches:
-            x = _next(fetched).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-            yield x, self.labels[index].to(self.device, non_blocking=True)
+    def begin(self) -> list[int]:
+        sizes = self.remaining()
+        end = self.position + sum(sizes)
+        order = epoch_order(self.seed, self.epoch, self.samples, self.shuffle)
+        batches = order[self.position : end].split(sizes) if sizes else ()
+        self.schedule.batches = [[(self.epoch, i) for i in batch.tolist()] for batch in batches]
+        self.batches, self.fetched = iter(batches), self._start()
+        return sizes
+
+    def batch(self, count: int) -> Batch:
+        index = next(self.batches)
+        x = _next(self.fetched).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        return x, self.labels[index].to(self.device, non_blocking=True)
+
+    def finish(self) -> None:
         # lets DataLoader see its end, so that the workers are ready for the next epoch
-        next(fetched, None)
+        next(self.fetched, None)
+        super().finish()
 
     def _start(self) -> Iterator[torch.Tensor]:
         """Start (the first time) or reset the workers.
@@ -144,7 +157,7 @@ class Samples(torch.utils.data.Dataset):
         self.dtype = dtype
         self.seed = seed
         self.fill = normalization.fill
-        self.scale, self.bias = normalization.scale_bias(self.pixels.shape[2], torch.device("cpu"))
+        self.scale, self.bias = normalization.scale_bias(torch.device("cpu"))
         self.transforms = [] if augment is None else transforms(augment, *self.pixels.shape[1:3])
         self.flips: dict[int, torch.Tensor] = {}
 
@@ -169,7 +182,7 @@ class Samples(torch.utils.data.Dataset):
             image = image.flip(2) if self.alternates(epoch)[sample] else image
         for transform in self.transforms:
             image = transform(image)
-        x = normalize(image.permute(1, 2, 0)[None], self.scale, self.bias, self.dtype)[0]
+        x = normalize(image.permute(1, 2, 0)[None], self.scale, self.bias).to(self.dtype)[0]
         if self.augment is not None and self.augment.cutout > 0:
             cut_out(x, self.augment.cutout, self.fill)
         return x

@@ -203,15 +203,17 @@ def draw_crop(seed: int, epoch: Tensor, samples: Tensor, padding: int) -> Tensor
 
 
 def draw_flip(seed: int, epoch: Tensor, samples: Tensor, flip: str) -> Tensor | None:
-    """Return bool (n,), which samples are mirrored; None for "none".
-
-    "alternating": one half of the samples in even epochs, the other half in odd ones.
-    """
+    """Return bool (n,), which samples are mirrored; None for "none"."""
     require_flip(flip)
     if flip == "none":
         return None
-    if flip == "random":
-        return _words(seed, epoch, samples, purpose=0)[2] >= 2**31
+    if flip == "alternating":
+        return draw_alternating_flip(seed, epoch, samples)
+    return _words(seed, epoch, samples, purpose=0)[2] >= 2**31
+
+
+def draw_alternating_flip(seed: int, epoch: Tensor, samples: Tensor) -> Tensor:
+    """Return bool (n,): one half of the samples in even epochs, the other half in odd ones."""
     even = _words(seed, torch.zeros_like(epoch), samples, purpose=2)[0] >= 2**31
     return even ^ (epoch % 2 == 1)
 

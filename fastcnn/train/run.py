@@ -180,7 +180,8 @@ def evaluate_run(
             "note: %s has changed since training: other images, or split otherwise", dataset.name
         )
     config = replace(trained.config, data=replace(trained.config.data, **data_options))
-    loader = evaluation_loader(images, config, trained.normalization, device)
+    feeding = (config, trained.normalization, device, backend, precision)
+    loader = evaluation_loader(images, *feeding)
     flip = options.get("test_flip", trained.config.optim.test_flip)
     result = evaluate(trained.model, loader, len(trained.classes), precision, device, flip)
     if not math.isfinite(result.figures.loss):

@@ -98,14 +98,15 @@ def prepare(config: Config) -> Setup:
         normalization,
         batch_size=config.data.batch_size,
         device=device,
+        dtype=precision.dtype or torch.float32,
         seed=config.run.seed,
         shuffle=config.data.shuffle,
         drop_last=drop_last,
+        backend=backend,
     )
-    val_loader = evaluation_loader(dataset.val or dataset.test, config, normalization, device)
-    test_loader = None
-    if dataset.val is not None:
-        test_loader = evaluation_loader(dataset.test, config, normalization, device)
+    feeding = (config, normalization, device, backend, precision)
+    val_loader = evaluation_loader(dataset.val or dataset.test, *feeding)
+    test_loader = None if dataset.val is None else evaluation_loader(dataset.test, *feeding)
     model = new_model(network, dataset, config, normalization, device, backend)
     return Setup(
         config,
@@ -194,7 +195,12 @@ def drops_last(samples: int, network: Network, config: Config, notes: list[str])
 
 
 def evaluation_loader(
-    images: Images, config: Config, normalization: Normalization, device: torch.device
+    images: Images,
+    config: Config,
+    normalization: Normalization,
+    device: torch.device,
+    backend: str,
+    precision: Precision,
 ) -> Any:
     """Every image once, in order, without augmentation."""
     return make_loader(
@@ -204,9 +210,11 @@ def evaluation_loader(
         normalization,
         batch_size=config.data.eval_batch_size,
         device=device,
+        dtype=precision.dtype or torch.float32,
         seed=config.run.seed,
         shuffle=False,
         drop_last=False,
+        backend=backend,
     )
 
 
