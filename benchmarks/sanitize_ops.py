@@ -1,4 +1,4 @@
-"""Every op and its backward on odd shapes, small enough for compute-sanitizer.
+"""Every op and its backward on odd shapes, and the updates, small enough for compute-sanitizer.
 
     compute-sanitizer --tool racecheck python benchmarks/sanitize_ops.py [cuda|cpu]
 
@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import torch
+import update_cases
 from op_cases import kinds, run, tensors_of
 
 from fastcnn import ops
@@ -32,6 +34,20 @@ def differences(case, device, dtype):
     }
 
 
+def update_differences(rule, device, dtype):
+    """Return the mean differences of an update from plain torch in fp64, summed over each list."""
+    half = None if dtype == torch.float64 else torch.bfloat16
+    case = update_cases.Case(rule, half, True, 0.375, 0.0)
+    found = update_cases.run(ops, case, update_cases.arguments_of(case, dtype, device))
+    inputs = update_cases.in_fp64(update_cases.arguments_of(case, dtype))
+    sums = {}
+    for name, tensors in update_cases.run(reference, case, inputs).items():
+        for got, want in zip(found[name], tensors, strict=True):
+            if want.numel():
+                sums[name] = sums.get(name, 0.0) + (got.cpu() - want).abs().mean().item()
+    return sums
+
+
 def main(device: str) -> int:
     ops.load()
     cases = [case for shape in SHAPES for case in kinds(shape, *SLOPES)]
@@ -40,6 +56,13 @@ def main(device: str) -> int:
         for dtype in ops.DTYPES[device]
         for case in cases
         for name, difference in differences(case, device, dtype).items()
+        if not difference < SMALL_DIFFERENCE
+    ]
+    wrong += [
+        f"{rule} {dtype} {name}: {difference}"
+        for dtype in ops.DTYPES[device]
+        for rule in update_cases.RULES
+        for name, difference in update_differences(rule, device, dtype).items()
         if not difference < SMALL_DIFFERENCE
     ]
     calls = len(cases) * len(ops.DTYPES[device])
