@@ -33,7 +33,11 @@ from typing import Any
 
 import pytest
 import torch
-from layer_cases import (
+from report import Report, option, switched_on
+from torch import Tensor
+
+from fastcnn import ops
+from fastcnn.bench.cases import (
     Case,
     Inputs,
     backward_bytes,
@@ -44,11 +48,17 @@ from layer_cases import (
     largest_of_each_kind,
     make_inputs,
 )
-from report import Report, environment, option, switched_on
-from timing import Phases, Time, cache_bytes, copy_bandwidth, ratios, spread
-from torch import Tensor
-
-from fastcnn import ops
+from fastcnn.bench.environment import environment
+from fastcnn.bench.judge import errors_of, reason_of, wrong_ones
+from fastcnn.bench.timing import (
+    Phases,
+    Time,
+    cache_bytes,
+    copy_bandwidth,
+    ratios,
+    sets_and_calls,
+    spread,
+)
 from fastcnn.ops import reference
 from fastcnn.train import host
 
@@ -61,11 +71,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # few windows and masks that fall the other way
 SLACK = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 WARMUP_ROUNDS = 3
-# of the results that a round keeps from its forward to its backward phase, and of all input sets
-ROUND_BYTES = {"cpu": 2**25, "cuda": 2**31}
-SET_BYTES = {"cpu": 2**31, "cuda": 2**34}
-MOST_CALLS = {"cpu": 8, "cuda": 24}  # a round; more launches than these fill the GPU's queue
-MOST_SETS = 256
 
 Function = Callable[[dict[str, Tensor]], Tensor]
 
@@ -114,34 +119,6 @@ def results_of(function: Function, inputs: Inputs) -> dict[str, Tensor]:
     return results
 
 
-def errors_of(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """Return the mean error of every tensor over its mean value; NaN where one holds a NaN.
-
-    A mean, since a window whose largest values differ by less than a rounding may choose another
-    of them: a few large errors, which a maximum or a sum of squares would show alone.
-    """
-    found = {}
-    for name, true in truth.items():
-        error = (results[name].double() - true).abs().mean() / (true.abs().mean() + 1e-30)
-        found[name] = error.item() if results[name].shape == true.shape else math.nan
-    return found
-
-
-def wrong_ones(errors: dict[str, dict[str, float]], slack: float) -> dict[str, str]:
-    """Return the variants that must not be timed, each with what is wrong.
-
-    One is right if no tensor errs more than twice as much as eager's, plus slack; eager itself,
-    if none errs by a tenth.
-    """
-    wrong: dict[str, str] = {}
-    for variant, found in errors.items():
-        for name, error in found.items():
-            limit = 0.1 if variant == "eager" else 2 * errors["eager"][name] + slack
-            if not error <= limit:  # a NaN is not
-                wrong.setdefault(variant, f"{name} errs by {error:.3g}, allowed is {limit:.3g}")
-    return wrong
-
-
 def check(
     case: Case, variants: dict[str, Function], dtype: torch.dtype, device: torch.device
 ) -> dict[str, str]:
@@ -153,25 +130,11 @@ def check(
         try:
             errors[name] = errors_of(results_of(function, inputs), truth)
         except Exception as error:  # a missing compiler, too little memory: the others go on
-            failed[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            failed[name] = reason_of(error)
     return failed | (wrong_ones(errors, SLACK[dtype]) if "eager" in errors else {})
 
 
 # timing
-
-
-def sets_and_calls(case: Case, dtype: torch.dtype, device: str, cache: int) -> tuple[int, int]:
-    """Return the number of input sets and of calls a round.
-
-    There are at least three sets, and enough for the x of all to be four times as large as the
-    cache, as far as memory goes and up to MOST_SETS. A round calls often enough to be long, and no
-    more often than memory and the launch queue take.
-    """
-    x = math.prod(case.shape) * dtype.itemsize
-    most = max(3, SET_BYTES[device] // (3 * x))
-    sets = min(max(3, math.ceil(4 * cache / x)), most, MOST_SETS)
-    calls = min(max(1, ROUND_BYTES[device] // (5 * x)), MOST_CALLS[device])
-    return sets, calls
 
 
 class Turns:
@@ -179,7 +142,8 @@ class Turns:
 
     def __init__(self, case: Case, variants: dict[str, Function]):
         self.case, self.variants = case, variants
-        sets, self.calls = sets_and_calls(case, DTYPE, DEVICE.type, cache_bytes(DEVICE))
+        x_bytes = math.prod(case.shape) * DTYPE.itemsize
+        sets, self.calls = sets_and_calls(x_bytes, DEVICE.type, cache_bytes(DEVICE))
         self.sets = [make_inputs(case, DTYPE, DEVICE, seed) for seed in range(sets)]
         x = self.sets[0].tensors["x"]
         self.sets_over_cache = round(sets * x.nbytes / cache_bytes(DEVICE), 2)

@@ -31,7 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import REPOSITORY, environment
+from report import REPOSITORY
+
+from fastcnn.bench.environment import environment
 
 Result = dict[str, Any]
 BUDGET_S = 585.0  # of all stages together
