@@ -25,21 +25,16 @@ copy bandwidth (measured in the same run) on a GPU; on a CPU ratios and shares a
 | JSON | the file to write | none |
 """
 
-import math
-import zlib
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from report import Report, option, switched_on
-from torch import Tensor
 
 from fastcnn import ops
 from fastcnn.bench.cases import (
     Case,
-    Inputs,
     backward_bytes,
     distinct_cases,
     forward_bytes,
@@ -49,16 +44,8 @@ from fastcnn.bench.cases import (
     make_inputs,
 )
 from fastcnn.bench.environment import environment
-from fastcnn.bench.judge import errors_of, reason_of, wrong_ones
-from fastcnn.bench.timing import (
-    Phases,
-    Time,
-    cache_bytes,
-    copy_bandwidth,
-    ratios,
-    sets_and_calls,
-    spread,
-)
+from fastcnn.bench.timing import Time, copy_bandwidth, ratios, spread
+from fastcnn.bench.turns import WARMUP_ROUNDS, Function, Turns, check
 from fastcnn.ops import reference
 from fastcnn.train import host
 
@@ -67,13 +54,6 @@ NETWORKS = [
     *["mao-default", "mao-batchnorm", "tiny-a", "tiny-b"],
 ]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# mean error over mean value that a variant may have beyond twice eager's: some roundings, and a
-# few windows and masks that fall the other way
-SLACK = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-WARMUP_ROUNDS = 3
-
-Function = Callable[[dict[str, Tensor]], Tensor]
-
 
 DEVICE = torch.device(option("DEVICE", "cuda" if torch.cuda.is_available() else "cpu"))
 DTYPE_NAME = option("DTYPE", "bf16" if DEVICE.type == "cuda" else "fp32")
@@ -104,71 +84,6 @@ def variants_of(case: Case, compiled: bool) -> dict[str, Function]:
         torch.compiler.reset()
         variants["compile"] = torch.compile(function_of(case, reference), dynamic=False)
     return variants
-
-
-def results_of(function: Function, inputs: Inputs) -> dict[str, Tensor]:
-    """Return the result, the running statistics after it and the gradients, by name."""
-    inputs = inputs.copy()
-    y = function(inputs.tensors)
-    results = {"y": y.detach()}
-    results |= {n: t for n, t in inputs.tensors.items() if n.startswith("running")}
-    if wanted := inputs.differentiable:
-        names = [n for n, t in inputs.tensors.items() if t.requires_grad]
-        gradients = torch.autograd.grad(y, wanted, inputs.dy)
-        results |= {f"d{n}": g for n, g in zip(names, gradients, strict=True)}
-    return results
-
-
-def check(
-    case: Case, variants: dict[str, Function], dtype: torch.dtype, device: torch.device
-) -> dict[str, str]:
-    """Run every variant once against fp64; return those that failed or are wrong, and why."""
-    inputs = make_inputs(case, dtype, device, zlib.crc32(str(case).encode()))
-    truth = results_of(function_of(case, reference), inputs.to(torch.float64))
-    errors, failed = {}, {}
-    for name, function in variants.items():
-        try:
-            errors[name] = errors_of(results_of(function, inputs), truth)
-        except Exception as error:  # a missing compiler, too little memory: the others go on
-            failed[name] = reason_of(error)
-    return failed | (wrong_ones(errors, SLACK[dtype]) if "eager" in errors else {})
-
-
-# timing
-
-
-class Turns:
-    """One round of every variant after the other, over input sets in turn."""
-
-    def __init__(self, case: Case, variants: dict[str, Function]):
-        self.case, self.variants = case, variants
-        x_bytes = math.prod(case.shape) * DTYPE.itemsize
-        sets, self.calls = sets_and_calls(x_bytes, DEVICE.type, cache_bytes(DEVICE))
-        self.sets = [make_inputs(case, DTYPE, DEVICE, seed) for seed in range(sets)]
-        x = self.sets[0].tensors["x"]
-        self.sets_over_cache = round(sets * x.nbytes / cache_bytes(DEVICE), 2)
-        self.phases = Phases(DEVICE)
-        self.times: dict[str, list[Time]] = {name: [] for name in variants}
-        self.held = True
-        self._next = 0
-
-    def __call__(self) -> None:
-        for name, function in self.variants.items():
-            picked = [self.sets[(self._next + i) % len(self.sets)] for i in range(self.calls)]
-            self._next += self.calls
-            forward = partial(self._forward, function, picked)
-            backward = partial(self._backward, picked)
-            self.times[name].append(self.phases.time(forward, backward, self.calls))
-            self.held &= self.phases.held or len(self.times[name]) <= WARMUP_ROUNDS
-
-    def _forward(self, function: Function, picked: list[Inputs]) -> list[Tensor]:
-        with torch.set_grad_enabled(self.case.training):
-            return [function(inputs.tensors) for inputs in picked]
-
-    def _backward(self, picked: list[Inputs], results: list[Tensor]) -> None:
-        if self.case.training:
-            for inputs in picked:
-                torch.autograd.grad(results.pop(0), inputs.differentiable, inputs.dy)
 
 
 def passes_of(case: Case, itemsize: int) -> dict[str, int]:
@@ -304,7 +219,8 @@ def test_op(benchmark, report, copy_rate, case, networks):
         pytest.skip(f"{BUDGET_S:g} s are spent")
     variants = variants_of(case, switched_on("COMPILE", True))
     refused = check(case, variants, DTYPE, DEVICE)
-    turns = Turns(case, {name: f for name, f in variants.items() if name not in refused})
+    right = {name: f for name, f in variants.items() if name not in refused}
+    turns = Turns(case, right, DTYPE, DEVICE)
     benchmark.pedantic(turns, rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)
     if benchmark.stats is not None:
         times = {name: found[-ROUNDS:] for name, found in turns.times.items()}

@@ -13,7 +13,7 @@ import torch
 
 from fastcnn.archs import NETWORKS, get_network
 from fastcnn.bench import cases as layer_cases
-from fastcnn.bench import judge, timing
+from fastcnn.bench import judge, timing, turns
 from fastcnn.bench.cases import Case, backward_bytes, calls_of, forward_bytes
 from fastcnn.ops import reference
 
@@ -141,7 +141,7 @@ def test_a_wrong_variant_is_not_timed():
         raise RuntimeError("no compiler")
 
     variants = {"fused": right, "eager": right, "a": wrong, "b": nan, "c": broken}
-    found = bench_ops.check(POOLED, variants, torch.float32, CPU)
+    found = turns.check(POOLED, variants, torch.float32, CPU)
     assert found.keys() == {"a", "b", "c"}
     assert found["c"] == "RuntimeError: no compiler"
     assert "errs by nan" in found["b"]
@@ -156,7 +156,7 @@ def test_errors_beyond_twice_eagers_are_wrong():
 def test_checks_leave_the_running_statistics_of_the_inputs():
     inputs = layer_cases.make_inputs(CONV, torch.float32, CPU, 0)
     before = inputs.tensors["running_mean"].clone()
-    results = bench_ops.results_of(layer_cases.function_of(CONV, reference), inputs)
+    results = turns.results_of(layer_cases.function_of(CONV, reference), inputs)
     assert torch.equal(inputs.tensors["running_mean"], before)
     assert not torch.equal(results["running_mean"], before)
     assert results.keys() == {"y", "dx", "dweight", "dbias", "running_mean", "running_var"}
@@ -174,9 +174,7 @@ def test_sets_are_larger_than_the_cache_and_calls_few_enough():
 
 
 def test_variants_take_turns_over_all_sets(monkeypatch):
-    monkeypatch.setattr(bench_ops, "sets_and_calls", lambda *_: (3, 2))
-    monkeypatch.setattr(bench_ops, "DEVICE", CPU)
-    monkeypatch.setattr(bench_ops, "DTYPE", torch.float32)
+    monkeypatch.setattr(turns, "sets_and_calls", lambda *_: (3, 2))
     seen = []
 
     def noting(name):
@@ -186,15 +184,15 @@ def test_variants_take_turns_over_all_sets(monkeypatch):
 
         return function
 
-    turns = bench_ops.Turns(CONV, {"a": noting("a"), "b": noting("b")})
-    turns()
-    turns()
+    both = turns.Turns(CONV, {"a": noting("a"), "b": noting("b")}, torch.float32, CPU)
+    both()
+    both()
     assert [name for name, _ in seen] == ["a", "a", "b", "b"] * 2
     places = [place for _, place in seen]
     assert places[:6] == places[:3] * 2 == places[:3] + places[3:6]
     assert len(set(places)) == 3
-    assert {name: len(times) for name, times in turns.times.items()} == {"a": 2, "b": 2}
-    assert all(time.forward > 0 and time.backward > 0 for time in turns.times["a"])
+    assert {name: len(times) for name, times in both.times.items()} == {"a": 2, "b": 2}
+    assert all(time.forward > 0 and time.backward > 0 for time in both.times["a"])
 
 
 def test_medians_extremes_and_ratios():

@@ -24,6 +24,7 @@ Backend = Literal[
 RIVALS = ("eager", "eager-fp32", "compile", "reduce-overhead", "max-autotune")  # plain PyTorch
 CUDA_BACKENDS = (*RIVALS, "fused-compile", "fused", "graph")
 CPU_BACKENDS = ("eager", "fused")
+LOADERS = ("resident", "torch")  # of --data-only, unless it names them
 BATCHES = {"cuda": (1024, 128), "cpu": (256, 64)}
 # options of a training run that a throughput has too
 SHARED = ("device", "threads", "workers", "amp_dtype", "seed")

@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -43,6 +42,30 @@ def loader_of(
     )
 
 
+def train_step(
+    setting: tuple[nn.Module, OptimConfig, Precision, int, int, torch.device], graph: str
+) -> TrainStep:
+    """Return TrainStep(*setting) with a CUDA graph "on", "off" or "auto" (where it can be had).
+
+    Raises UsageError for "on" where the step has no graph.
+    """
+    if hasattr(TrainStep, "epoch"):
+        return TrainStep(*setting, graph=graph)  # type: ignore[call-arg]
+    if graph == "on":
+        raise UsageError("the training step has no CUDA graph")
+    return TrainStep(*setting)
+
+
+def epoch(step: TrainStep, loader: Loader) -> Iterator[None]:
+    """Make the steps of what is left of the loader's epoch, one each time."""
+    if hasattr(step, "epoch"):
+        yield from step.epoch(loader)
+        return
+    for images, labels in loader:
+        step(images, labels)
+        yield
+
+
 class OurStep:
     """TrainStep with the recipe of the rivals, an optimisation step a call.
 
@@ -58,22 +81,18 @@ class OurStep:
         device: torch.device,
         graph: bool,
     ):
-        per_epoch = len(loader)
         config = OptimConfig(
-            epochs=math.ceil(STEPS / per_epoch),
+            epochs=math.ceil(STEPS / len(loader)),
             schedule="constant",
             lr=recipe.lr,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
             label_smoothing=recipe.label_smoothing,
         )
-        options: dict[str, Any] = {}
-        if hasattr(TrainStep, "epoch"):
-            options["graph"] = "on" if graph else "off"
-        elif graph:
-            raise UsageError("the training step has no CUDA graph")
-        self.step = TrainStep(model, config, precision, per_epoch, 0, device, **options)
-        self._steps = self._endless(loader)
+        setting = (model, config, precision, len(loader), 0, device)
+        self.step = train_step(setting, "on" if graph else "off")
+        epochs = (epoch(self.step, loader) for _ in itertools.repeat(None))
+        self._steps = itertools.chain.from_iterable(epochs)
         self._graph = graph
 
     def __call__(self) -> None:
@@ -86,13 +105,3 @@ class OurStep:
         """Losses of all images so far, summed."""
         figures = self.step.metrics.read()
         return figures.loss * figures.images
-
-    def _endless(self, loader: Loader) -> Iterator[None]:
-        if hasattr(self.step, "epoch"):
-            yield from itertools.chain.from_iterable(
-                self.step.epoch(loader) for _ in itertools.repeat(None)
-            )
-        while True:
-            for images, labels in loader:
-                self.step(images, labels)
-                yield

@@ -14,7 +14,7 @@ from fastcnn import ops
 from fastcnn.archs import get_network
 from fastcnn.bench import noise
 from fastcnn.bench.environment import environment
-from fastcnn.bench.options import BATCHES, CPU_BACKENDS, CUDA_BACKENDS, Settings
+from fastcnn.bench.options import BATCHES, CPU_BACKENDS, CUDA_BACKENDS, LOADERS, Settings
 from fastcnn.bench.timing import copy_bandwidth, matmul_rate
 from fastcnn.bench.variants import HALVES, Task
 from fastcnn.train.host import tune_process
@@ -33,6 +33,8 @@ class Run:
         config = settings.config
         tune_process(config.run.threads)
         self.device = choose_device(config.run.device)
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)
         amp = self.options.amp
         amp = self.device.type == "cuda" if amp is None else amp
         self.precision = choose_precision(self.device, amp, config.run.amp_dtype)
@@ -84,14 +86,22 @@ class Run:
         self.set(limits={name: float(f"{value:.4g}") for name, value in found.items()})
         return found
 
-    def tasks(self) -> Iterator[Task]:
+    def has_time_for(self, what: str) -> bool:
+        """Whether something of --budget is left; if not, `what` is named as left out."""
+        if self.left_s() <= 0:
+            self.add("left_out", what)
+        return self.left_s() > 0
+
+    def tasks(self, loaders: tuple[str, ...] = ()) -> Iterator[Task]:
         """The networks, batch sizes and loaders in the order in which they were named."""
         config, options = self.settings.config, self.options
         default = CUDA_BACKENDS if self.device.type == "cuda" else CPU_BACKENDS
         named: tuple[str, ...] = tuple(options.backends) or default
         if self.precision.dtype is None and not options.backends:
             named = tuple(b for b in named if b != "eager-fp32")  # which eager then is
-        for name, batch, loader in itertools.product(options.arch, self.batches, options.loader):
+        for name, batch, loader in itertools.product(
+            options.arch, self.batches, loaders or options.loader
+        ):
             size = get_network(name).image_sizes[0]
             yield Task(
                 name,
@@ -115,21 +125,71 @@ def measure(settings: Settings, command: list[str]) -> Content:
     run = Run(settings, command)
     if run.precision.note:
         log.warning("note: %s", run.precision.note)
-    throughput(run)
+    modes = {"layers": layers, "data_only": data_only, "time_to_accuracy": time_to_accuracy}
+    mode = next((mode for name, mode in modes.items() if getattr(run.options, name)), throughput)
+    mode(run)
     return run.content
 
 
 def throughput(run: Run) -> None:
+    """Whole training steps, compared."""
     from fastcnn.bench.throughput import rows_of_task
 
     run.set(mode="throughput", rounds=run.options.rounds, rows=[], left_out=[])
     limits = run.limits()
     for task in run.tasks():
-        if run.left_s() <= 0:
-            run.add("left_out", str(task))
-            continue
-        log.info("%s: %s", task, ", ".join(task.backends))
-        run.add("rows", *rows_of_task(task, run.options.rounds, limits))
+        if run.has_time_for(str(task)):
+            log.info("%s: %s", task, ", ".join(task.backends))
+            run.add("rows", *rows_of_task(task, run.options.rounds, limits))
+
+
+def layers(run: Run) -> None:
+    """Each layer's parts."""
+    from fastcnn.bench.layers import rows_of_network
+
+    run.set(mode="layers", rounds=run.options.rounds, rows=[], left_out=[])
+    limits, dtype = run.limits(), run.precision.dtype or torch.float32
+    for name, batch in itertools.product(run.options.arch, run.batches):
+        if run.has_time_for(f"{name} batch {batch}"):
+            log.info("%s batch %d: every layer", name, batch)
+            found = rows_of_network(name, batch, dtype, run.device, run.options.rounds, limits)
+            run.add("rows", *found)
+
+
+def data_only(run: Run) -> None:
+    """The loaders' rates."""
+    from fastcnn.bench.data_rate import rows_of_rates
+
+    run.set(mode="data-only", rounds=run.options.rounds, rows=[], left_out=[])
+    loaders = tuple(run.options.loader) if "loader" in run.settings.given else LOADERS
+    for task in run.tasks(loaders=("resident",)):
+        if run.has_time_for(str(task)):
+            log.info("%s batch %d: loaders %s", task.network, task.batch, ", ".join(loaders))
+            run.add("rows", *rows_of_rates(task, loaders, run.options.rounds))
+
+
+def time_to_accuracy(run: Run) -> None:
+    """Whole trainings, once a seed."""
+    from fastcnn.bench.accuracy import row_of, trials
+    from fastcnn.recipes import resolve
+
+    options = run.options
+    run.set(mode="time-to-accuracy", rows=[], left_out=[])
+    batches = [{"batch_size": batch} for batch in options.batch_size] or [{}]
+    target = options.time_to_accuracy or 0.0
+    for name, batch, loader in itertools.product(options.arch, batches, options.loader):
+        amp = {"amp": run.precision.dtype is not None}
+        config = resolve({**run.settings.train, "arch": name, "loader": loader, **amp, **batch})
+        if run.has_time_for(name):
+            found = []
+            for trial in trials(config, options.seeds):
+                found.append(trial)
+                log.info(
+                    "%s seed %d: top-1 %.2f %%, target met after %s of %d epochs",
+                    *(name, trial.seed, 100 * trial.top1[-1]),
+                    *(trial.epochs_to(target) or "none", len(trial.top1)),
+                )
+            run.add("rows", row_of(config, target, found, run.device.type == "cuda"))
 
 
 def show(content: Content, settings: Settings, quiet: bool = False) -> None:

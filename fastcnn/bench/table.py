@@ -68,6 +68,11 @@ def cells_of(content: Content) -> tuple[Cells, list[Cells]]:
     """The heads and rows of the table of a run in any mode."""
     rows = [row for row in content["rows"] if "why" not in row]
     on_gpu = content["machine"]["gpu"] is not None
+    modes = {"layers": _of_layers, "data-only": _of_loaders, "time-to-accuracy": _of_trials}
+    return modes.get(content["mode"], _of_steps)(rows, on_gpu)
+
+
+def _of_steps(rows: list[Any], on_gpu: bool) -> tuple[Cells, list[Cells]]:
     return _on_a_gpu(rows) if on_gpu else _on_a_cpu(rows)
 
 
@@ -98,11 +103,64 @@ def _on_a_cpu(rows: list[Any]) -> tuple[Cells, list[Cells]]:
     cells = []
     for row in rows:
         kept = f"{row['kept_bytes'] / 2**20:,.1f}" if "kept_bytes" in row else ""
-        for rival, found in row["times_as_fast_as"].items():
+        for rival, found in (row["times_as_fast_as"] or {"": {}}).items():
             names = (row["network"], row["loader"], row["backend"], rival, str(row["batch"]))
             ratios = [with_spread(found[pair]) if pair in found else "" for pair in PAIRS]
             cells.append((*names, *ratios, kept))
     return heads, cells
+
+
+def _of_layers(rows: list[Any], on_gpu: bool) -> tuple[Cells, list[Cells]]:
+    heads: Cells = ("network", "layer", "part", "batch", "of eager's step", "of fused's step")
+    heads += ("us eager", "us fused", "GB/s", "TFLOP/s", "of floor") if on_gpu else ()
+    cells = []
+    for row in rows:
+        variants, shares = row["variants"], row.get("share_of_step", {})
+        told = [format(shares[b], ".1%") if b in shares else "" for b in ("eager", "fused")]
+        cell: Cells = (row["network"], row["layer"], row["part"], str(row["batch"]), *told)
+        if on_gpu:
+            last = variants.get("fused") or next(iter(variants.values()))
+            eager = variants.get("eager") or last
+            cell += (f"{eager['time_us']['median']:,.1f}", f"{last['time_us']['median']:,.1f}")
+            cell += (f"{last['gb_per_s']:,.0f}", f"{last['tflop_per_s']:,.1f}")
+            cell += (f"{last['floor_share']:.0%}",)
+        ratio = row.get("times_as_fast_as", {}).get("eager")
+        cells.append((*cell, with_spread(ratio) if ratio else ""))
+    return (*heads, "x eager"), cells
+
+
+def _of_loaders(rows: list[Any], on_gpu: bool) -> tuple[Cells, list[Cells]]:
+    heads: Cells = ("network", "loader", "batch", *(["images/s", "step's"] if on_gpu else []))
+    cells = []
+    for row in rows:
+        cell: Cells = (row["network"], row["loader"], str(row["batch"]))
+        if on_gpu:
+            both = (row["images_per_s"], row["step_images_per_s"])
+            cell += tuple(with_spread(figures, ",.0f") for figures in both)
+        cells.append((*cell, with_spread(row["times_as_fast_as"]["step"])))
+    return (*heads, "times what the step consumes"), cells
+
+
+def _of_trials(rows: list[Any], on_gpu: bool) -> tuple[Cells, list[Cells]]:
+    heads: Cells = ("network", "loader", "data", "recipe", "batch", "epochs", "target", "met")
+    heads += ("epochs to it", *(["s to it", "s of all epochs"] if on_gpu else []), "final top-1")
+    cells = []
+    for row in rows:
+        cell: Cells = (row["network"], row["loader"], row["data"], row["recipe"], str(row["batch"]))
+        cell += (str(row["epochs"]), f"{row['target']:.2%}", f"{row['met']} of {row['n']}")
+        cell += (_mean(row.get("epochs_to_target"), ".1f"),)
+        if on_gpu:
+            cell += (_mean(row.get("seconds_to_target"), ".2f"), _mean(row["seconds"], ".2f"))
+        cells.append((*cell, _mean(row["final_top1"], ".2%")))
+    return heads, cells
+
+
+def _mean(figures: dict[str, float] | None, form: str) -> str:
+    """A mean, the median behind it, and the extremes."""
+    if figures is None:
+        return ""
+    mean, median, low, high = (format(figures[k], form) for k in ("mean", "median", "min", "max"))
+    return f"{mean}, median {median} ({low} to {high})"
 
 
 def with_spread(figures: dict[str, float], form: str = ".2f") -> str:
@@ -119,10 +177,13 @@ def tail_lines(content: Content) -> list[str]:
     for row in content["rows"]:
         if "why" in row:
             lines.append(f"not timed: {_name(row)}: {row['why']}")
+        if "note" in row:
+            lines.append(f"note: {_name(row)}: {row['note']}")
     if content.get("left_out"):
         lines.append(f"left out, no time left: {', '.join(content['left_out'])}")
     return lines
 
 
 def _name(row: Any) -> str:
-    return f"{row['network']} batch {row['batch']} {row['loader']} {row['backend']}"
+    parts = [row["network"], f"batch {row['batch']}"]
+    return " ".join([*parts, *[row[k] for k in ("loader", "layer", "backend") if k in row]])

@@ -18,7 +18,7 @@ from fastcnn.bench import judge, noise
 from fastcnn.bench.ours import OurStep, loader_of
 from fastcnn.bench.rivals import Batch, Recipe, ResidentImages, RivalStep
 from fastcnn.config import DataConfig
-from fastcnn.data import Images, Normalization
+from fastcnn.data import Images, Loader, Normalization
 from fastcnn.train.precision import Precision
 
 HALVES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -112,7 +112,7 @@ class Workbench:
         half, model = self.half(backend), self.model(backend)
         if backend in ("fused", "graph"):
             precision = Precision(self.device.type, half)
-            loader = self._loader(augment)
+            loader = self.loader(augment)
             ours = OurStep(model, RECIPE, precision, loader, self.device, backend == "graph")
             return Variant(model, ours, lambda: ours.loss_sum)
         rival = RivalStep(model, RECIPE, half, MODES.get(backend))
@@ -122,7 +122,7 @@ class Workbench:
     def batches(self, dtype: torch.dtype, augment: bool) -> Iterator[Batch]:
         """The batches of a rival, without end."""
         if self.task.loader == "torch":
-            loader = self._loader(augment)
+            loader = self.loader(augment)
             return itertools.chain.from_iterable(itertools.repeat(loader))
         return self._resident_batches(dtype, augment)
 
@@ -135,9 +135,11 @@ class Workbench:
         pixels, labels, mean, std = self._resident
         return iter(ResidentImages(pixels, labels, mean, std, self.task.batch, dtype, augment))
 
-    def _loader(self, augment: bool) -> Any:
+    def loader(self, augment: bool, kind: str = "") -> Loader:
+        """A loader of fastcnn's; kind: another than the task's."""
         task = self.task
-        data = DataConfig(loader=task.loader, batch_size=task.batch, workers=task.workers)  # type: ignore[arg-type]
+        name: Any = kind or task.loader
+        data = DataConfig(loader=name, batch_size=task.batch, workers=task.workers)
         return loader_of(self.images, data, self.normalization, self.device, task.seed, augment)
 
     # the check
