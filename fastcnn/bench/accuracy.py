@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ def row_of(config: Config, target: float, found: list[Trial], on_gpu: bool) -> R
         "network": config.model.arch,
         "batch": config.data.batch_size,
         "loader": config.data.loader,
-        "data": config.data.data,
+        "data": Path(config.data.data).name,  # no path of this machine
         "recipe": config.run.recipe,
         "epochs": config.optim.epochs,
         "target": target,

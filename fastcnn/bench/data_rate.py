@@ -42,13 +42,13 @@ class Rates:
         """A step of the fastest kind that this machine has."""
         if self.device.type == "cuda":
             try:
-                graph = bench.variant("graph").step
+                graph = bench.variant("graph", augment=True).step
                 graph()
             except Exception as error:
                 self.note = f"the step is not a CUDA graph: {error}"
             else:
                 return graph
-        return bench.variant("fused").step
+        return bench.variant("fused", augment=True).step
 
     def _count(self, take: Callable[[], Any]) -> int:
         take()

@@ -7,6 +7,8 @@ import math
 
 from torch import Tensor
 
+from fastcnn.errors import FastcnnError
+
 EAGER = "eager"  # the variant that the others are judged by
 MOST = 0.1  # that eager itself may err, beyond what a variant may
 
@@ -50,4 +52,5 @@ def wrong_ones(
 
 def reason_of(error: Exception) -> str:
     """An exception in a line, for the row of a variant that failed."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    kind = "" if isinstance(error, FastcnnError) else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{error}".split())[:300]

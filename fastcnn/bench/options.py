@@ -110,10 +110,13 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
         _refuse(own.keys() & {"seeds"}, "goes with --time-to-accuracy alone")
     else:
         _refuse(own.keys() & {"backends", "rounds"}, "means nothing to --time-to-accuracy")
+    for name, mode in (("layers", "--layers"), ("data_only", "--data-only")):
+        if getattr(options, name):
+            _refuse(own.keys() & {"backends"}, f"means nothing to {mode}")
     if options.layers:
-        _refuse(own.keys() & {"backends", "loader"}, "means nothing to --layers")
-    if options.data_only:
-        _refuse(own.keys() & {"backends"}, "means nothing to --data-only")
+        _refuse(own.keys() & {"loader"}, "means nothing to --layers")
+    if chosen:
+        _refuse(own.keys() & {"plot"}, f"there is no chart of {chosen[0]}")
     return Settings(options, train, frozenset(own))
 
 

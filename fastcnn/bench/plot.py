@@ -66,9 +66,9 @@ def _title(content: dict[str, Any]) -> str:
     machine = content["machine"]
     what = "images/s" if machine["gpu"] else "times as fast as eager, as a user runs it"
     return (
-        f"training step, {what}; {machine['gpu'] or machine['cpu']}, {content['precision']}, "
-        f"torch {content['torch']}, {content['date']}, n = {content['rounds']}; "
-        "medians, extremes of the rounds"
+        f"training step, {what}: medians, extremes of the rounds\n"
+        f"{machine['gpu'] or machine['cpu']}, {content['precision']}, torch {content['torch']}, "
+        f"{content['date']}, n = {content['rounds']}"
     )
 
 

@@ -108,7 +108,8 @@ class RivalStep:
         self.half = half
         self.forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self._forward
         if mode is not None:
-            self.forward = torch.compile(self._forward, dynamic=False, **_mode(mode))
+            options: dict[str, Any] = {} if mode == "default" else {"mode": mode}
+            self.forward = torch.compile(self._forward, fullgraph=True, dynamic=False, **options)
         self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
@@ -128,7 +129,3 @@ class RivalStep:
             best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             rows = (loss * count, best[:, 0].sum(), best.sum(), torch.full_like(loss, count))
             return loss, torch.stack(rows)
-
-
-def _mode(name: str) -> dict[str, Any]:
-    return {} if name == "default" else {"mode": name}

@@ -17,6 +17,7 @@ from fastcnn.bench.environment import environment
 from fastcnn.bench.options import BATCHES, CPU_BACKENDS, CUDA_BACKENDS, LOADERS, Settings
 from fastcnn.bench.timing import copy_bandwidth, matmul_rate
 from fastcnn.bench.variants import HALVES, Task
+from fastcnn.errors import UsageError
 from fastcnn.train.host import tune_process
 from fastcnn.train.precision import choose_device, choose_precision
 
@@ -45,7 +46,7 @@ class Run:
             torch.backends.cudnn.benchmark = True
         self.content: Content = {
             **environment(self.device),
-            "command": " ".join(command),
+            "command": shown_command(command),
             "precision": self.precision.name,
             "library_sources": ops.load().sources,
         }
@@ -114,6 +115,7 @@ class Run:
                 config.data.workers,
                 config.run.seed,
                 noise.enough(size, batch, self.device),
+                budget_s=None if options.budget is None else self.left_s(),
             )
 
 
@@ -193,10 +195,26 @@ def time_to_accuracy(run: Run) -> None:
 
 
 def show(content: Content, settings: Settings, quiet: bool = False) -> None:
-    """Draw the chart that was asked for and print the table."""
+    """Print the table and draw the chart that was asked for."""
     from fastcnn.bench import plot, table
 
-    if settings.own.plot:
-        plot.draw(content, Path(settings.own.plot))
     if not quiet:
         table.print_report(content)
+    if settings.own.plot:
+        try:
+            plot.draw(content, Path(settings.own.plot))
+        except ImportError as error:
+            raise UsageError("--plot: matplotlib is missing; pip install matplotlib") from error
+
+
+def shown_command(command: list[str]) -> str:
+    """The command without this machine's paths: --json and --plot left out, others by name."""
+    words, skip = [], False
+    for word in command:
+        if not skip and not word.startswith(("--json=", "--plot=")):
+            skip = word in ("--json", "--plot")
+            name, equals, value = word.rpartition("=")
+            words += [] if skip else [name + equals + (Path(value).name or value)]
+        else:
+            skip = False
+    return " ".join(words)

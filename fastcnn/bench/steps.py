@@ -12,11 +12,13 @@ import torch
 
 from fastcnn.bench import judge
 from fastcnn.bench.cases import kept_bytes
+from fastcnn.bench.check import Check
 from fastcnn.bench.variants import Task, Variant, Workbench, release
+from fastcnn.errors import FastcnnError
 
 TURN_S = 0.1
 MOST_STEPS = 200
-WARM_UP = 4  # steps; torch.compile records its CUDA graphs in the second
+WARM_UP = 4  # steps
 LAUNCHES = ("LaunchKernel", "GraphLaunch", "Memcpy", "Memset")  # of the CUDA runtime's calls
 PROFILED = 3
 
@@ -24,17 +26,26 @@ PROFILED = 3
 class Steps:
     """Every right variant of a task; `wrong`: the others and why.
 
-    `facts`, by variant: set_up_s (build, compilation, capture and warm-up) and, on a GPU,
-    peak_bytes, launches (by the host) and kernels (on the device) of a step; on a CPU kept_bytes.
+    `facts`, by variant: on a GPU set_up_s (compilation, capture and warm-up), peak_bytes, launches
+    (by the host) and kernels (on the device) of a step; on a CPU kept_bytes.
     """
 
     def __init__(self, task: Task):
         self.task, self.device = task, torch.device(task.device)
+        self._start = time.monotonic()
+        torch.compiler.reset()  # it compiles one function only a few times
         self.bench = Workbench(task)
-        self.wrong = self.bench.wrong_ones(task.backends) if task.check else {}
+        self.wrong: dict[str, str] = {}
         self.facts: dict[str, dict[str, Any]] = {}
         self._variants: dict[str, Variant] = {}
         self._steps: dict[str, int] = {}
+        self._check: Check | None = None
+        try:
+            self._check = Check(self.bench) if task.check else None
+        except Exception as error:
+            why = f"the check of the variants failed: {judge.reason_of(error)}"
+            self.wrong = dict.fromkeys(task.backends, why)
+        release(self.device)
         for backend in task.backends:
             if backend not in self.wrong:
                 self._add(backend)
@@ -44,6 +55,10 @@ class Steps:
         return list(self._variants)
 
     def _add(self, backend: str) -> None:
+        budget = self.task.budget_s
+        if budget is not None and time.monotonic() - self._start > budget:
+            self.wrong[backend] = "no time was left"
+            return
         try:
             variant, facts = self._prepared(backend)
         except Exception as error:  # too little memory, a compiler's fault: the others go on
@@ -53,19 +68,25 @@ class Steps:
             self._variants[backend], self.facts[backend] = variant, facts
 
     def _prepared(self, backend: str) -> tuple[Variant, dict[str, Any]]:
-        """Build a variant and warm it up; peak_bytes is what it adds to what was there before."""
-        if self.device.type == "cpu":
-            variant = self.bench.variant(backend)
-            for _ in range(WARM_UP):
-                variant.step()
-            return variant, self._kept(backend, variant)
-        before, idle = torch.cuda.memory_allocated(), _idle_in_pools()
+        """Build a variant, check it and warm it up; peak_bytes is what it adds to what was there.
+
+        Raises FastcnnError for one that is wrong.
+        """
+        on_gpu = self.device.type == "cuda"
+        before, idle = (torch.cuda.memory_allocated(), _idle_in_pools()) if on_gpu else (0, 0)
         start = time.perf_counter()
-        variant = self.bench.variant(backend)
-        variant.step()  # compiles; cuDNN tries its algorithms, with memory that no later step needs
-        torch.cuda.reset_peak_memory_stats()
+        variant = self.bench.variant(backend, augment=False)
+        if self._check:
+            # the first step compiles, and cuDNN tries algorithms with memory that no other needs
+            reset = torch.cuda.reset_peak_memory_stats if on_gpu else None
+            losses = self._check.run(variant, reset)
+            if why := self._check.why_wrong(backend, variant, losses):
+                raise FastcnnError(why)
+        variant = variant.augmented()
         for _ in range(WARM_UP):
             variant.step()
+        if not on_gpu:
+            return variant, self._kept(backend, variant)
         torch.cuda.synchronize()
         set_up_s = round(time.perf_counter() - start, 2)
         # what a graph was captured with is not allocated when it is replayed, but reserved

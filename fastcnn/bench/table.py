@@ -103,11 +103,18 @@ def _on_a_cpu(rows: list[Any]) -> tuple[Cells, list[Cells]]:
     cells = []
     for row in rows:
         kept = f"{row['kept_bytes'] / 2**20:,.1f}" if "kept_bytes" in row else ""
-        for rival, found in (row["times_as_fast_as"] or {"": {}}).items():
+        alone: dict[str, Any] = {"": {}}
+        for rival, found in (told_ratios(row) or alone).items():
             names = (row["network"], row["loader"], row["backend"], rival, str(row["batch"]))
             ratios = [with_spread(found[pair]) if pair in found else "" for pair in PAIRS]
             cells.append((*names, *ratios, kept))
     return heads, cells
+
+
+def told_ratios(row: Any) -> dict[str, Any]:
+    """The ratios of a row that a table tells: a rival's to eager alone."""
+    found = row["times_as_fast_as"]
+    return {r: found[r] for r in found if row["backend"] not in RIVALS or r == RIVALS[0]}
 
 
 def _of_layers(rows: list[Any], on_gpu: bool) -> tuple[Cells, list[Cells]]:
