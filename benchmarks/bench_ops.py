@@ -25,17 +25,16 @@ copy bandwidth (measured in the same run) on a GPU; on a CPU ratios and shares a
 | JSON | the file to write | none |
 """
 
-import math
-import zlib
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from layer_cases import (
+from report import Report, option, switched_on
+
+from fastcnn import ops
+from fastcnn.bench.cases import (
     Case,
-    Inputs,
     backward_bytes,
     distinct_cases,
     forward_bytes,
@@ -44,11 +43,9 @@ from layer_cases import (
     largest_of_each_kind,
     make_inputs,
 )
-from report import Report, environment, option, switched_on
-from timing import Phases, Time, cache_bytes, copy_bandwidth, ratios, spread
-from torch import Tensor
-
-from fastcnn import ops
+from fastcnn.bench.environment import environment
+from fastcnn.bench.timing import Time, copy_bandwidth, ratios, spread
+from fastcnn.bench.turns import WARMUP_ROUNDS, Function, Turns, check
 from fastcnn.ops import reference
 from fastcnn.train import host
 
@@ -57,18 +54,6 @@ NETWORKS = [
     *["mao-default", "mao-batchnorm", "tiny-a", "tiny-b"],
 ]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# mean error over mean value that a variant may have beyond twice eager's: some roundings, and a
-# few windows and masks that fall the other way
-SLACK = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-WARMUP_ROUNDS = 3
-# of the results that a round keeps from its forward to its backward phase, and of all input sets
-ROUND_BYTES = {"cpu": 2**25, "cuda": 2**31}
-SET_BYTES = {"cpu": 2**31, "cuda": 2**34}
-MOST_CALLS = {"cpu": 8, "cuda": 24}  # a round; more launches than these fill the GPU's queue
-MOST_SETS = 256
-
-Function = Callable[[dict[str, Tensor]], Tensor]
-
 
 DEVICE = torch.device(option("DEVICE", "cuda" if torch.cuda.is_available() else "cpu"))
 DTYPE_NAME = option("DTYPE", "bf16" if DEVICE.type == "cuda" else "fp32")
@@ -99,112 +84,6 @@ def variants_of(case: Case, compiled: bool) -> dict[str, Function]:
         torch.compiler.reset()
         variants["compile"] = torch.compile(function_of(case, reference), dynamic=False)
     return variants
-
-
-def results_of(function: Function, inputs: Inputs) -> dict[str, Tensor]:
-    """Return the result, the running statistics after it and the gradients, by name."""
-    inputs = inputs.copy()
-    y = function(inputs.tensors)
-    results = {"y": y.detach()}
-    results |= {n: t for n, t in inputs.tensors.items() if n.startswith("running")}
-    if wanted := inputs.differentiable:
-        names = [n for n, t in inputs.tensors.items() if t.requires_grad]
-        gradients = torch.autograd.grad(y, wanted, inputs.dy)
-        results |= {f"d{n}": g for n, g in zip(names, gradients, strict=True)}
-    return results
-
-
-def errors_of(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """Return the mean error of every tensor over its mean value; NaN where one holds a NaN.
-
-    A mean, since a window whose largest values differ by less than a rounding may choose another
-    of them: a few large errors, which a maximum or a sum of squares would show alone.
-    """
-    found = {}
-    for name, true in truth.items():
-        error = (results[name].double() - true).abs().mean() / (true.abs().mean() + 1e-30)
-        found[name] = error.item() if results[name].shape == true.shape else math.nan
-    return found
-
-
-def wrong_ones(errors: dict[str, dict[str, float]], slack: float) -> dict[str, str]:
-    """Return the variants that must not be timed, each with what is wrong.
-
-    One is right if no tensor errs more than twice as much as eager's, plus slack; eager itself,
-    if none errs by a tenth.
-    """
-    wrong: dict[str, str] = {}
-    for variant, found in errors.items():
-        for name, error in found.items():
-            limit = 0.1 if variant == "eager" else 2 * errors["eager"][name] + slack
-            if not error <= limit:  # a NaN is not
-                wrong.setdefault(variant, f"{name} errs by {error:.3g}, allowed is {limit:.3g}")
-    return wrong
-
-
-def check(
-    case: Case, variants: dict[str, Function], dtype: torch.dtype, device: torch.device
-) -> dict[str, str]:
-    """Run every variant once against fp64; return those that failed or are wrong, and why."""
-    inputs = make_inputs(case, dtype, device, zlib.crc32(str(case).encode()))
-    truth = results_of(function_of(case, reference), inputs.to(torch.float64))
-    errors, failed = {}, {}
-    for name, function in variants.items():
-        try:
-            errors[name] = errors_of(results_of(function, inputs), truth)
-        except Exception as error:  # a missing compiler, too little memory: the others go on
-            failed[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return failed | (wrong_ones(errors, SLACK[dtype]) if "eager" in errors else {})
-
-
-# timing
-
-
-def sets_and_calls(case: Case, dtype: torch.dtype, device: str, cache: int) -> tuple[int, int]:
-    """Return the number of input sets and of calls a round.
-
-    There are at least three sets, and enough for the x of all to be four times as large as the
-    cache, as far as memory goes and up to MOST_SETS. A round calls often enough to be long, and no
-    more often than memory and the launch queue take.
-    """
-    x = math.prod(case.shape) * dtype.itemsize
-    most = max(3, SET_BYTES[device] // (3 * x))
-    sets = min(max(3, math.ceil(4 * cache / x)), most, MOST_SETS)
-    calls = min(max(1, ROUND_BYTES[device] // (5 * x)), MOST_CALLS[device])
-    return sets, calls
-
-
-class Turns:
-    """One round of every variant after the other, over input sets in turn."""
-
-    def __init__(self, case: Case, variants: dict[str, Function]):
-        self.case, self.variants = case, variants
-        sets, self.calls = sets_and_calls(case, DTYPE, DEVICE.type, cache_bytes(DEVICE))
-        self.sets = [make_inputs(case, DTYPE, DEVICE, seed) for seed in range(sets)]
-        x = self.sets[0].tensors["x"]
-        self.sets_over_cache = round(sets * x.nbytes / cache_bytes(DEVICE), 2)
-        self.phases = Phases(DEVICE)
-        self.times: dict[str, list[Time]] = {name: [] for name in variants}
-        self.held = True
-        self._next = 0
-
-    def __call__(self) -> None:
-        for name, function in self.variants.items():
-            picked = [self.sets[(self._next + i) % len(self.sets)] for i in range(self.calls)]
-            self._next += self.calls
-            forward = partial(self._forward, function, picked)
-            backward = partial(self._backward, picked)
-            self.times[name].append(self.phases.time(forward, backward, self.calls))
-            self.held &= self.phases.held or len(self.times[name]) <= WARMUP_ROUNDS
-
-    def _forward(self, function: Function, picked: list[Inputs]) -> list[Tensor]:
-        with torch.set_grad_enabled(self.case.training):
-            return [function(inputs.tensors) for inputs in picked]
-
-    def _backward(self, picked: list[Inputs], results: list[Tensor]) -> None:
-        if self.case.training:
-            for inputs in picked:
-                torch.autograd.grad(results.pop(0), inputs.differentiable, inputs.dy)
 
 
 def passes_of(case: Case, itemsize: int) -> dict[str, int]:
@@ -340,7 +219,8 @@ def test_op(benchmark, report, copy_rate, case, networks):
         pytest.skip(f"{BUDGET_S:g} s are spent")
     variants = variants_of(case, switched_on("COMPILE", True))
     refused = check(case, variants, DTYPE, DEVICE)
-    turns = Turns(case, {name: f for name, f in variants.items() if name not in refused})
+    right = {name: f for name, f in variants.items() if name not in refused}
+    turns = Turns(case, right, DTYPE, DEVICE)
     benchmark.pedantic(turns, rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)
     if benchmark.stats is not None:
         times = {name: found[-ROUNDS:] for name, found in turns.times.items()}

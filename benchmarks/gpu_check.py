@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_check.py                  # all stages; exit code 0 only if all passed
     python benchmarks/gpu_check.py --stages build,tests
+    python benchmarks/gpu_check.py --stages build,time-to-accuracy      # needs CIFAR-10
     python benchmarks/gpu_check.py --device cpu     # the same steps without a GPU, to try them
 
 Runs from a bare source tree and needs torch, numpy, ninja, pytest, pytest-benchmark and a CUDA
@@ -31,13 +32,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import REPOSITORY, environment
+from report import REPOSITORY
+
+from fastcnn.bench.environment import environment
 
 Result = dict[str, Any]
 BUDGET_S = 585.0  # of all stages together
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 NETWORKS = "vgg16,resnet18,cnn-a,cnn-a+norm,murgolo-improved,mao-batchnorm"
-RESERVE_S = 25.0  # of a benchmark's budget: for the case that is under way when it ends
+RESERVE_S = 20.0  # of a benchmark's budget: for the case that is under way when it ends
+NAMES = ("network", "batch", "backend")  # of a row of fastcnn bench
+# what a step is compared under, the dearest to compile last
+BACKENDS = "eager fused graph reduce-overhead compile fused-compile max-autotune"
 BUILD = """
 import dataclasses, json, logging, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -241,6 +247,48 @@ def bench_networks(check: Check, budget_s: float) -> Result:
     )
 
 
+def bench_step(check: Check, budget_s: float) -> Result:
+    """Compare whole training steps with plain PyTorch and torch.compile."""
+    words = ["--backends", *BACKENDS.split(), "--rounds", "9"]
+    words += ["--arch", "vgg16", "cnn-a+norm", "--batch-size", "1024"]
+    if not check.on_gpu:
+        words = ["--arch", "cnn-a", "--batch-size", "8", "--rounds", "7", "--threads", "1"]
+    left = min(budget_s, check.deadline - time.monotonic())
+    words += ["--budget", str(max(1.0, left - RESERVE_S))]
+    return _fastcnn_bench(check, "bench-step", budget_s, words)
+
+
+def time_to_accuracy(check: Check, budget_s: float) -> Result:
+    """Train vgg16 to 94 % on the images of FASTCNN_BENCH_DATA, else CIFAR-10; five seeds."""
+    words = ["--time-to-accuracy", "0.94", "--arch", "vgg16", "--recipe", "fast", "--seeds", "5"]
+    words += ["--data", os.environ.get("FASTCNN_BENCH_DATA", "cifar10")]
+    if not check.on_gpu:
+        words = [
+            "--time-to-accuracy",
+            "0.1",
+            "--arch",
+            "cnn-a",
+            "--data",
+            "digits",
+            "--epochs",
+            "1",
+            "--seeds",
+            "1",
+        ]
+    return _fastcnn_bench(check, "time-to-accuracy", budget_s, words)
+
+
+def _fastcnn_bench(check: Check, name: str, budget_s: float, words: list[str]) -> Result:
+    written = check.scratch / f"{name}.json"
+    command = [sys.executable, "-m", "fastcnn.bench", "--quiet", "--device", check.device]
+    command += ["--json", str(written), *words]
+    state, seconds = check.run(command, f"{name}.log", budget_s)
+    content = _read(written)
+    if state == "passed" and not any("why" not in row for row in content.get("rows", [])):
+        state = "failed"
+    return {"state": state, "seconds": seconds, "content": content}
+
+
 def _bench(check: Check, name: str, budget_s: float, options: dict[str, str]) -> Result:
     written = check.scratch / f"{name}.json"
     left = min(budget_s, check.deadline - time.monotonic())
@@ -264,13 +312,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 # name, function, seconds that it may take
 STAGES: dict[str, tuple[Callable[[Check, float], Result], float]] = {
-    "build": (build, 120),
-    "tests": (tests, 150),
-    "sanitizers": (sanitizers, 110),
-    "bench-quick": (bench_quick, 75),
-    "bench-networks": (bench_networks, 125),
+    "build": (build, 90),
+    "tests": (tests, 110),
+    "sanitizers": (sanitizers, 90),
+    "bench-quick": (bench_quick, 45),
+    "bench-networks": (bench_networks, 50),
+    "bench-step": (bench_step, 200),
+    "time-to-accuracy": (time_to_accuracy, 300),
 }
-NEED_THE_LIBRARY = ("sanitizers", "bench-quick", "bench-networks")
+NAMED_ALONE = ("time-to-accuracy",)  # it needs CIFAR-10, and the time of all others
+UNASKED = [name for name in STAGES if name not in NAMED_ALONE]
+NEED_THE_LIBRARY = [name for name in STAGES if name not in ("build", "tests")]
 
 
 def run_stages(check: Check, names: list[str], scale: float) -> dict[str, Any]:
@@ -312,16 +364,27 @@ def line_of(name: str, result: Result) -> str:
         words.append(f"not collected: {', '.join(names)}")
     words += [f"{tool} {one['state']}" for tool, one in result.get("tools", {}).items()]
     if content := result.get("content"):
-        cases = len({row["case"] for row in content["rows"]})
-        words.append(f"{cases} cases timed, {len(content['left_out'])} left out")
-        words += [f"refused: {one['case']} {one['variant']}" for one in content["refused"]]
+        words += timed(content)
     return "; ".join(words)
+
+
+def timed(content: dict[str, Any]) -> list[str]:
+    """What of a benchmark was timed and what was not."""
+    if "mode" in content:
+        named = [" ".join(str(row[k]) for k in row if k in NAMES) for row in content["rows"]]
+        bad = [name for name, row in zip(named, content["rows"], strict=True) if "why" in row]
+        words = [f"{len(named) - len(bad)} rows, {len(content['left_out'])} left out"]
+        return words + [f"not timed: {name}" for name in bad]
+    cases = len({row["case"] for row in content["rows"]})
+    words = [f"{cases} cases timed, {len(content['left_out'])} left out"]
+    return words + [f"refused: {one['case']} {one['variant']}" for one in content["refused"]]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--stages", default=",".join(STAGES), help="of %(default)s")
+    named = f"default: %(default)s; also {', '.join(NAMED_ALONE)}"
+    parser.add_argument("--stages", default=",".join(UNASKED), help=named)
     parser.add_argument("--output", type=Path, help="folder of the JSON file and the logs")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds (%(default)g)")
     options = parser.parse_args()

@@ -1,19 +1,14 @@
-"""What every benchmark shares: its options, the record of the machine, the JSON file, the table.
+"""What the benchmarks under pytest share: their options, the JSON file, the table.
 
 Options are environment variables FASTCNN_BENCH_<NAME>; each benchmark's docstring lists its own.
 """
 
-import datetime
 import json
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -62,47 +57,3 @@ class Report:
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         for line in self.table(self.content):
             terminalreporter.write_line(line)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a figure needs beside it: machine, versions, commit, date."""
-    found: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "machine": {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0)), "gpu": None},
-        "os": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "threads": torch.get_num_threads(),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        found["machine"]["gpu"] = properties.name
-        found["machine"]["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
-        found["machine"]["driver"] = (driver or "unknown").splitlines()[0]
-    return found
-
-
-def commit() -> str | None:
-    """FASTCNN_COMMIT, else what git says of this tree; None where there is neither."""
-    return os.environ.get("FASTCNN_COMMIT") or _output("git", "describe", "--always", "--dirty")
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith("model name")).split(": ", 1)[1]
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"
-
-
-def _output(*command: str) -> str | None:
-    try:
-        return subprocess.run(
-            command, cwd=REPOSITORY, capture_output=True, text=True, timeout=20, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

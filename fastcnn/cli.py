@@ -19,7 +19,7 @@ from fastcnn.errors import FastcnnError, UsageError, nearest
 from fastcnn.options import Option, options_of, read_config_file
 from fastcnn.train.host import share_the_cores
 
-METAVARS = {int: "N", float: "X", list: "N"}
+METAVARS = {int: "N", float: "X"}
 BROKEN_PIPE = 141  # what a shell reports of a command that SIGPIPE ended
 
 
@@ -126,6 +126,7 @@ def add_option(target: Any, option: Option, default: Any = None) -> None:
     words["metavar"] = metavar or METAVARS.get(option.scalar, option.name.upper())
     if option.scalar is list:
         words["nargs"] = "*"
+        words["metavar"] = metavar or {int: "N"}.get(option.element, "NAME")
     target.add_argument(option.flag, **words)
 
 
@@ -204,6 +205,24 @@ def compile_parser() -> Parser:
         add_option(parser, option, option.default)
     parser.add_argument("--force", action="store_true", help="compile in any case")
     parser.add_argument("--quiet", action="store_true", help="print nothing but the result")
+    add_debug(parser)
+    return parser
+
+
+def bench_parser() -> Parser:
+    from fastcnn.bench.options import own_options, train_options
+
+    parser = new_parser(
+        "bench",
+        "Compare training steps of networks under several backends in interleaved rounds of one "
+        "run: images/s, memory, launches and the share of the roofline on a GPU, ratios on a CPU.",
+    )
+    for option in own_options():
+        add_option(parser, option, option.default)
+    other = parser.add_argument_group("options of fastcnn train")
+    for option in train_options():
+        add_option(other, option, option.default)
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     add_debug(parser)
     return parser
 
@@ -303,6 +322,16 @@ def run_build(given: dict[str, Any], command: list[str]) -> None:
     print(f"Python module: {path}" if path else f"note: {reason}")
 
 
+def run_bench(given: dict[str, Any], command: list[str]) -> None:
+    from fastcnn.bench.options import settings_of
+
+    settings = settings_of(given)
+    # after the check: the rest takes torch's seconds to import
+    from fastcnn.bench.run import measure, show
+
+    show(measure(settings, command), settings, given.get("quiet", False))
+
+
 def run_doctor(given: dict[str, Any], command: list[str]) -> None:
     from fastcnn import doctor
 
@@ -321,6 +350,7 @@ COMMANDS: dict[
     "train": (train_parser, run_train, "train a network"),
     "eval": (eval_parser, run_eval, "evaluate a run or a checkpoint"),
     "archs": (archs_parser, run_archs, "list the networks, show their layers"),
+    "bench": (bench_parser, run_bench, "compare training steps, measure loaders and layers"),
     "build": (compile_parser, run_build, "compile the native library"),
     "doctor": (doctor_parser, run_doctor, "what this machine offers, what is missing"),
 }

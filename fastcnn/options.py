@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import yaml
-
 from fastcnn.errors import UsageError, nearest
 
 
@@ -52,31 +50,33 @@ class Option:
         return "--" + self.name.replace("_", "-")
 
     @property
+    def element(self) -> Any:
+        """The type of a list's elements; else the option's own."""
+        return get_args(self.type)[0] if get_origin(self.type) is list else self.type
+
+    @property
     def choices(self) -> tuple[str, ...]:
-        return get_args(self.type) if get_origin(self.type) is Literal else ()
+        """The words that the option, or each element of its list, may be; () where any may."""
+        return get_args(self.element) if get_origin(self.element) is Literal else ()
 
     @property
     def scalar(self) -> Any:
         """int, float, bool, str or list: the type without `| None`."""
-        if self.choices:
-            return str
         if get_origin(self.type) is list:
             return list
+        if self.choices:
+            return str
         return next((t for t in get_args(self.type) if t is not type(None)), self.type)
 
     def check(self, value: Any) -> None:
         """Raise UsageError unless `value` has the option's type and lies within its bounds."""
         if value is None and type(None) in get_args(self.type):
             return
-        if self.choices:
-            if value not in self.choices:
-                valid = ", ".join(self.choices)
-                hint = nearest(str(value), self.choices)
-                raise UsageError(f"{self.flag}: '{value}' is not one of {valid}{hint}")
-            return
         if self.scalar is list:
-            if not isinstance(value, list) or any(type(v) is not int or v < 1 for v in value):
-                raise UsageError(f"{self.flag}: expected whole numbers from 1 up, got {value!r}")
+            self._check_list(value)
+            return
+        if self.choices:
+            self._check_choice(value)
             return
         fits = type(value) is self.scalar or (self.scalar is float and type(value) is int)
         if not fits:
@@ -92,12 +92,30 @@ class Option:
         """
         if isinstance(value, str) and self.scalar in (int, float):
             value = _number(value, self.scalar)
-        if isinstance(value, list) and self.scalar is list:
+        if isinstance(value, list) and self.element is int:
             value = [_number(v, int) if isinstance(v, str) else v for v in value]
         if self.scalar is str and value == "":
             raise UsageError(f"{self.flag}: expected a text, got none")
         self.check(value)
         return value
+
+    def _check_choice(self, value: Any) -> None:
+        if value not in self.choices:
+            valid, hint = ", ".join(self.choices), nearest(str(value), self.choices)
+            raise UsageError(f"{self.flag}: '{value}' is not one of {valid}{hint}")
+
+    def _check_list(self, values: Any) -> None:
+        """Whole numbers from 1 up, or at least one word; no word twice."""
+        if self.element is int:
+            if not isinstance(values, list) or any(type(v) is not int or v < 1 for v in values):
+                raise UsageError(f"{self.flag}: expected whole numbers from 1 up, got {values!r}")
+            return
+        if not isinstance(values, list) or not values or any(type(v) is not str for v in values):
+            raise UsageError(f"{self.flag}: expected one or more names, got {values!r}")
+        for value in values if self.choices else ():
+            self._check_choice(value)
+        if repeated := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+            raise UsageError(f"{self.flag}: {', '.join(repeated)} stands there twice")
 
     def _check_bounds(self, value: float) -> None:
         low, high = self.bounds.get("low"), self.bounds.get("high")
@@ -149,6 +167,9 @@ def read_config_file(path: str, options: Iterable[Option]) -> dict[str, Any]:
 
 
 def _mapping(path: str) -> dict[Any, Any]:
+    # here, so that what reads no file (a benchmark from a bare source tree) does not need it
+    import yaml
+
     try:
         text = Path(path).read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)

@@ -7,23 +7,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastcnn.archs import NETWORKS
+from fastcnn.archs import NETWORKS, get_network
+from fastcnn.bench import cases as layer_cases
+from fastcnn.bench import judge, timing, turns
+from fastcnn.bench.cases import Case, backward_bytes, calls_of, forward_bytes
 from fastcnn.ops import reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_ops
-import bench_step
-import layer_cases
 import report
-import step_process
-import timing
-from layer_cases import Case, backward_bytes, calls_of, forward_bytes, network_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -36,7 +33,7 @@ Y, POOL, C = 288, 72, 72  # values of x, of the pooled result; bytes of codes
 
 
 def test_calls_are_the_layers_in_order():
-    calls = calls_of(network_of("cnn-a"), 16)
+    calls = calls_of(get_network("cnn-a"), 16)
     assert calls == [
         Case("bias_act", (16, 32, 32, 32), post_slope=0.0),
         Case("bias_act_pool", (16, 32, 32, 32), post_slope=0.0, pool=(2, 2, 0)),
@@ -49,20 +46,20 @@ def test_calls_are_the_layers_in_order():
 
 
 def test_norm_behind_a_name_adds_it_to_each_convolution():
-    calls = calls_of(network_of("cnn-a+norm"), 16)
+    calls = calls_of(get_network("cnn-a+norm"), 16)
     assert [case.op for case in calls[:4]] == ["bn_act", "bn_act_pool"] * 2
-    assert [case.shape for case in calls] == [c.shape for c in calls_of(network_of("cnn-a"), 16)]
+    assert [case.shape for case in calls] == [c.shape for c in calls_of(get_network("cnn-a"), 16)]
 
 
 def test_slopes_pools_and_residuals_come_from_the_records():
-    mao = calls_of(network_of("mao-batchnorm"), 2)
+    mao = calls_of(get_network("mao-batchnorm"), 2)
     first = Case("bn_act_pool", (2, 64, 28, 28), 0.01, 1.0, (2, 2, 0))
     assert mao[0] == first
-    assert calls_of(network_of("mao-batchnorm"), 2, training=False)[0] == dataclasses.replace(
+    assert calls_of(get_network("mao-batchnorm"), 2, training=False)[0] == dataclasses.replace(
         first, training=False
     )
-    assert sum(case.residual for case in calls_of(network_of("resnet18"), 2)) == 8
-    assert {c.pool for c in calls_of(network_of("murgolo-base"), 2)} == {(3, 2, 0), None}
+    assert sum(case.residual for case in calls_of(get_network("resnet18"), 2)) == 8
+    assert {c.pool for c in calls_of(get_network("murgolo-base"), 2)} == {(3, 2, 0), None}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -110,18 +107,15 @@ def test_bytes_of_a_pass(case, forward, backward):
 
 
 def test_bytes_that_eager_keeps():
-    t = layer_cases.make_inputs(POOLED, torch.float32, CPU, 0).tensors
-    known = [t[name] for name in t if name != "x"]
-    kept = layer_cases.kept_bytes(lambda: layer_cases.function_of(POOLED, reference)(t), known)
     # x, the pool's input, an int64 index a pooled value; mean and rstd of 4 channels
-    assert kept == 4 * (Y + Y) + 8 * POOL + 2 * 4 * 4
+    assert kept_by(POOLED, reference) == 4 * (Y + Y) + 8 * POOL + 2 * 4 * 4
 
 
 # tensors, calls, checks
 
 
 @pytest.mark.parametrize(
-    "case", calls_of(network_of("resnet18"), 2)[:6] + calls_of(network_of("mao-batchnorm"), 2)
+    "case", calls_of(get_network("resnet18"), 2)[:6] + calls_of(get_network("mao-batchnorm"), 2)
 )
 def test_inputs_fit_the_call(case):
     inputs = layer_cases.make_inputs(case, torch.float32, CPU, 0)
@@ -147,7 +141,7 @@ def test_a_wrong_variant_is_not_timed():
         raise RuntimeError("no compiler")
 
     variants = {"fused": right, "eager": right, "a": wrong, "b": nan, "c": broken}
-    found = bench_ops.check(POOLED, variants, torch.float32, CPU)
+    found = turns.check(POOLED, variants, torch.float32, CPU)
     assert found.keys() == {"a", "b", "c"}
     assert found["c"] == "RuntimeError: no compiler"
     assert "errs by nan" in found["b"]
@@ -155,14 +149,14 @@ def test_a_wrong_variant_is_not_timed():
 
 def test_errors_beyond_twice_eagers_are_wrong():
     errors = {"eager": {"y": 1e-3}, "fused": {"y": 2e-3}, "compile": {"y": 2.2e-3}}
-    assert bench_ops.wrong_ones(errors, 1e-4).keys() == {"compile"}
-    assert bench_ops.wrong_ones({"eager": {"y": 0.2}}, 1e-4).keys() == {"eager"}
+    assert judge.wrong_ones(errors, 1e-4).keys() == {"compile"}
+    assert judge.wrong_ones({"eager": {"y": 0.2}}, 1e-4).keys() == {"eager"}
 
 
 def test_checks_leave_the_running_statistics_of_the_inputs():
     inputs = layer_cases.make_inputs(CONV, torch.float32, CPU, 0)
     before = inputs.tensors["running_mean"].clone()
-    results = bench_ops.results_of(layer_cases.function_of(CONV, reference), inputs)
+    results = turns.results_of(layer_cases.function_of(CONV, reference), inputs)
     assert torch.equal(inputs.tensors["running_mean"], before)
     assert not torch.equal(results["running_mean"], before)
     assert results.keys() == {"y", "dx", "dweight", "dbias", "running_mean", "running_var"}
@@ -172,18 +166,15 @@ def test_checks_leave_the_running_statistics_of_the_inputs():
 
 
 def test_sets_are_larger_than_the_cache_and_calls_few_enough():
-    small, large = Case("bias_act", (8, 64, 8, 8)), Case("bias_act", (1024, 64, 64, 64))
-    x = 8 * 64 * 64 * 4
-    sets, calls = bench_ops.sets_and_calls(small, torch.float32, "cuda", 16 * x)
-    assert (sets, calls) == (64, bench_ops.MOST_CALLS["cuda"])
-    assert bench_ops.sets_and_calls(large, torch.float32, "cuda", 16 * x)[0] == 3
-    assert bench_ops.sets_and_calls(large, torch.float32, "cpu", 16 * x)[1] == 1
+    small, large = 8 * 64 * 64 * 4, 1024 * 64 * 64 * 64 * 4
+    sets, calls = timing.sets_and_calls(small, "cuda", 16 * small)
+    assert (sets, calls) == (64, timing.MOST_CALLS["cuda"])
+    assert timing.sets_and_calls(large, "cuda", 16 * small)[0] == 3
+    assert timing.sets_and_calls(large, "cpu", 16 * small)[1] == 1
 
 
 def test_variants_take_turns_over_all_sets(monkeypatch):
-    monkeypatch.setattr(bench_ops, "sets_and_calls", lambda *_: (3, 2))
-    monkeypatch.setattr(bench_ops, "DEVICE", CPU)
-    monkeypatch.setattr(bench_ops, "DTYPE", torch.float32)
+    monkeypatch.setattr(turns, "sets_and_calls", lambda *_: (3, 2))
     seen = []
 
     def noting(name):
@@ -193,15 +184,15 @@ def test_variants_take_turns_over_all_sets(monkeypatch):
 
         return function
 
-    turns = bench_ops.Turns(CONV, {"a": noting("a"), "b": noting("b")})
-    turns()
-    turns()
+    both = turns.Turns(CONV, {"a": noting("a"), "b": noting("b")}, torch.float32, CPU)
+    both()
+    both()
     assert [name for name, _ in seen] == ["a", "a", "b", "b"] * 2
     places = [place for _, place in seen]
     assert places[:6] == places[:3] * 2 == places[:3] + places[3:6]
     assert len(set(places)) == 3
-    assert {name: len(times) for name, times in turns.times.items()} == {"a": 2, "b": 2}
-    assert all(time.forward > 0 and time.backward > 0 for time in turns.times["a"])
+    assert {name: len(times) for name, times in both.times.items()} == {"a": 2, "b": 2}
+    assert all(time.forward > 0 and time.backward > 0 for time in both.times["a"])
 
 
 def test_medians_extremes_and_ratios():
@@ -307,54 +298,18 @@ def test_a_run_from_end_to_end(library, tmp_path):
     assert content["refused"] == content["left_out"] == []
 
 
-# training steps
-
-
-def test_tasks_travel_as_json():
-    for task in (step_process.Task("vgg16", 64, threads=2), step_process.Task(shape=(2, 3, 4, 4))):
-        assert step_process.Task.from_json(task.to_json()) == task
-
-
-def test_rows_of_steps_pair_the_processes():
-    seconds = {("plain", "eager"): [8.0, 8.0], ("tuned", "eager"): [4.0, 4.0]}
-    seconds |= {("plain", "fused"): [4.0, 4.0], ("tuned", "fused"): [2.0, 1.0]}
-    row = bench_step.row_of(step_process.Task("vgg16", 64), seconds)
-    assert row["rounds"] == 2
-    found = {words: r["median"] for words, r in row["times_as_fast_as_eager"].items()}
-    assert found == {"both plain": 2.0, "both tuned": 2.667, "as a user runs it": 5.333}
-    assert "times_as_fast_as_compile" not in row
-
-
-def test_variants_take_turns_in_both_processes():
-    told = []
-
-    def process(setting):
-        def time(variant):
-            told.append((setting, variant))
-            return 1.0
-
-        return SimpleNamespace(variants=["fused", "eager"], time=time)
-
-    turns = bench_step.Turns({setting: process(setting) for setting in bench_step.SETTINGS})
-    turns()
-    turns()
-    pairs = [(s, v) for s in ("plain", "tuned") for v in ("fused", "eager")]
-    assert told == pairs * 2
-    assert turns.seconds == {pair: [1.0, 1.0] for pair in pairs}
-
-
-def test_a_process_times_what_it_is_told(library):
-    task = step_process.Task(shape=(2, 8, 8, 8), compiled=False, threads=1)
-    with bench_step.Process("tuned", task) as process:
-        assert process.variants == ["fused", "eager"]
-        assert process.wrong == {}
-        assert process.time("fused") > 0
+def kept_by(case, module):
+    """Bytes that the backward of one op keeps by itself, x among them."""
+    inputs = layer_cases.make_inputs(case, torch.float32, CPU, 0)
+    known = [t for name, t in inputs.tensors.items() if name not in ("x", "residual")]
+    call = layer_cases.function_of(case, module)
+    return layer_cases.kept_bytes(lambda: call(inputs.tensors), known)
 
 
 def test_the_op_keeps_less_than_eager(library):
     from fastcnn import ops
 
-    fused, eager = (bench_step.kept_by(POOLED, module) for module in (ops, reference))
+    fused, eager = (kept_by(POOLED, module) for module in (ops, reference))
     # x, a byte a pooled value, mean and rstd
     assert fused == 4 * Y + C + 2 * 4 * 4
     assert fused < eager

@@ -12,6 +12,8 @@ import os
 # <malloc.h>: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
 MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 256 * 2**20, -3: 2**30}
 
+SPIN_TURNS = "10000"  # of a thread that waits
+
 
 def share_the_cores() -> None:
     """Let threads that wait for others sleep soon; to be called before torch is imported.
@@ -22,7 +24,7 @@ def share_the_cores() -> None:
     n = 3 each, interleaved, 2026-11-21). A user's own setting stays.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_TURNS)
 
 
 def keep_freed_memory() -> bool:

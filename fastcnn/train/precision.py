@@ -9,7 +9,8 @@ from fastcnn.errors import UsageError
 
 @dataclass(frozen=True)
 class Precision:
-    """`dtype` of the autocast regions, or None for plain fp32; `note` explains a refusal of AMP."""
+    """`dtype`: of activations and of the weights' copies, None for fp32 alone. `note` explains a
+    refusal of AMP."""
 
     device_type: str
     dtype: torch.dtype | None = None
@@ -25,9 +26,6 @@ class Precision:
     def scales_loss(self) -> bool:
         """fp16 gradients underflow without a scaled loss; bf16 has fp32's range."""
         return self.dtype is torch.float16
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None)
 
 
 def choose_device(name: str) -> torch.device:

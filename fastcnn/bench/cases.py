@@ -9,7 +9,7 @@ Sizes: x is (N, K, P, Q) in channels-last memory, or (N, K). An activation is it
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from fastcnn.archs import get_network, layers
-from fastcnn.archs.spec import Conv, Network, build
+from fastcnn.archs.spec import Network, build
 from fastcnn.ops import reference
 
-NORM = "+norm"  # behind a network's name: with batch norm in each of its convolution layers
 MOMENTUM, EPS = 0.1, 1e-5
 
 
@@ -115,18 +114,31 @@ def _sizes(case: Case, itemsize: int) -> tuple[int, int, int]:
 # from the networks
 
 
-def network_of(name: str) -> Network:
-    """Return the network of this name; "cnn-a+norm" is cnn-a with batch norm behind each
-    convolution. Raises UsageError with the nearest valid name."""
-    network = get_network(name.removesuffix(NORM))
-    if not name.endswith(NORM):
-        return network
-    records = (replace(r, norm=True) if isinstance(r, Conv) else r for r in network.layers)
-    return replace(network, name=name, layers=tuple(records))
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer and the call that follows it.
+
+    x, weight, y: shapes of the product's input, filters and result, x after the padding that an
+    even kernel asks for beside `padding`. stride, padding: (1, 1), (0, 0) for a linear layer.
+    """
+
+    name: str
+    x: tuple[int, ...]
+    weight: tuple[int, ...]
+    y: tuple[int, ...]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    case: Case
+
+    @property
+    def flop(self) -> int:
+        """Of the product, 2 a multiply-add; each of its gradients takes the same."""
+        return 2 * math.prod(self.y) * math.prod(self.weight[1:])
 
 
-def calls_of(network: Network, batch: int, training: bool = True) -> list[Case]:
-    """Return what the layers of a network call for a batch, in order, at its first image size."""
+def layers_of(network: Network, batch: int, training: bool = True) -> list[Layer]:
+    """Return the layers of a network with weights, in order, at its first image size."""
+    found: list[Layer] = []
     calls: list[Case] = []
 
     class Recorder:
@@ -139,12 +151,32 @@ def calls_of(network: Network, batch: int, training: bool = True) -> list[Case]:
 
             return record
 
+    def note(name: str, module: Any, x: tuple[int, ...]) -> None:
+        product = getattr(module, "conv", None) or module.linear
+        extra = getattr(module, "extra_padding", (0, 0, 0, 0))
+        if len(x) == 4:
+            x = (*x[:2], x[2] + extra[2] + extra[3], x[3] + extra[0] + extra[1])
+        stride, padding = getattr(module, "stride", (1, 1)), getattr(module, "padding", (0, 0))
+        stride = stride if isinstance(stride, tuple) else (stride, stride)
+        weight, call = tuple(product.weight.shape), calls[-1]
+        found.append(Layer(name, x, weight, call.shape, stride, padding, call))
+
     size = network.image_sizes[0]
     recording = mock.patch.object(layers, "ops_for", return_value=Recorder())
     with recording, torch.device("meta"):
         model = build(network, size, network.classes, "torch").train(training)
+        for name, module in model.named_modules():
+            if isinstance(module, layers.ConvNormAct | layers.LinearNormAct):
+                module.register_forward_hook(
+                    lambda m, x, _, name=name: note(name, m, tuple(x[0].shape))
+                )
         model(torch.empty(batch, 3, size, size))
-    return calls
+    return found
+
+
+def calls_of(network: Network, batch: int, training: bool = True) -> list[Case]:
+    """Return what the layers of a network call for a batch, in order, at its first image size."""
+    return [layer.case for layer in layers_of(network, batch, training)]
 
 
 def _case(op: str, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Case:
@@ -169,7 +201,7 @@ def distinct_cases(names: list[str], batch: int) -> dict[Case, list[str]]:
     found: dict[Case, list[str]] = {}
     for training in (True, False):
         for name in names:
-            for case in calls_of(network_of(name), batch, training):
+            for case in calls_of(get_network(name), batch, training):
                 if not case.does_nothing and name not in found.setdefault(case, []):
                     found[case].append(name)
     return found

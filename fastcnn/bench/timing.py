@@ -1,5 +1,6 @@
 """Timing on a CPU or a GPU, and what is told of it: medians, spreads, ratios."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +10,12 @@ from typing import Any, NamedTuple
 import torch
 
 COPY_BYTES = {"cuda": 2**31, "cpu": 2**28}
+# of the results that a round keeps from its forward to its backward phase, and of all input sets
+ROUND_BYTES = {"cpu": 2**25, "cuda": 2**31}
+SET_BYTES = {"cpu": 2**31, "cuda": 2**34}
+MOST_CALLS = {"cpu": 8, "cuda": 24}  # a round; more launches than these fill the GPU's queue
+MOST_SETS = 256
+MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
 # of the GPU's clock, a second: that of the fastest ones is below it
 CYCLES_PER_S = 2e9
 
@@ -57,7 +64,7 @@ class Phases:
         if not self.held:
             self._hold_s = min(2 * host, 0.2)
         spent = [events[i].elapsed_time(events[i + 1]) / 1e3 / calls for i in (1, 2)]
-        return Time(*spent, host / calls)
+        return Time(spent[0], spent[1], host / calls)
 
 
 def _on_the_cpu(forward: Callable[[], Any], backward: Callable[[Any], Any], calls: int) -> Time:
@@ -94,6 +101,31 @@ def copy_bandwidth(device: torch.device, rounds: int = 9) -> float:
         for _ in range(rounds + 2)
     ]
     return 2 * source.nbytes / statistics.median(times[2:])
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, rounds: int = 9) -> float:
+    """FLOP/s of a large dense matrix product in `dtype`, 2 a multiply-add, median."""
+    side = MATMUL_SIDE[device.type]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    phases, result = Phases(device), torch.empty_like(a)
+    times = [
+        phases.time(lambda: torch.mm(a, b, out=result), lambda _: None, 1).forward
+        for _ in range(rounds + 2)
+    ]
+    return 2 * side**3 / statistics.median(times[2:])
+
+
+def sets_and_calls(x_bytes: int, device: str, cache: int) -> tuple[int, int]:
+    """Return the number of input sets and of calls a round; x_bytes: of an input.
+
+    There are at least three sets, and enough for the inputs of all to be four times as large as the
+    cache, as far as memory goes and up to MOST_SETS. A round calls often enough to be long, and no
+    more often than memory and the launch queue take.
+    """
+    most = max(3, SET_BYTES[device] // (3 * x_bytes))
+    sets = min(max(3, math.ceil(4 * cache / x_bytes)), most, MOST_SETS)
+    calls = min(max(1, ROUND_BYTES[device] // (5 * x_bytes)), MOST_CALLS[device])
+    return sets, calls
 
 
 def cache_bytes(device: torch.device) -> int:

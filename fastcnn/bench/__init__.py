@@ -1,0 +1,1 @@
+"""`fastcnn bench`: training steps of networks under several backends, compared in one run."""
