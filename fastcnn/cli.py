@@ -269,7 +269,8 @@ def run_eval(given: dict[str, Any], command: list[str]) -> None:
     print(
         f"{result['arch']} ({result['checkpoint']}) on {result['data']} {result['split']}, "
         f"{result['images']:,} images{flipped}: top-1 {result['top1']:.2%}, "
-        f"top-5 {result['top5']:.2%}, loss {result['loss']:.4f}, {result['images_per_s']:,.0f} images/s"
+        f"top-5 {result['top5']:.2%}, loss {result['loss']:.4f}, "
+        f"{result['images_per_s']:,.0f} images/s"
     )
 
 
