@@ -112,6 +112,15 @@ def test_patches_are_all_windows_or_of_many_images_a_part_of_each_place(monkeypa
     assert starts == dict.fromkeys(corners, 10)
 
 
+def test_the_signs_that_a_library_gives_its_eigenvectors_do_not_matter(monkeypatch):
+    images, convs = smooth_images(), (drawn(3, 54), drawn(3, 54))
+    whiten(convs[0], images)
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: (eigh(matrix)[0], -eigh(matrix)[1]))
+    whiten(convs[1], images)
+    assert torch.equal(convs[0].weight, convs[1].weight)
+
+
 def test_fewer_filters_are_the_strongest_and_further_ones_stay():
     images = smooth_images()
     full, few, many = drawn(2, 24), drawn(2, 7), drawn(2, 40)
