@@ -1,6 +1,8 @@
 """Options: one definition for flags, YAML, help and checks."""
 
 import dataclasses
+import re
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from fastcnn.config import SECTIONS, Config, options_by_name
 from fastcnn.errors import UsageError
+from fastcnn.options import Option
 
 
 def test_flat_and_back_is_the_same_configuration():
@@ -68,3 +71,26 @@ def test_a_number_is_refused_or_kept(value, name):
     else:
         with pytest.raises(UsageError):
             Config.from_flat({name: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "says"),
+    [
+        (list[str], ["a", "b"], ""),
+        (list[str], [], "expected one or more names"),
+        (list[str], "a", "expected one or more names"),
+        (list[str], [1], "expected one or more names"),
+        (list[str], ["a", "a"], "a stands there twice"),
+        (list[Literal["red", "blue"]], ["red", "bleu"], "'bleu' is not one of red, blue; did you"),
+        (list[Literal["red", "blue"]], ["blue", "red"], ""),
+        (list[int], ["3", "x"], "expected whole numbers from 1 up"),
+    ],
+)
+def test_lists_of_words_and_numbers(kind, value, says):
+    option = Option("colors", "command", kind, [], "colours", {})
+    assert option.scalar is list
+    if not says:
+        assert option.parse(value) == value
+        return
+    with pytest.raises(UsageError, match=re.escape(says)):
+        option.parse(value)

@@ -94,7 +94,7 @@ def test_without_a_library_nothing_is_timed(check, monkeypatch):
     monkeypatch.setattr(gpu_check, "STAGES", dict.fromkeys(gpu_check.STAGES, (failing, 10)))
     content = gpu_check.run_stages(check, list(gpu_check.STAGES), 1.0)
     states = [one["state"] for one in content["stages"].values()]
-    assert states == ["failed", "failed", "skipped", "skipped", "skipped"]
+    assert states == ["failed", "failed", *["skipped"] * (len(states) - 2)]
 
 
 def test_files_that_cannot_be_imported_are_named():
@@ -138,3 +138,56 @@ def test_a_sanitizers_word_counts(check, tmp_path, code, says, state):
     assert found.keys() == set(gpu_check.TOOLS)
     assert (found["racecheck"]["state"], found["racecheck"]["summary"]) == (state, says or None)
     assert not (check.output / "racecheck.log").exists()
+
+
+def test_all_stages_fit_into_ten_minutes():
+    budgets = [gpu_check.STAGES[name][1] for name in gpu_check.UNASKED]
+    assert sum(budgets) <= gpu_check.BUDGET_S < 600
+    assert "time-to-accuracy" not in gpu_check.UNASKED
+    assert "bench-step" in gpu_check.UNASKED
+
+
+def test_steps_are_compared_without_a_gpu(check, library):
+    result = gpu_check.bench_step(check, 60)
+    assert result["state"] == "passed"
+    assert [row["backend"] for row in result["content"]["rows"]] == ["eager", "fused"]
+    line = gpu_check.line_of("bench-step", result)
+    assert "2 rows, 0 left out" in line
+
+
+def test_a_comparison_without_rows_has_failed(check, monkeypatch):
+    def run(self, command, log, budget_s):
+        assert command[2] == "fastcnn.bench"
+        path = Path(command[command.index("--json") + 1])
+        rows = [{"network": "n", "batch": 1, "backend": "graph", "why": "x"}]
+        path.write_text(json.dumps({"mode": "throughput", "rows": rows, "left_out": []}))
+        return "passed", 1.0
+
+    monkeypatch.setattr(gpu_check.Check, "run", run)
+    result = gpu_check.bench_step(check, 60)
+    assert result["state"] == "failed"
+    assert "not timed: n 1 graph" in gpu_check.line_of("bench-step", result)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"], ids=["on a CPU", "on a GPU"])
+def test_the_words_of_each_comparison_are_options(check, monkeypatch, device):
+    from fastcnn.bench.options import settings_of
+    from fastcnn.cli import parse
+
+    told = []
+
+    def run(self, command, log, budget_s):
+        told.append(command)
+        return "failed", 1.0
+
+    monkeypatch.setattr(gpu_check.Check, "run", run)
+    check.device = device
+    gpu_check.bench_step(check, 60)
+    gpu_check.time_to_accuracy(check, 60)
+    steps, times = (
+        settings_of(parse(["bench", *["modern" if w == "fast" else w for w in command[3:]]])[1])
+        for command in told
+    )
+    assert steps.own.budget == pytest.approx(60 - gpu_check.RESERVE_S, abs=1)
+    assert times.own.time_to_accuracy
+    assert steps.config.run.device == device

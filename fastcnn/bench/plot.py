@@ -27,7 +27,7 @@ def draw(content: dict[str, Any], path: Path) -> Path:
     lines = -(-len(panels) // columns)
     most = max(len(bars) for bars in panels.values())
     figure = Figure(
-        figsize=(6.2 * columns, lines * (0.9 + 0.42 * most) + 0.6), layout="constrained"
+        figsize=(6.2 * columns, lines * (0.9 + 0.42 * most) + 0.8), layout="constrained"
     )
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axis, (title, bars) in zip(axes, panels.items(), strict=False):
@@ -66,7 +66,7 @@ def _title(content: dict[str, Any]) -> str:
     machine = content["machine"]
     what = "images/s" if machine["gpu"] else "times as fast as eager, as a user runs it"
     return (
-        f"training step, {what}: medians, extremes of the rounds\n"
+        f"training step, {what}: medians, extremes of the rounds; grey: plain PyTorch\n"
         f"{machine['gpu'] or machine['cpu']}, {content['precision']}, torch {content['torch']}, "
         f"{content['date']}, n = {content['rounds']}"
     )
@@ -86,6 +86,9 @@ def _panel(axis: Any, title: str, bars: Bars) -> None:
         text = f"{median:,.0f}" if most > 100 else f"{median:.2f}"
         axis.text(bars[name]["max"] + 0.015 * most, at, text, va="center", fontsize=9, color=INK)
     axis.set_xlim(0, 1.16 * most)
+    axis.locator_params(axis="x", nbins=5)
+    if most > 100:
+        axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.set_title(title, loc="left", fontsize=11, color=INK)
     axis.grid(axis="x", color=FAINT, linewidth=0.6)
     axis.set_axisbelow(True)

@@ -32,7 +32,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from fastcnn.archs.spec import Network
+from fastcnn.archs.spec import Network, parameters
 from fastcnn.bench.cases import Layer, layers_of
 
 COLUMNS = ("eager", "K1-K3", "K4", "K5")
@@ -79,12 +79,7 @@ def passes_of(network: Network, batch: int, itemsize: int, column: str) -> Itera
         yield Pass(_chain_bytes(layer, itemsize, column))
     half = itemsize < 4
     each = 44 + 12 * half if column == "eager" else 20 + 6 * half
-    yield Pass(each * sum(_parameters(layer) for layer in layers))
-
-
-def _parameters(layer: Layer) -> int:
-    filters = layer.weight[0]
-    return math.prod(layer.weight) + filters * (2 * layer.case.norm + layer.case.bias)
+    yield Pass(each * parameters(network, network.image_sizes[0], network.classes))
 
 
 def _products(layer: Layer, itemsize: int, column: str, first: bool) -> Iterable[Pass]:

@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,12 +64,14 @@ class Task:
 @dataclass
 class Variant:
     """A model in training; step: one optimisation step; losses: the sum of all images' so far;
-    augmented: the variant to be timed, where this one takes the bare images."""
+    augmented: the variant to be timed, where this one takes the bare images; held: bytes of the
+    images that it keeps on the device for itself, where the rivals share theirs."""
 
     model: nn.Module
     step: Callable[[], None]
     losses: Callable[[], float]
     augmented: "Callable[[], Variant]"
+    held: int = 0
 
 
 class Workbench:
@@ -107,9 +110,10 @@ class Workbench:
             precision = Precision(self.device.type, half)
             loader = self.loader(augment, dtype=half)
             ours = OurStep(model, RECIPE, precision, loader, self.device, backend == "graph")
-            return Variant(
-                model, ours, lambda: ours.loss_sum, lambda: self.variant(backend, augment=True)
-            )
+            again = partial(self.variant, backend, augment=True)
+            pixels = getattr(loader, "pixels", None)
+            held = pixels.nbytes if pixels is not None else 0
+            return Variant(model, ours, lambda: ours.loss_sum, again, held)
         rival = RivalStep(model, RECIPE, half, MODES.get(backend))
         return self._rival(rival, half, augment)
 
