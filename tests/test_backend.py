@@ -130,7 +130,7 @@ def loss_curve(backend_name, arch, dtype, batch_size, steps=50, **options):
     )
     model = build(NETWORKS[arch], 32, 10, backend_name).to(dtype)
     initialise(model, "he", torch.Generator().manual_seed(0))
-    step = TrainStep(model.train(), config.optim, Precision("cpu"), len(loader), 0, CPU)
+    step = TrainStep(model.train(), config.optim, Precision(), len(loader), 0, CPU)
     losses = []
     while len(losses) < steps:
         for pixels, labels in loader:

@@ -192,7 +192,7 @@ def test_our_steps_go_on_over_epochs(bench):
     step = ours.OurStep(
         bench.model("fused"),
         variants.RECIPE,
-        variants.Precision("cpu"),
+        variants.Precision(),
         bench.loader(augment=True),
         CPU,
         graph=False,

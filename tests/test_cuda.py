@@ -81,7 +81,7 @@ def step_of(loader, number_format, graph, arch="vgg11", **options):
     model = build(NETWORKS[arch], 32, 10)
     initialise(model, "he", torch.Generator().manual_seed(0))
     config = OptimConfig(lr=0.02, **options)
-    precision = Precision("cuda", number_format)
+    precision = Precision(number_format)
     return TrainStep(model.to(GPU), config, precision, len(loader), 0, GPU, graph=graph)
 
 
@@ -132,7 +132,7 @@ def test_graphs_and_eager_steps_give_the_same_bits(number_format, arch, determin
 def test_evaluation_by_graphs_gives_the_same_figures():
     loader = loader_of(torch.bfloat16, samples=300)
     model = step_of(loader, torch.bfloat16, "off").model
-    precision = Precision("cuda", torch.bfloat16)
+    precision = Precision(torch.bfloat16)
     plain = evaluate(model, loader, 10, precision, GPU, flip=True)
     recorder = recorder_for(GPU, "on")
     evaluator = Evaluator(model, loader, 10, precision, GPU, True, recorder)

@@ -28,7 +28,7 @@ def test_statistics_follow_the_recurrence():
 def test_a_step_moves_every_average_towards_its_weight():
     model = build(NETWORKS["murgolo-improved"], 32, 10, "torch")
     config = OptimConfig(ema=0.9, optimizer="sgd", lr=0.05, schedule="constant")
-    step = TrainStep(model, config, Precision("cpu"), 4, 0, torch.device("cpu"), backend="torch")
+    step = TrainStep(model, config, Precision(), 4, 0, torch.device("cpu"), backend="torch")
     wanted = {n: t.clone() for n, t in model.state_dict().items() if t.is_floating_point()}
     for number in range(5):
         step(torch.randn(8, 3, 32, 32), torch.arange(8))

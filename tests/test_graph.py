@@ -87,7 +87,7 @@ def steps_of(recorder, count=8, **options):
     torch.manual_seed(0)
     model = build(NETWORKS["murgolo-base"], 32, 10, "torch")
     config = OptimConfig(schedule="inverse-time", time_decay=0.5, lr=0.05, **options)
-    run = TrainStep(model, config, Precision("cpu"), 4, 0, CPU, backend="torch", recorder=recorder)
+    run = TrainStep(model, config, Precision(), 4, 0, CPU, backend="torch", recorder=recorder)
     generator = torch.Generator().manual_seed(1)
     for _ in range(count):
         run(torch.randn(4, 3, 32, 32, generator=generator), torch.arange(4))

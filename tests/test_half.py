@@ -68,7 +68,7 @@ def test_norms_and_statistics_are_shared_and_the_rest_is_copied(name):
 def test_copies_are_the_rounded_weights_after_every_step(optimizer, backend, library):
     model, size = network_of("murgolo-improved")
     config = OptimConfig(optimizer=optimizer, lr=0.01)
-    step = TrainStep(model, config, Precision("cpu", torch.bfloat16), 4, 0, CPU, backend=backend)
+    step = TrainStep(model, config, Precision(torch.bfloat16), 4, 0, CPU, backend=backend)
     for _ in range(3):
         step(torch.randn(8, 3, size, size), torch.arange(8))
         for original, used in step._halves.items():

@@ -21,7 +21,7 @@ PLAIN = {"schedule": "constant", "label_smoothing": 0.0, "weight_decay": 0.0}
 
 def make_step(model, number_format=None, **options):
     config = OptimConfig(**(PLAIN | options))
-    return TrainStep(model, config, Precision("cpu", number_format), 4, 0, CPU)
+    return TrainStep(model, config, Precision(number_format), 4, 0, CPU)
 
 
 def batch(count, size=32, classes=10):
@@ -132,7 +132,7 @@ def test_fp16_scales_the_loss_and_the_update_does_not_see_it(clip):
     labels = torch.tensor([0, 1, 2, 0])
     plain_model, plain, images = linear_step(optimizer="sgd", lr=0.01, clip_grad=clip)
     model, step, _ = linear_step(optimizer="sgd", lr=0.01, clip_grad=clip)
-    half = TrainStep(model, step.config, Precision("cpu", torch.float16), 4, 0, CPU)
+    half = TrainStep(model, step.config, Precision(torch.float16), 4, 0, CPU)
     half.scale.scale.fill_(16.0)
     plain(images, labels)
     half(images, labels)
@@ -141,7 +141,7 @@ def test_fp16_scales_the_loss_and_the_update_does_not_see_it(clip):
 
 def test_fp16_overflow_skips_the_step_and_halves_the_scale():
     model, step, images = linear_step(optimizer="sgd", lr=0.01)
-    half = TrainStep(model, step.config, Precision("cpu", torch.float16), 4, 0, CPU)
+    half = TrainStep(model, step.config, Precision(torch.float16), 4, 0, CPU)
     half(images * 1e4, torch.tensor([0, 1, 2, 0]))
     assert torch.equal(model[1].weight, torch.zeros(3, 12))
     assert half.scale.scale.item() == 2.0**15
@@ -160,7 +160,7 @@ def test_evaluation_of_both_directions_is_the_mean_of_their_logits():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 4)).double()
     images, labels = torch.randn(40, 3, 4, 4).double(), torch.arange(40) % 4
     batches = [(images[:24], labels[:24]), (images[24:], labels[24:])]
-    found = [evaluate(model, batches, 4, Precision("cpu"), CPU, flip=f) for f in (False, True)]
+    found = [evaluate(model, batches, 4, Precision(), CPU, flip=f) for f in (False, True)]
     mirrored = torch.stack([images[..., column] for column in (3, 2, 1, 0)], 3)
     with torch.no_grad():
         one, other = model(images), model(mirrored)
@@ -207,9 +207,9 @@ def test_amp_runs_in_fp32_where_the_cpu_would_emulate(monkeypatch):
     assert chosen.dtype is None
     assert chosen.note == "--amp: this CPU has no bf16 instructions; training runs in fp32"
     monkeypatch.setattr(precision, "cpu_computes_in", lambda dtype: True)
-    assert choose_precision(CPU, True, "bf16") == Precision("cpu", torch.bfloat16)
+    assert choose_precision(CPU, True, "bf16") == Precision(torch.bfloat16)
     assert choose_precision(CPU, True, "fp16").scales_loss
-    assert choose_precision(CPU, False, "fp16") == Precision("cpu")
+    assert choose_precision(CPU, False, "fp16") == Precision()
 
 
 def test_amp_on_a_gpu_takes_bf16_only_where_it_is_native(monkeypatch):
@@ -217,7 +217,7 @@ def test_amp_on_a_gpu_takes_bf16_only_where_it_is_native(monkeypatch):
     monkeypatch.setattr(precision, "gpu_computes_in_bf16", lambda device: False)
     assert choose_precision(gpu, True, "bf16").dtype is torch.float16
     monkeypatch.setattr(precision, "gpu_computes_in_bf16", lambda device: True)
-    assert choose_precision(gpu, True, "bf16") == Precision("cuda", torch.bfloat16)
+    assert choose_precision(gpu, True, "bf16") == Precision(torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["tpu", "mps", "cuda:99", "cuda"])

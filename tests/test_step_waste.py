@@ -38,7 +38,7 @@ def waste_of(name, number_format, **options):
     size = network.image_sizes[0]
     model = build(network, size, 10, "fused")
     config = OptimConfig(**options)
-    step = TrainStep(model, config, Precision("cpu", number_format), 4, 0, CPU, backend="fused")
+    step = TrainStep(model, config, Precision(number_format), 4, 0, CPU, backend="fused")
     images = torch.randn(BATCH, 3, size, size).to(number_format or torch.float32)
     batch = images.contiguous(memory_format=torch.channels_last), torch.arange(BATCH)
     step(*batch)

@@ -107,7 +107,7 @@ class Workbench:
         """Return a step under this backend, of augmented images or of the bare ones in order."""
         half, model = self.half(backend), self.model(backend)
         if backend in ("fused", "graph"):
-            precision = Precision(self.device.type, half)
+            precision = Precision(half)
             loader = self.loader(augment, dtype=half)
             ours = OurStep(model, RECIPE, precision, loader, self.device, backend == "graph")
             again = partial(self.variant, backend, augment=True)

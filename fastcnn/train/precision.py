@@ -12,7 +12,6 @@ class Precision:
     """`dtype`: of activations and of the weights' copies, None for fp32 alone. `note` explains a
     refusal of AMP."""
 
-    device_type: str
     dtype: torch.dtype | None = None
     note: str = ""
 
@@ -50,16 +49,16 @@ def choose_device(name: str) -> torch.device:
 def choose_precision(device: torch.device, amp: bool, amp_dtype: str) -> Precision:
     """bf16 or fp16 where the hardware computes in it, fp32 (with a note) where it would emulate."""
     if not amp:
-        return Precision(device.type)
+        return Precision()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype]
     if device.type == "cpu" and not cpu_computes_in(dtype):
         return Precision(
-            "cpu", note=f"--amp: this CPU has no {amp_dtype} instructions; training runs in fp32"
+            note=f"--amp: this CPU has no {amp_dtype} instructions; training runs in fp32"
         )
     if device.type == "cuda" and dtype is torch.bfloat16 and not gpu_computes_in_bf16(device):
         note = "--amp: this GPU computes bf16 only by emulation; training runs in fp16"
-        return Precision("cuda", torch.float16, note)
-    return Precision(device.type, dtype)
+        return Precision(torch.float16, note)
+    return Precision(dtype)
 
 
 def gpu_computes_in_bf16(device: torch.device) -> bool:
