@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from graph_twin import CpuTwin
-from small_runs import SMALL, assert_same, final_state, resume, start, stop_at_check
+from small_runs import assert_same, final_state, resume, start, stop_at_check
 
 from fastcnn.archs import NETWORKS
 from fastcnn.archs.spec import build
@@ -198,7 +198,7 @@ def test_a_long_run_does_not_grow(tmp_path, monkeypatch, graphed):
 
     monkeypatch.setattr(loop.Training, "_record", record)
     small = {"arch": "murgolo-base", "train_subset": 48, "test_subset": 16}
-    start(tmp_path, "run", **(SMALL | small), epochs=100)
+    start(tmp_path, "run", **small, epochs=100)
     # the kinds of steps are captured by the fifth epoch; a leak of one image's batch an epoch, or
     # of the weights once, would be more
     assert len(sizes) == 100

@@ -81,7 +81,7 @@ def test_resume_from_a_periodic_checkpoint_is_bit_equal(tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    original = loop.TrainStep.__call__
+    original = loop.TrainStep._work
 
     def dies_at_step_five(self, images, labels):
         if self.step == 4:
@@ -89,7 +89,7 @@ def test_resume_from_a_periodic_checkpoint_is_bit_equal(tmp_path, monkeypatch):
         original(self, images, labels)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.TrainStep, "__call__", dies_at_step_five)
+        patch.setattr(loop.TrainStep, "_work", dies_at_step_five)
         with pytest.raises(Killed):
             start(tmp_path, "broken", checkpoint_steps=2)
     assert checkpoint.load(tmp_path / "broken" / "last.pt")["step"] == 4
@@ -153,7 +153,7 @@ DAMAGES = {
     "no configuration": lambda state: state.pop("config"),
     "odd configuration": lambda state: state.update(config={"lrr": 1}),
     "progress of another kind": lambda state: state.update(progress=[1, 2]),
-    "another optimiser": lambda state: state["optimizer"].update(param_groups=[]),
+    "another optimiser": lambda state: state["optimizer"].update(state={}),
     "no data": lambda state: state.update(data=None),
 }
 

@@ -36,7 +36,9 @@ class Optimizer:
         self.names = {id(p): name for name, p in model.named_parameters()}
         averaged = dict(zip(map(id, model.parameters()), averages, strict=bool(averages)))
         first = next(model.parameters())
-        self._ops = ops_for(backend, first.detach(), first)
+        # whose gradients come in the dtype of the copies
+        computing = next(iter(halves.values()), first) if halves else first
+        self._ops = ops_for(backend, computing.detach(), first)
         self.steps = torch.zeros((), device=first.device)
         self.groups = [
             Group(
