@@ -278,7 +278,8 @@ def test_what_the_budget_does_not_reach_is_named(library, monkeypatch, capsys, t
 def test_without_what_a_bare_machine_lacks(library, tmp_path):
     missing = ("jsonargparse", "yaml", "rich", "matplotlib", "sklearn", "jinja2", "torchvision")
     path = tmp_path / "x.json"
-    words = [*SMALL, "--rounds", "7", "--json", str(path), "--quiet", "--no-amp"]
+    words = [*SMALL, "--data-only", "--loader", "resident", "--rounds", "7", "--no-amp"]
+    words += ["--quiet", "--json", str(path)]
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({missing!r}))\n"
         f"from fastcnn.bench.__main__ import main; sys.exit(main({words!r}))"
@@ -286,7 +287,7 @@ def test_without_what_a_bare_machine_lacks(library, tmp_path):
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert found.stdout == found.stderr == ""
-    assert [row["backend"] for row in json.loads(path.read_text())["rows"]] == ["eager", "fused"]
+    assert [row["loader"] for row in json.loads(path.read_text())["rows"]] == ["resident"]
 
 
 def test_the_bare_command_has_the_same_errors(capsys):
