@@ -15,6 +15,7 @@ from update_cases import (
     each,
     in_fp64,
     run,
+    wide,
 )
 
 from fastcnn import ops
@@ -124,6 +125,14 @@ def test_bias_correction_loses_no_digits(steps):
     for step, true_step, weight in zip(moved, true, arguments["params"], strict=True):
         bound = 3e-6 * true_step.abs() + 2e-7 * (weight.abs() + true_step.abs())
         assert ((step - true_step).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(("device", "dtype"), ON_EACH)
+def test_without_beta1_the_first_moment_is_the_gradient(device, dtype):
+    case = Case("adam-no-first-moment")
+    arguments = arguments_of(case, dtype, device)
+    found = run(ops, case, arguments)["exp_avgs"]
+    torch.testing.assert_close(found, [t.to(wide(dtype)) for t in arguments["grads"]], **SAME_BITS)
 
 
 # copies, averages, factor, found_inf
