@@ -3,10 +3,10 @@
     pytest benchmarks/bench_data.py --benchmark-enable
     FASTCNN_BENCH_DATA=<image folder> pytest benchmarks/bench_data.py --benchmark-enable
 
-"resident-fused" makes its batches with ops.augment, "resident-torch" with tensor operations;
-of "all" both do more than that op does, and are alike. Without a folder the images are noise of
-CIFAR-10's size. `images_per_s`, from the median round, is in the extra info of the JSON
-(--benchmark-json) and printed.
+"resident-fused" makes its batches with fastcnn.ops.augment, "resident-torch" with tensor
+operations; "all" is more than that op does, and there both are alike. Without a folder the images
+are noise of CIFAR-10's size. `images_per_s`, from the median round, is in the extra info of the
+JSON (--benchmark-json) and printed.
 """
 
 import os

@@ -7,10 +7,12 @@ dtype with kernels has its turn. Results are compared with plain torch's on the 
 tool sees few kernels but ours, and loosely: the tests judge precision.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import augment_cases
 import torch
 import update_cases
 from op_cases import kinds, run, tensors_of
@@ -48,6 +50,18 @@ def update_differences(rule, device, dtype):
     return sums
 
 
+def wrong_batches(device):
+    """Name the calls of augment whose bits are not the oracle's."""
+    cases = [*augment_cases.kinds(5, 7), *augment_cases.kinds(40, 32)]
+    for case, dtype in itertools.product(cases, ops.DTYPES[device]):
+        inputs = augment_cases.tensors_of(case)
+        on_device = {name: t.to(device) for name, t in inputs.items()}
+        got = augment_cases.call(ops, case, on_device, dtype)
+        want = augment_cases.call(reference, case, inputs, dtype)
+        if not all(torch.equal(t.cpu(), true) for t, true in zip(got, want, strict=True)):
+            yield f"augment {case} {dtype}"
+
+
 def main(device: str) -> int:
     ops.load()
     cases = [case for shape in SHAPES for case in kinds(shape, *SLOPES)]
@@ -65,8 +79,11 @@ def main(device: str) -> int:
         for name, difference in update_differences(rule, device, dtype).items()
         if not difference < SMALL_DIFFERENCE
     ]
+    wrong += wrong_batches(device)
     calls = len(cases) * len(ops.DTYPES[device])
-    print(f"{calls} calls, forward and backward, on {device}", *wrong, sep="\n")
+    print(
+        f"{calls} calls, forward and backward, on {device}, augment and updates", *wrong, sep="\n"
+    )
     return 1 if wrong else 0
 
 

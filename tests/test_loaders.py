@@ -313,6 +313,25 @@ def test_cutout_is_filled_with_the_normalised_mean(kind):
     assert stats.binomtest(int((areas == 36).sum()), 300, (11 / 16) ** 2).pvalue > P_LIMIT
 
 
+def test_cutout_centres_have_one_distribution():
+    images = make_images(4000, 12, 12)
+    augment = AugmentConfig(crop_padding=0, flip="none", cutout=5)
+    fitted = Normalization.fit(images, "zscore")
+    tables = []
+    for kind in ("fused", "torch"):
+        options = {"normalization": fitted, "batch": 500, "seed": 3}
+        x = torch.cat([x for x, _ in loader_of(images, kind, augment, **options)])
+        holes = (x == 0).all(1)
+        # first + last row of a hole, and column: one of its own for each centre
+        ends = [side.int().argmax(1) + 11 - side.flip(1).int().argmax(1)
+                for side in (holes.any(2), holes.any(1))]  # fmt: skip
+        counts = np.histogram2d(*[end.numpy() for end in ends], bins=[range(24)] * 2)[0].ravel()
+        tables.append(counts[counts > 0])
+        assert len(tables[-1]) == 144
+        assert stats.chisquare(tables[-1]).pvalue > P_LIMIT
+    assert stats.chi2_contingency(tables).pvalue > P_LIMIT
+
+
 # Workers
 
 

@@ -34,10 +34,8 @@ def check(config: AugmentConfig, height: int, width: int) -> None:
         )
 
 
-def is_one_kernel(config: AugmentConfig | None) -> bool:
+def is_one_kernel(config: AugmentConfig) -> bool:
     """Whether fastcnn.ops.augment does everything that is switched on."""
-    if config is None:
-        return True
     still = config.rotation == config.shift == config.color_jitter == 0
     return still and config.resized_crop == 1
 
