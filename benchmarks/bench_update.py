@@ -21,13 +21,14 @@ from typing import Any
 
 import pytest
 import torch
-from layer_cases import network_of
-from report import Report, environment, option, switched_on
-from timing import Phases, cache_bytes, copy_bandwidth, ratios, spread
+from report import Report, option, switched_on
 from torch import Tensor
 
 from fastcnn import ops
+from fastcnn.archs import get_network
 from fastcnn.archs.spec import build
+from fastcnn.bench.environment import environment
+from fastcnn.bench.timing import Phases, cache_bytes, copy_bandwidth, ratios, spread
 from fastcnn.ops import reference
 
 DEVICE = torch.device(option("DEVICE", "cuda" if torch.cuda.is_available() else "cpu"))
@@ -67,7 +68,7 @@ def chosen_cases() -> list[Case]:
 
 
 def shapes_of(name: str) -> list[tuple[int, ...]]:
-    network = network_of(name)
+    network = get_network(name)
     with torch.device("meta"):
         model = build(network, network.image_sizes[0], network.classes, "torch")
     return [tuple(p.shape) for p in model.parameters()]

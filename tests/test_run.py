@@ -167,12 +167,12 @@ def test_the_best_validation_model_is_tested(tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
     tmp_path, monkeypatch, checkpoint_steps
 ):
-    original = loop.TrainStep.__call__
+    original = loop.TrainStep._work
 
     def poisoned(self, images, labels):
         original(self, images * float("nan") if self.step >= 3 else images, labels)
 
-    monkeypatch.setattr(loop.TrainStep, "__call__", poisoned)
+    monkeypatch.setattr(loop.TrainStep, "_work", poisoned)
     with pytest.raises(NumbersError, match=r"training loss is nan in epoch 2: .*last\.pt"):
         start(tmp_path, checkpoint_steps=checkpoint_steps)
     state = checkpoint.load(tmp_path / "run" / "last.pt")

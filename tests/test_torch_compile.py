@@ -51,8 +51,11 @@ def test_traced_without_breaks(name, number_format):
     wanted, found = compared(name, number_format, "aot_eager")
     # the compiler splits some of torch's own operations, which in bf16 rounds once more
     most = 0.1 if number_format else 1e-5
+    # a bias before a batch norm has no gradient but rounding
+    least = 0.1 * max(gradient.float().norm() for gradient in wanted[1:])
     for mine, theirs in zip(found, wanted, strict=True):
-        assert (mine - theirs).norm() <= most * theirs.norm()
+        size = max(theirs.float().norm(), least)
+        assert (mine.float() - theirs.float()).norm() <= most * size
 
 
 def test_compiled_by_inductor():

@@ -171,13 +171,14 @@ def test_the_loss_scaler_goes_on_where_it_was(tmp_path, monkeypatch):
         with pytest.raises(Interrupted):
             start(tmp_path, amp=True, amp_dtype="fp16")
     state = checkpoint.load(tmp_path / "run" / "last.pt")
-    state["scaler"] |= {"scale": 64.0, "_growth_tracker": 100}
+    state["scale"]["scale"].fill_(64.0)
+    state["scale"]["good_steps"].fill_(100)
     checkpoint.save(state, tmp_path / "run" / "last.pt")
     place = PlaceConfig(resume=str(tmp_path / "run"))
     outcome = run.resume(place, {}, ["test"], quiet=True)
-    scaler = checkpoint.load(outcome.folder.last)["scaler"]
+    scale = checkpoint.load(outcome.folder.last)["scale"]
     # 12 steps, 4 of them before; no gradient overflows at so small a scale
-    assert (scaler["scale"], scaler["_growth_tracker"]) == (64.0, 100 + 12 - 4)
+    assert (scale["scale"].item(), scale["good_steps"].item()) == (64.0, 100 + 12 - 4)
     assert outcome.summary["precision"] == "fp16"
 
 
