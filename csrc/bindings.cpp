@@ -48,25 +48,6 @@ struct Cuda {
 };
 #endif
 
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      REQUIRE(!x.is_cpu(), "x: expected float32, bfloat16 or float64 on the CPU, got "
-                                   "float16; use backend torch");
-      return Dtype::f16;
-    case ScalarType::Double:
-      REQUIRE(x.is_cpu(), "x: expected float32, bfloat16 or float16 on a GPU, got float64; "
-                                  "use backend torch");
-      return Dtype::f64;
-    default:
-      fail("x: expected a floating-point tensor, got scalar type ", int(x.scalar_type()));
-  }
-}
-
 // of parameters, statistics and sums
 ScalarType parameter_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

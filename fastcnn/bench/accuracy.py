@@ -20,9 +20,8 @@ import torch
 
 from fastcnn.bench.timing import spread
 from fastcnn.config import Config
-from fastcnn.train.evaluate import Evaluator
+from fastcnn.train.loop import new_evaluator, new_step
 from fastcnn.train.setup import prepare
-from fastcnn.train.step import TrainStep
 
 Row = dict[str, Any]
 WARM_UP_STEPS = 3
@@ -46,25 +45,8 @@ class Training:
 
     def __init__(self, config: Config):
         self.setup = setup = prepare(config)
-        self.step = TrainStep(
-            setup.model,
-            config.optim,
-            setup.precision,
-            len(setup.train_loader),
-            config.run.seed,
-            setup.device,
-            graph=config.run.graph,
-            backend=setup.backend,
-        )
-        self.evaluator = Evaluator(
-            self.step.evaluated_model,
-            setup.test_loader or setup.val_loader,
-            setup.classes,
-            setup.precision,
-            setup.device,
-            config.optim.test_flip,
-            self.step.replay.recorder,
-        )
+        self.step = new_step(setup)
+        self.evaluator = new_evaluator(setup, self.step, setup.test_loader or setup.val_loader)
 
     def train_epoch(self, most: int | None = None) -> None:
         """Make the steps of an epoch, or the first few of them."""

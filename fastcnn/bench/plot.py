@@ -66,7 +66,7 @@ def _title(content: dict[str, Any]) -> str:
     machine = content["machine"]
     what = "images/s" if machine["gpu"] else "times as fast as eager, as a user runs it"
     return (
-        f"training step, {what}: medians, extremes of the rounds; grey: plain PyTorch\n"
+        f"training step, {what}\nmedians, extremes of the rounds; grey: plain PyTorch\n"
         f"{machine['gpu'] or machine['cpu']}, {content['precision']}, torch {content['torch']}, "
         f"{content['date']}, n = {content['rounds']}"
     )

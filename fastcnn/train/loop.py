@@ -31,6 +31,34 @@ class Progressed:
     best_value: float | None = None
 
 
+def new_step(setup: Setup) -> TrainStep:
+    """The step of a run, before its first one."""
+    config = setup.config
+    return TrainStep(
+        setup.model,
+        config.optim,
+        setup.precision,
+        len(setup.train_loader),
+        config.run.seed,
+        setup.device,
+        graph=config.run.graph,
+        backend=setup.backend,
+    )
+
+
+def new_evaluator(setup: Setup, step: TrainStep, loader: Any) -> Evaluator:
+    """What evaluates the model of `step` whose accuracy counts, on `loader`."""
+    return Evaluator(
+        step.evaluated_model,
+        loader,
+        setup.classes,
+        setup.precision,
+        setup.device,
+        setup.config.optim.test_flip,
+        step.replay.recorder,
+    )
+
+
 class Training:
     """A run in its folder: `train()` carries it from where it stands to its end."""
 
@@ -39,16 +67,7 @@ class Training:
         self.setup, self.folder = setup, folder
         self.epochs = 1 if config.run.fast_dev_run else config.optim.epochs
         self.progress = Progress(self.epochs, len(setup.train_loader), quiet)
-        self.step = TrainStep(
-            setup.model,
-            config.optim,
-            setup.precision,
-            len(setup.train_loader),
-            config.run.seed,
-            setup.device,
-            graph=config.run.graph,
-            backend=setup.backend,
-        )
+        self.step = new_step(setup)
         self._evaluators: dict[int, Evaluator] = {}
         self.at = Progressed()
 
@@ -109,15 +128,7 @@ class Training:
         """Evaluate the model whose accuracy counts; the graphs are kept for the next epoch."""
         setup = self.setup
         if id(loader) not in self._evaluators:
-            self._evaluators[id(loader)] = Evaluator(
-                self.step.evaluated_model,
-                loader,
-                setup.classes,
-                setup.precision,
-                setup.device,
-                setup.config.optim.test_flip,
-                self.step.replay.recorder,
-            )
+            self._evaluators[id(loader)] = new_evaluator(setup, self.step, loader)
         batches = 1 if setup.config.run.fast_dev_run else None
         return self._evaluators[id(loader)](stop.check, batches)
 
