@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,10 @@ def command(capsys, *words):
         ("--layers --backends fused", "--backends: means nothing to --layers"),
         ("--layers --loader torch", "--loader: means nothing to --layers"),
         ("--data-only --plot x.png", "--plot: there is no chart of --data-only"),
+        ("--json .", "--json .: expected a file that can be written"),
+        ("--plot /proc/none/x.png", "--plot /proc/none/x.png: no such folder: No such file or"),
+        ("--time-to-accuracy 0.9 --fast-dev-run", "--fast-dev-run: means nothing to --time-to-"),
+        ("--time-to-accuracy 0.9 --restore-best", "--restore-best: means nothing to --time-to-"),
         ("--device cpux", "--device: 'cpux' is not one of"),
     ],
 )
@@ -465,6 +470,46 @@ def test_the_clock_holds_training_and_evaluation_alone(monkeypatch):
     monkeypatch.setattr(accuracy, "Training", Slow)
     monkeypatch.setattr(accuracy.time, "perf_counter", lambda: clock[0])
     config = resolve({"arch": "cnn-a", "data": "digits", "epochs": 2})
-    found = list(accuracy.trials(config, 2))
+    found = list(accuracy.trials(config, 2, lambda what: True))
     assert [t.seconds for t in found] == [[3.0, 6.0]] * 2
     assert clock[0] == 3 * 1000 + 3 + 2 * 6
+
+
+def test_a_spent_budget_keeps_the_seeds_that_were_trained(monkeypatch):
+    monkeypatch.setattr(accuracy, "run_trial", lambda config: config.run.seed)
+    monkeypatch.setattr(accuracy, "warm_up", lambda config: None)
+    asked = []
+
+    def has_time_for(what):
+        asked.append(what)
+        return len(asked) < 3
+
+    config = resolve({"arch": "cnn-a", "data": "digits", "seed": 5})
+    assert list(accuracy.trials(config, 4, has_time_for)) == [5, 6]
+    assert asked == [f"cnn-a seed {seed}" for seed in (5, 6, 7, 8)]
+
+
+def test_a_gpu_is_warmed_up_by_a_whole_epoch(monkeypatch):
+    steps = []
+
+    class Noted:
+        def __init__(self, config):
+            self.setup = SimpleNamespace(device=torch.device(config))
+
+        def train_epoch(self, most=None):
+            steps.append(most)
+
+        def test_top1(self):
+            return 0.5
+
+    monkeypatch.setattr(accuracy, "Training", Noted)
+    accuracy.warm_up("cuda")  # so that the last, smaller batch is known as well
+    accuracy.warm_up("cpu")
+    assert steps == [None, accuracy.WARM_UP_STEPS]
+
+
+def test_nothing_measured_is_an_error(library, monkeypatch, capsys):
+    words = "--arch mao-default --batch-size 4 --backends graph --rounds 7 --device cpu"
+    code, _, err = command(capsys, *words.split())
+    assert code == 2
+    assert "nothing could be measured: --graph on: CUDA graphs need a GPU" in err

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from graph_twin import CpuTwin
 
 from fastcnn.bench import check, judge, ours, rivals, steps, variants
 from fastcnn.bench.steps import Steps
 from fastcnn.bench.variants import Task, Workbench
+from fastcnn.train import step
 
 TASK = Task("murgolo-improved", 8, "resident", ("eager", "fused"), images=24)
 CPU = torch.device("cpu")
@@ -196,6 +198,7 @@ def test_our_steps_go_on_over_epochs(bench):
         bench.loader(augment=True),
         CPU,
         graph=False,
+        warm_up=1,
     )
     for _ in range(7):  # two epochs of three batches and one more
         step()
@@ -243,3 +246,28 @@ def test_the_idle_memory_of_graphs_pools_is_counted(monkeypatch):
     found = [segment((0, 0), 100, 10), segment((0, 1), 50, 20), segment((7, 0), 5, 5)]
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: found)
     assert steps._idle_in_pools() == 30
+
+
+def steps_with_graphs(monkeypatch, recorder, **task):
+    monkeypatch.setattr(step, "recorder_for", lambda device, mode: recorder)
+    return Steps(Task("mao-default", 4, "resident", ("graph",), images=16, **task))
+
+
+def test_the_graph_itself_is_checked(library, monkeypatch):
+    twin = CpuTwin()
+    assert steps_with_graphs(monkeypatch, twin).wrong == {}
+    assert twin.captures >= 1
+
+
+def test_a_graph_whose_replays_do_nothing_is_wrong(library, monkeypatch):
+    class Idle(CpuTwin):
+        def capture(self, work):
+            super().capture(work)
+            return lambda: None
+
+    assert "errs by" in steps_with_graphs(monkeypatch, Idle()).wrong["graph"]
+
+
+def test_a_graph_that_was_not_captured_is_wrong(library, monkeypatch):
+    found = steps_with_graphs(monkeypatch, None).wrong["graph"]
+    assert found == "none of the steps that were checked was a graph"

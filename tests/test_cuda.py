@@ -56,7 +56,10 @@ def test_a_run_learns_in_every_precision(tmp_path, options, precision):
     assert summary["test_top1"] > 0.5
 
 
-def loader_of(number_format, samples=500, **augment):
+BACKENDS = ["fused", "torch"]
+
+
+def loader_of(number_format, samples=500, backend="auto", **augment):
     images = torch.randint(0, 256, (samples, 32, 32, 3), dtype=torch.uint8).numpy()
     found = Images(images, torch.arange(samples).numpy() % 10)
     return make_loader(
@@ -70,27 +73,30 @@ def loader_of(number_format, samples=500, **augment):
         seed=0,
         shuffle=True,
         drop_last=False,
+        backend=backend,
     )
 
 
 EVERYTHING = {"ema": 0.99, "mixup": 0.4, "cutmix": 1.0, "clip_grad": 1.0}
 
 
-def step_of(loader, number_format, graph, arch="vgg11", **options):
+def step_of(loader, number_format, graph, arch="vgg11", backend="auto", **options):
     torch.manual_seed(0)
-    model = build(NETWORKS[arch], 32, 10)
+    model = build(NETWORKS[arch], 32, 10, backend)
     initialise(model, "he", torch.Generator().manual_seed(0))
     config = OptimConfig(lr=0.02, **options)
     precision = Precision(number_format)
-    return TrainStep(model.to(GPU), config, precision, len(loader), 0, GPU, graph=graph)
+    settings = (model.to(GPU), config, precision, len(loader), 0, GPU)
+    return TrainStep(*settings, graph=graph, backend=backend)
 
 
 @pytest.mark.parametrize("number_format", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("graph", ["on", "off"])
 @pytest.mark.parametrize("augment", [{"cutout": 8}, {"rotation": 10, "color_jitter": 0.2}])
-def test_an_epoch_does_not_wait_for_the_device(number_format, graph, augment):
-    loader = loader_of(number_format, **augment)
-    step = step_of(loader, number_format, graph, **EVERYTHING)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_epoch_does_not_wait_for_the_device(number_format, graph, augment, backend):
+    loader = loader_of(number_format, backend=backend, **augment)
+    step = step_of(loader, number_format, graph, backend=backend, **EVERYTHING)
     for _ in range(4):  # the last batch's kind is captured in the fourth epoch
         for _ in step.epoch(loader):
             pass
@@ -114,11 +120,12 @@ def deterministic():
 
 @pytest.mark.parametrize("number_format", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("arch", ["vgg11", "murgolo-improved"])
-def test_graphs_and_eager_steps_give_the_same_bits(number_format, arch, deterministic):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_graphs_and_eager_steps_give_the_same_bits(number_format, arch, backend, deterministic):
     ends = []
     for graph in ("on", "off"):
-        loader = loader_of(number_format, cutout=8)
-        step = step_of(loader, number_format, graph, arch, **EVERYTHING)
+        loader = loader_of(number_format, backend=backend, cutout=8)
+        step = step_of(loader, number_format, graph, arch, backend, **EVERYTHING)
         while step.step < 200:
             for _ in step.epoch(loader):
                 pass
@@ -127,6 +134,33 @@ def test_graphs_and_eager_steps_give_the_same_bits(number_format, arch, determin
                      enumerate(step.ema.parameters)}, "sums": step.metrics.sums})  # fmt: skip
     for name, tensor in ends[0].items():
         assert torch.equal(tensor, ends[1][name]), name
+
+
+def test_after_a_capture_that_failed_steps_go_on_eagerly(monkeypatch):
+    original = TrainStep._forward
+
+    def waiting(self, images, labels, row):
+        loss, logits = original(self, images, labels, row)
+        loss.item()
+        return loss, logits
+
+    stream = torch.cuda.current_stream()
+    loader = loader_of(torch.bfloat16)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "_forward", waiting)
+        step = step_of(loader, torch.bfloat16, "auto", "vgg16")  # with dropout
+        for _ in step.epoch(loader):
+            pass
+        for _ in step.epoch(loader):
+            pass
+    assert "one kernel at a time" in step.replay.note
+    assert torch.cuda.current_stream() == stream
+    assert step.metrics.read().images == 1000
+    # and a graph can be captured again, with its own random numbers
+    step = step_of(loader, torch.bfloat16, "on", "vgg16")
+    for _ in step.epoch(loader):
+        pass
+    assert step.replay.captured == 1
 
 
 def test_evaluation_by_graphs_gives_the_same_figures():

@@ -169,6 +169,27 @@ def test_a_comparison_without_rows_has_failed(check, monkeypatch):
     assert "not timed: n 1 graph" in gpu_check.line_of("bench-step", result)
 
 
+@pytest.mark.parametrize(
+    ("backend", "why", "state"),
+    [
+        ("graph", "cannot be captured", "failed"),
+        ("fused", "loss errs by 3", "failed"),
+        ("graph", "no time was left", "passed"),
+        ("max-autotune", "the compiler's fault", "passed"),
+    ],
+)
+def test_a_comparison_without_ours_has_failed(check, monkeypatch, backend, why, state):
+    def run(self, command, log, budget_s):
+        path = Path(command[command.index("--json") + 1])
+        common = {"network": "n", "batch": 1}
+        rows = [{**common, "backend": "eager"}, {**common, "backend": backend, "why": why}]
+        path.write_text(json.dumps({"mode": "throughput", "rows": rows, "left_out": []}))
+        return "passed", 1.0
+
+    monkeypatch.setattr(gpu_check.Check, "run", run)
+    assert gpu_check.bench_step(check, 60)["state"] == state
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"], ids=["on a CPU", "on a GPU"])
 def test_the_words_of_each_comparison_are_options(check, monkeypatch, device):
     from fastcnn.bench.options import settings_of
@@ -183,11 +204,15 @@ def test_the_words_of_each_comparison_are_options(check, monkeypatch, device):
     monkeypatch.setattr(gpu_check.Check, "run", run)
     check.device = device
     gpu_check.bench_step(check, 60)
+    gpu_check.bench_small(check, 60)
+    gpu_check.loaders(check, 60)
     gpu_check.time_to_accuracy(check, 60)
-    steps, times = (
+    steps, small, rates, times = (
         settings_of(parse(["bench", *["modern" if w == "fast" else w for w in command[3:]]])[1])
         for command in told
     )
     assert steps.own.budget == pytest.approx(60 - gpu_check.RESERVE_S, abs=1)
+    assert small.own.budget == pytest.approx(60 - gpu_check.RESERVE_S, abs=1)
+    assert rates.own.data_only
     assert times.own.time_to_accuracy
     assert steps.config.run.device == device

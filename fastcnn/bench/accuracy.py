@@ -11,7 +11,7 @@ and an optimiser of its own.
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,17 +73,23 @@ def run_trial(config: Config) -> Trial:
 
 
 def warm_up(config: Config) -> None:
-    """Make a few steps and an evaluation of a network that is thrown away."""
+    """Train a network that is thrown away and evaluate it: on a GPU for an epoch, so that cuDNN has
+    chosen for the smaller last batch as well, else for a few steps."""
     training = Training(config)
-    training.train_epoch(most=WARM_UP_STEPS)
+    on_gpu = training.setup.device.type == "cuda"
+    training.train_epoch(most=None if on_gpu else WARM_UP_STEPS)
     training.test_top1()
 
 
-def trials(config: Config, seeds: int) -> Iterator[Trial]:
-    """Train once a seed, from config.run.seed up."""
-    warm_up(config)
+def trials(config: Config, seeds: int, has_time_for: Callable[[str], bool]) -> Iterator[Trial]:
+    """Train once a seed, from config.run.seed up, as long as there is time for another one."""
+    warm = False
     for seed in range(config.run.seed, config.run.seed + seeds):
-        yield run_trial(replace(config, run=replace(config.run, seed=seed)))
+        if has_time_for(f"{config.model.arch} seed {seed}"):
+            if not warm:
+                warm_up(config)
+                warm = True
+            yield run_trial(replace(config, run=replace(config.run, seed=seed)))
 
 
 def row_of(config: Config, target: float, found: list[Trial], on_gpu: bool) -> Row:

@@ -53,6 +53,8 @@ class Check:
 
     def why_wrong(self, backend: str, variant: Variant, losses: list[float]) -> str:
         """What is wrong with a variant that has made its steps; "" if nothing is."""
+        if variant.graphs and not variant.graphs():
+            return "none of the steps that were checked was a graph"
         slack = dict.fromkeys(self.truth, SLACK[self.half])
         slack[FIRST_LOSS] = FIRST_LOSS_SLACK[self.half]
         errors = {judge.EAGER: self.eager, backend: self.errors(variant, losses)}

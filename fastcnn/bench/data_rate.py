@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from fastcnn.bench.timing import ratios, spread
-from fastcnn.bench.variants import Task, Workbench
+from fastcnn.bench.variants import HALVES, Task, Workbench
+from fastcnn.train import graph
 
 STEP = "step"  # the variant beside the loaders
 TURN_S = 0.3  # enough batches for workers to run dry of what they have prefetched
 MOST_BATCHES = 400
 WARM_UP = 2  # rounds
+CAPTURED_BY = graph.WARM_UP + 1  # steps
 Row = dict[str, Any]
 
 
@@ -29,7 +31,8 @@ class Rates:
         self.note = ""
         self._takes: dict[str, Callable[[], Any]] = {}
         for name in dict.fromkeys(("resident", *loaders)):
-            batches = _without_end(bench.loader(augment=True, kind=name))
+            half = HALVES[task.half]  # as the step loads them
+            batches = _without_end(bench.loader(augment=True, kind=name, dtype=half))
             self._takes[name] = lambda batches=batches: next(batches)  # type: ignore[misc]
         self._takes[STEP] = self._step(bench)
         self._counts = {name: self._count(take) for name, take in self._takes.items()}
@@ -42,12 +45,13 @@ class Rates:
         """A step of the fastest kind that this machine has."""
         if self.device.type == "cuda":
             try:
-                graph = bench.variant("graph", augment=True).step
-                graph()
+                step = bench.variant("graph", augment=True).step
+                for _ in range(CAPTURED_BY):
+                    step()
             except Exception as error:
                 self.note = f"the step is not a CUDA graph: {error}"
             else:
-                return graph
+                return step
         return bench.variant("fused", augment=True).step
 
     def _count(self, take: Callable[[], Any]) -> int:

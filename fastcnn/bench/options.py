@@ -27,6 +27,8 @@ CPU_BACKENDS = ("eager", "fused")
 LOADERS = ("resident", "torch")  # of --data-only, unless it names them
 BATCHES = {"cuda": (1024, 128), "cpu": (256, 64)}
 # options of a training run that a throughput has too
+# what a run does beside training, which a trial does not
+OF_A_RUN = ("fast_dev_run", "checkpoint_steps", "early_stop", "restore_best", "best_metric")
 SHARED = ("device", "threads", "workers", "amp_dtype", "seed")
 
 
@@ -48,7 +50,9 @@ class BenchOptions:
     batch_size: list[int] = option([], "images a step; default: 1024 128 on a GPU, 256 64 on a CPU")
     loader: list[Literal["resident", "torch"]] = option(["resident"], "where the images come from")
     amp: bool | None = option(None, "mixed precision; default: on a GPU")
-    rounds: int = option(15, "timed rounds, in each of which every backend has a turn", 7, 1000)
+    rounds: int = option(
+        15, "timed rounds, at least 7, in each of which every backend has a turn", 7, 1000
+    )
     layers: bool = option(False, "each layer's share: convolution, gradients, what follows it")
     data_only: bool = option(False, "the loaders' rate, against what a step consumes")
     time_to_accuracy: float | None = option(
@@ -110,6 +114,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
         _refuse(own.keys() & {"seeds"}, "goes with --time-to-accuracy alone")
     else:
         _refuse(own.keys() & {"backends", "rounds"}, "means nothing to --time-to-accuracy")
+        _refuse(train.keys() & set(OF_A_RUN), "means nothing to --time-to-accuracy")
     for name, mode in (("layers", "--layers"), ("data_only", "--data-only")):
         if getattr(options, name):
             _refuse(own.keys() & {"backends"}, f"means nothing to {mode}")

@@ -44,7 +44,8 @@ def loader_of(
 class OurStep:
     """TrainStep with the recipe of the rivals, an optimisation step a call.
 
-    Raises UsageError where a graph is wanted and cannot be had, with the reason.
+    warm_up: eager steps before the graph's capture. Raises UsageError where a graph is wanted and
+    cannot be had, with the reason.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class OurStep:
         loader: Loader,
         device: torch.device,
         graph: bool,
+        warm_up: int,
     ):
         config = OptimConfig(
             epochs=math.ceil(STEPS / len(loader)),
@@ -66,11 +68,17 @@ class OurStep:
         )
         mode: GraphMode = "on" if graph else "off"
         self.step = TrainStep(model, config, precision, len(loader), 0, device, graph=mode)
+        self.step.replay.warm_up = warm_up
         epochs = (self.step.epoch(loader) for _ in itertools.repeat(None))
         self._steps = itertools.chain.from_iterable(epochs)
 
     def __call__(self) -> None:
         next(self._steps)
+
+    @property
+    def graphs(self) -> int:
+        """Graphs captured so far."""
+        return self.step.replay.captured
 
     @property
     def loss_sum(self) -> float:

@@ -82,10 +82,10 @@ def _panel(axis: Any, title: str, bars: Bars) -> None:
     colors = [RIVAL if name in RIVALS else OURS for name in names]
     axis.barh(names, medians, xerr=errors, color=colors, ecolor=INK, error_kw={"linewidth": 0.9})
     most = max(bars[name]["max"] for name in names)
-    for at, (name, median) in enumerate(zip(names, medians, strict=True)):
+    for at, median in enumerate(medians):
         text = f"{median:,.0f}" if most > 100 else f"{median:.2f}"
-        axis.text(bars[name]["max"] + 0.015 * most, at, text, va="center", fontsize=9, color=INK)
-    axis.set_xlim(0, 1.16 * most)
+        axis.text(0.015 * most, at, text, va="center", fontsize=9, color="white")
+    axis.set_xlim(0, 1.05 * most)
     axis.locator_params(axis="x", nbins=5)
     if most > 100:
         axis.xaxis.set_major_formatter("{x:,.0f}")

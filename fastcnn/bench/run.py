@@ -1,8 +1,10 @@
 """`fastcnn bench`: from the options to the measurements, the JSON file, the table, the chart."""
 
+import importlib.util
 import itertools
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,7 +73,6 @@ class Run:
     def _write(self) -> None:
         if self.options.json:
             path = Path(self.options.json)
-            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
 
     def limits(self) -> dict[str, float]:
@@ -124,13 +125,33 @@ def measure(settings: Settings, command: list[str]) -> Content:
 
     Raises UsageError for options that this machine cannot serve, BuildError without a library.
     """
+    check_targets(settings.own)
     run = Run(settings, command)
     if run.precision.note:
         log.warning("note: %s", run.precision.note)
     modes = {"layers": layers, "data_only": data_only, "time_to_accuracy": time_to_accuracy}
     mode = next((mode for name, mode in modes.items() if getattr(run.options, name)), throughput)
     mode(run)
+    if all("why" in row for row in run.content["rows"]) and not run.content["left_out"]:
+        reasons = {row["why"] for row in run.content["rows"]}
+        raise UsageError(f"nothing could be measured: {'; '.join(sorted(reasons))}")
     return run.content
+
+
+def check_targets(options: Any) -> None:
+    """Raise UsageError for files that could not be written, before anything is measured."""
+    for flag, name in (("--json", options.json), ("--plot", options.plot)):
+        if name is None:
+            continue
+        path = Path(name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{flag} {name}: no such folder: {error.strerror}") from error
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UsageError(f"{flag} {name}: expected a file that can be written")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot: matplotlib is missing; pip install matplotlib")
 
 
 def throughput(run: Run) -> None:
@@ -182,15 +203,15 @@ def time_to_accuracy(run: Run) -> None:
     for name, batch, loader in itertools.product(options.arch, batches, options.loader):
         amp = {"amp": run.precision.dtype is not None}
         config = resolve({**run.settings.train, "arch": name, "loader": loader, **amp, **batch})
-        if run.has_time_for(name):
-            found = []
-            for trial in trials(config, options.seeds):
-                found.append(trial)
-                log.info(
-                    "%s seed %d: top-1 %.2f %%, target met after %s of %d epochs",
-                    *(name, trial.seed, 100 * trial.top1[-1]),
-                    *(trial.epochs_to(target) or "none", len(trial.top1)),
-                )
+        found = []
+        for trial in trials(config, options.seeds, run.has_time_for):
+            found.append(trial)
+            log.info(
+                "%s seed %d: top-1 %.2f %%, target met after %s of %d epochs",
+                *(name, trial.seed, 100 * trial.top1[-1]),
+                *(trial.epochs_to(target) or "none", len(trial.top1)),
+            )
+        if found:
             run.add("rows", row_of(config, target, found, run.device.type == "cuda"))
 
 
@@ -201,10 +222,7 @@ def show(content: Content, settings: Settings, quiet: bool = False) -> None:
     if not quiet:
         table.print_report(content)
     if settings.own.plot:
-        try:
-            plot.draw(content, Path(settings.own.plot))
-        except ImportError as error:
-            raise UsageError("--plot: matplotlib is missing; pip install matplotlib") from error
+        plot.draw(content, Path(settings.own.plot))
 
 
 def shown_command(command: list[str]) -> str:

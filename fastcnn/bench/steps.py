@@ -21,6 +21,7 @@ MOST_STEPS = 200
 WARM_UP = 4  # steps
 LAUNCHES = ("LaunchKernel", "GraphLaunch", "Memcpy", "Memset")  # of the CUDA runtime's calls
 PROFILED = 3
+NO_TIME = "no time was left"  # of --budget
 
 
 class Steps:
@@ -57,7 +58,7 @@ class Steps:
     def _add(self, backend: str) -> None:
         budget = self.task.budget_s
         if budget is not None and time.monotonic() - self._start > budget:
-            self.wrong[backend] = "no time was left"
+            self.wrong[backend] = NO_TIME
             return
         try:
             variant, facts = self._prepared(backend)

@@ -19,6 +19,7 @@ from fastcnn.bench.ours import OurStep, loader_of
 from fastcnn.bench.rivals import Batch, Recipe, ResidentImages, RivalStep
 from fastcnn.config import DataConfig
 from fastcnn.data import Images, Loader, Normalization
+from fastcnn.train.graph import WARM_UP
 from fastcnn.train.precision import Precision
 
 HALVES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,13 +66,15 @@ class Task:
 class Variant:
     """A model in training; step: one optimisation step; losses: the sum of all images' so far;
     augmented: the variant to be timed, where this one takes the bare images; held: bytes of the
-    images that it keeps on the device for itself, where the rivals share theirs."""
+    images that it keeps on the device for itself, where the rivals share theirs; graphs: how many
+    it has captured, for one that is to be a CUDA graph."""
 
     model: nn.Module
     step: Callable[[], None]
     losses: Callable[[], float]
     augmented: "Callable[[], Variant]"
     held: int = 0
+    graphs: Callable[[], int] | None = None
 
 
 class Workbench:
@@ -109,11 +112,15 @@ class Workbench:
         if backend in ("fused", "graph"):
             precision = Precision(half)
             loader = self.loader(augment, dtype=half)
-            ours = OurStep(model, RECIPE, precision, loader, self.device, backend == "graph")
+            # the check makes few steps, and they must not all be those before the capture
+            warm_up = WARM_UP if augment else 1
+            graph = backend == "graph"
+            ours = OurStep(model, RECIPE, precision, loader, self.device, graph, warm_up)
             again = partial(self.variant, backend, augment=True)
             pixels = getattr(loader, "pixels", None)
             held = pixels.nbytes if pixels is not None else 0
-            return Variant(model, ours, lambda: ours.loss_sum, again, held)
+            graphs = (lambda: ours.graphs) if graph else None
+            return Variant(model, ours, lambda: ours.loss_sum, again, held, graphs)
         rival = RivalStep(model, RECIPE, half, MODES.get(backend))
         return self._rival(rival, half, augment)
 

@@ -31,7 +31,8 @@ class Evaluation:
 class Evaluator:
     """Evaluates a model on a loader as often as wanted; with a recorder by CUDA graphs.
 
-    `flip`: the logits are the mean of those of an image and of its mirror image.
+    `flip`: the logits are the mean of those of an image and of its mirror image. `required`: see
+    `Replay`.
     """
 
     def __init__(
@@ -43,13 +44,14 @@ class Evaluator:
         device: torch.device,
         flip: bool = False,
         recorder: Recorder | None = None,
+        required: bool = False,
     ):
         self.model, self.loader, self.flip = model, loader, flip
         self.network, self._halves = half_network(model, precision.dtype)
         self.dtype = precision.dtype
         self.metrics = Metrics(device)
         self.counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-        self.replay = Replay(recorder)
+        self.replay = Replay(recorder, required)
 
     @torch.no_grad()
     def __call__(

@@ -50,6 +50,20 @@ class CudaRecorder:
 
     def capture(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self.device)
+        generator = torch.cuda.default_generators[current.device_index]
+        before = generator.clone_state()
+        try:
+            self._capture(graph, work)
+        except Exception:
+            # a capture that was broken off stays on its stream, and its generator goes on waiting
+            # for replays
+            torch.cuda.set_stream(current)
+            generator.graphsafe_set_state(before)
+            raise
+        return graph.replay
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, work: Work) -> None:
         # thread_local: another thread, such as one that pins memory, may use the device meanwhile
         options: Any = {"pool": self.pool, "capture_error_mode": "thread_local"}
         with (
@@ -57,7 +71,6 @@ class CudaRecorder:
             torch.cuda.graph(graph, stream=self.stream, **options),
         ):
             work()
-        return graph.replay
 
 
 def recorder_for(device: torch.device, mode: GraphMode) -> Recorder | None:
@@ -73,15 +86,16 @@ def recorder_for(device: torch.device, mode: GraphMode) -> Recorder | None:
 
 
 class Replay:
-    """Runs work by kind: eagerly at first or without a recorder, then by replaying its graph.
+    """Runs work by kind: eagerly `warm_up` times, and without a recorder; then its graph.
 
     `note`: why capture failed, if it did; the work then goes on eagerly. With `required` a failure
     is a UsageError.
     """
 
-    def __init__(self, recorder: Recorder | None, required: bool = False):
+    def __init__(self, recorder: Recorder | None, required: bool = False, warm_up: int = WARM_UP):
         self.recorder = recorder
         self.required = required
+        self.warm_up = warm_up
         self.note = ""
         self._calls: Counter[Hashable] = Counter()
         self._replays: dict[Hashable, Work] = {}
@@ -98,7 +112,7 @@ class Replay:
             work()
         elif replay := self._replays.get(kind):
             replay()
-        elif self._calls[kind] < WARM_UP:
+        elif self._calls[kind] < self.warm_up:
             self._calls[kind] += 1
             self.recorder.warm_up(work)
         else:
@@ -108,9 +122,9 @@ class Replay:
         assert self.recorder is not None
         try:
             replay = self.recorder.capture(work)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if out_of_memory := _out_of_memory(error):
+                raise out_of_memory from error
             reason = " ".join(str(error).split())[:200]
             if self.required:
                 raise UsageError(f"--graph on: the step cannot be captured: {reason}") from error
@@ -155,3 +169,10 @@ class Replay:
         inputs[0].copy_(images, non_blocking=True)
         inputs[1].copy_(labels, non_blocking=True)
         self.run(kind, lambda: work(*inputs))
+
+
+def _out_of_memory(error: BaseException | None) -> torch.OutOfMemoryError | None:
+    """The lack of memory behind an error: the end of a broken capture raises one of its own."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error

@@ -56,6 +56,7 @@ def new_evaluator(setup: Setup, step: TrainStep, loader: Any) -> Evaluator:
         setup.device,
         setup.config.optim.test_flip,
         step.replay.recorder,
+        step.replay.required,
     )
 
 
