@@ -220,6 +220,17 @@ def test_amp_on_a_gpu_takes_bf16_only_where_it_is_native(monkeypatch):
     assert choose_precision(gpu, True, "bf16") == Precision(torch.bfloat16)
 
 
+def test_a_named_gpu_becomes_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]
+    choose_device("cpu")
+    assert len(current) == 1
+
+
 @pytest.mark.parametrize("name", ["tpu", "mps", "cuda:99", "cuda"])
 def test_a_device_that_is_not_there_is_one_line(name):
     if name == "cuda" and torch.cuda.is_available():

@@ -36,8 +36,6 @@ class Run:
         config = settings.config
         tune_process(config.run.threads)
         self.device = choose_device(config.run.device)
-        if self.device.index is not None:
-            torch.cuda.set_device(self.device)
         amp = self.options.amp
         amp = self.device.type == "cuda" if amp is None else amp
         self.precision = choose_precision(self.device, amp, config.run.amp_dtype)

@@ -28,7 +28,10 @@ class Precision:
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn auto, cpu, cuda or cuda:N into a device that exists; raise UsageError otherwise."""
+    """Turn auto, cpu, cuda or cuda:N into a device that exists; raise UsageError otherwise.
+
+    cuda:N becomes torch's current GPU: events and streams that name none are on that one.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -43,6 +46,8 @@ def choose_device(name: str) -> torch.device:
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: there are only {torch.cuda.device_count()} GPUs")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 

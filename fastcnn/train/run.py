@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastcnn.config import Config, PlaceConfig
 from fastcnn.errors import CheckpointError, NumbersError, UsageError
 from fastcnn.ops.backend import choose_backend
@@ -162,8 +160,6 @@ def evaluate_run(
     options = overrides or {}
     tune_process(options.get("threads"))
     device = choose_device(options.get("device", "auto"))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if weights and Path(target).is_file():
         raise UsageError(f"--weights: {target} is a checkpoint itself; give its run folder")
     summary = RunFolder(Path(target)).read_summary() or {}

@@ -126,8 +126,6 @@ def prepare(config: Config) -> Setup:
 
 def configure_torch(config: Config, device: torch.device) -> None:
     """Seed torch and choose the vendor library's algorithms."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # events and streams that name no device mean this one
     if config.run.deterministic:
         make_deterministic()
     elif device.type == "cuda":
