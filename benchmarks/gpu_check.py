@@ -258,8 +258,6 @@ def bench_step(check: Check, budget_s: float) -> Result:
     words += ["--arch", "vgg16", "cnn-a+norm", "--batch-size", "1024"]
     if not check.on_gpu:
         words = ["--arch", "cnn-a", "--batch-size", "8", "--rounds", "7", "--threads", "1"]
-    left = min(budget_s, check.deadline - time.monotonic())
-    words += ["--budget", str(max(1.0, left - RESERVE_S))]
     return _fastcnn_bench(check, "bench-step", budget_s, words)
 
 
@@ -269,8 +267,6 @@ def bench_small(check: Check, budget_s: float) -> Result:
     words += ["--arch", *SMALL_NETWORKS.split()]
     if not check.on_gpu:
         words = ["--arch", "mao-default", "--batch-size", "8", "--rounds", "7", "--threads", "1"]
-    left = min(budget_s, check.deadline - time.monotonic())
-    words += ["--budget", str(max(1.0, left - RESERVE_S))]
     return _fastcnn_bench(check, "bench-small", budget_s, words)
 
 
@@ -304,8 +300,9 @@ def time_to_accuracy(check: Check, budget_s: float) -> Result:
 
 def _fastcnn_bench(check: Check, name: str, budget_s: float, words: list[str]) -> Result:
     written = check.scratch / f"{name}.json"
+    left = min(budget_s, check.deadline - time.monotonic())
     command = [sys.executable, "-m", "fastcnn.bench", "--quiet", "--device", check.device]
-    command += ["--json", str(written), *words]
+    command += ["--budget", str(max(1.0, left - RESERVE_S)), "--json", str(written), *words]
     state, seconds = check.run(command, f"{name}.log", budget_s)
     content = _read(written)
     rows = content.get("rows", [])

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 GraphMode = Literal["auto", "on", "off"]
 Work = Callable[[], None]
-WARM_UP = 3  # eager calls of each kind; torch's own advice is 3 for a backward in a graph
+WARM_UP = 3  # eager calls of each kind, as in the examples of torch.cuda.graphs
 
 
 class Recorder(Protocol):

@@ -278,15 +278,7 @@ class Training:
                     "restore it, or start a new run"
                 )
         step = self.step
-        checkpoint.load_weights(step.model, state["model"], self.folder.last)
-        if step.ema:
-            checkpoint.load_weights(step.ema.model, state["ema"], self.folder.last)
-        step.refresh()
-        step.optimizer.load_state_dict(state["optimizer"])
-        if step.scale:
-            step.scale.load_state_dict(state["scale"])
-        step.metrics.sums.copy_(state["sums"])
-        step.step = state["step"]
+        step.load_state_dict(state, self.folder.last)
         self.setup.train_loader.load_state_dict(state["loader"])
         self.at = Progressed(**state["progress"])
         checkpoint.set_rng_state(state["rng"], self.setup.device)

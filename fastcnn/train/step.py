@@ -7,6 +7,7 @@ graph and replayed.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from fastcnn.config import OptimConfig
 from fastcnn.data.upload import upload
 from fastcnn.train import mix
+from fastcnn.train.checkpoint import load_weights
 from fastcnn.train.ema import Ema, move_of
 from fastcnn.train.graph import GraphMode, Recorder, Replay, recorder_for
 from fastcnn.train.half import half_network, refresh
@@ -90,10 +92,6 @@ class TrainStep:
         self.replay.feed(images, labels, self._work)
         self.step += 1
 
-    def refresh(self) -> None:
-        """Take up weights that were written into `model`."""
-        refresh(self._halves)
-
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the random generators and the loader's position."""
         return {
@@ -104,6 +102,21 @@ class TrainStep:
             "sums": self.metrics.sums.clone(),
             "step": self.step,
         }
+
+    def load_state_dict(self, state: dict[str, Any], where: Path) -> None:
+        """Take up a state from the checkpoint `where`.
+
+        Raises CheckpointError for weights of another network, and as `Optimizer.load_state_dict`.
+        """
+        load_weights(self.model, state["model"], where)
+        if self.ema:
+            load_weights(self.ema.model, state["ema"], where)
+        refresh(self._halves)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scale:
+            self.scale.load_state_dict(state["scale"])
+        self.metrics.sums.copy_(state["sums"])
+        self.step = state["step"]
 
     def _prepare(self) -> None:
         """Bring table and clock to the step that comes: at the start, and when an epoch begins."""
