@@ -2,7 +2,7 @@
 //
 // Fused: the choice of samples, crop, flip, normalisation, cutout, rounding to the step's dtype and
 // the labels, in one launch. A pixel is 3 bytes read and 3 values written; torch writes and reads
-// the batch for each of these steps, the last of them in fp32, in 49 operations (our reference). Epoch
+// the batch for each of these steps, the last of them in fp32: 49 operations there. Epoch
 // and position are read on the device, so that a CUDA graph can be replayed for every batch.
 //
 // A block has one image, or a part of it, and each of its threads draws the image's choices anew,
