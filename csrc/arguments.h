@@ -122,6 +122,97 @@ struct BnActPoolBackward {
   void* workspace;  // bn_act_backward_workspace(...) bytes
 };
 
+// A convolution: N images of H x W pixels and C channels, K filters of R x S, P x Q pixels out.
+// x is (N, H, W, C), a filter (K, R, S, C), the result (N, P, Q, K). Result pixel (p, q) sees the
+// rows p · stride - top + r and the columns q · stride - left + s; what lies outside x is 0. The
+// padding at the bottom and at the right follows from P and Q.
+struct ConvShape {
+  int64_t n, h, w, c, k;
+  int r, s, stride, top, left;
+  int64_t p, q;
+  int64_t pixels() const { return n * p * q; }
+  int64_t taps() const { return static_cast<int64_t>(r) * s * c; }  // values of a filter
+};
+
+// What a convolution multiplies: post(affine(pre(x))), made while x is loaded, so that the
+// normalised tensor of the layer before is never written. All null and both slopes 1: x itself.
+// The padding is 0 behind the activation.
+struct ConvInput {
+  const void* x;
+  Affine affine;
+  double pre_slope, post_slope;
+  bool is_plain() const {
+    return !affine.mean && !affine.rstd && !affine.weight && !affine.bias && pre_slope == 1 &&
+           post_slope == 1;
+  }
+};
+
+// y ← post(pre(product + bias) · scale + shift + residual), each vector (K,) fp32 or null.
+// pool: y, code (N, P/2, Q/2, K) ← max-pool of that, 2 x 2, stride 2, sizes floor; code may be null
+// (inference); no residual then. The first of equal values wins, a NaN wins over all before it.
+// partials: (3, rows, K) fp32, rows = conv_partial_rows(shape): mean, squared deviations from it
+// and count of activate(y, stats_slope) as rounded to dtype, for BnMerge; null: not wanted; no pool.
+// f16, bf16.
+struct Conv {
+  Dtype dtype;
+  ConvShape shape;
+  ConvInput input;
+  const void* filter;
+  const void* bias;
+  const void* scale;
+  const void* shift;
+  const void* residual;
+  double pre_slope, post_slope;
+  bool pool;
+  void* y;
+  uint8_t* code;
+  void* partials;
+  double stats_slope;
+};
+
+// mean, rstd (K,) ← the merged partials (3, rows, K) of `count` values a channel; the running ones
+// move towards them, as in BnStats. count 0: mean 0, rstd 1, the running ones stay.
+struct BnMerge {
+  int64_t rows, k;
+  int64_t count;
+  const void* partials;
+  double momentum, eps;
+  void* running_mean;
+  void* running_var;
+  void* mean;
+  void* rstd;
+};
+
+// Gradient of Conv's input for dy, the gradient of its product: with dz (N, H, W, C) the transposed
+// convolution of dy, and z = affine(pre(x)),
+//   g = dz · post'(z);  dbias ← Σ g;  dweight ← Σ g · x̂,  x̂ = (pre(x) - mean) · rstd
+//   dx ← as in BnActBackward
+// A plain input: dx ← dz, and x may be null. dweight, dbias (C,) may be null without batch_stats.
+// Sums are those of g as rounded to dtype. f16, bf16.
+struct ConvDataGradient {
+  Dtype dtype;
+  ConvShape shape;
+  ConvInput input;
+  bool batch_stats;
+  const void* filter;
+  const void* dy;
+  void* dx;
+  void* dweight;
+  void* dbias;
+  void* workspace;  // conv_data_gradient_workspace(...) bytes
+};
+
+// dfilter (K, R, S, C), of dtype, ← Σ over the pixels of dy · input, input recomputed from x.
+// f16, bf16.
+struct ConvWeightGradient {
+  Dtype dtype;
+  ConvShape shape;
+  ConvInput input;
+  const void* dy;
+  void* dfilter;
+  void* workspace;  // conv_weight_gradient_workspace(...) bytes
+};
+
 enum class Flip { none, random, alternating };
 
 // x (count, H, W, 3), y (count,) ← what becomes of the samples order[(position + i) % length] and

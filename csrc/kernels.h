@@ -1,7 +1,7 @@
 // The CUDA launchers: the contract between bindings.cpp, which sees torch, and the .cu files, which
 // do not. A launcher enqueues on the caller's stream, never synchronises, allocates or clears
 // memory, may be captured in a CUDA graph, and gives the same bits for the same input. It returns
-// cudaErrorInvalidValue for a dtype that it has no kernel for (f64).
+// cudaErrorInvalidValue for a dtype that it has no kernel for (f64; a convolution: f32).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -16,12 +16,21 @@ namespace fastcnn::cuda {
 // bytes of workspace (16-byte aligned)
 int64_t bn_stats_workspace(const Sizes& sizes);
 int64_t bn_act_backward_workspace(const Sizes& sizes);
+int64_t conv_data_gradient_workspace(const ConvShape& shape, Dtype dtype);
+int64_t conv_weight_gradient_workspace(const ConvShape& shape, Dtype dtype);
+
+// rows of partial statistics that a convolution leaves, a function of the shape alone
+int64_t conv_partial_rows(const ConvShape& shape);
 
 cudaError_t launch_bn_stats(const BnStats& args, cudaStream_t stream);
 cudaError_t launch_bn_act(const BnAct& args, cudaStream_t stream);
 cudaError_t launch_bn_act_pool(const BnActPool& args, cudaStream_t stream);
 cudaError_t launch_bn_act_backward(const BnActBackward& args, cudaStream_t stream);
 cudaError_t launch_bn_act_pool_backward(const BnActPoolBackward& args, cudaStream_t stream);
+cudaError_t launch_conv(const Conv& args, cudaStream_t stream);
+cudaError_t launch_bn_merge(const BnMerge& args, cudaStream_t stream);
+cudaError_t launch_conv_data_gradient(const ConvDataGradient& args, cudaStream_t stream);
+cudaError_t launch_conv_weight_gradient(const ConvWeightGradient& args, cudaStream_t stream);
 cudaError_t launch_augment(const Augment& args, cudaStream_t stream);
 cudaError_t launch_sgd(const Sgd& args, cudaStream_t stream);
 cudaError_t launch_adam(const Adam& args, cudaStream_t stream);
