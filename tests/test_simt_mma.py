@@ -4,6 +4,7 @@ import re
 import subprocess
 
 import pytest
+import sass
 import torch
 from simt import harness
 
@@ -79,9 +80,7 @@ def test_warps_are_as_far_apart_as_barriers_let_them(chain, kernels, descending)
     x, found = torch.randn(THREADS), {}
     for barrier in (True, False):
         y = chain.buffer((THREADS,), torch.float32)
-        chain.launch(
-            "mma_mirror", x.dtype, x=x, y=y, threads=THREADS, rounds=4, barrier=barrier
-        )
+        chain.launch("mma_mirror", x.dtype, x=x, y=y, threads=THREADS, rounds=4, barrier=barrier)
         found[barrier] = y
     torch.testing.assert_close(found[True], x + 6)
     assert not torch.isclose(found[False], x + 6).all()
@@ -93,23 +92,15 @@ def test_a_warp_barrier_lets_its_warp_alone_go_on(chain):
     assert torch.equal(y, torch.arange(1, 5).repeat_interleave(32) * 32.0)
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
-def sass(request, tmp_path_factory):
-    """The kernels of mma_kernels.cu as nvcc compiles them."""
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_instructions_that_are_compiled(tmp_path, target):
     cuda = toolchain.find_cuda()
     if not cuda:
         pytest.skip(toolchain.no_cuda())
-    disassembler = cuda.nvcc.with_name("cuobjdump")
-    if not disassembler.exists():
-        pytest.skip(f"no {disassembler}")
-    binary = tmp_path_factory.mktemp("sass") / "mma.cubin"
-    source = harness.HERE / "mma_kernels.cu"
-    command = [cuda.nvcc, "-std=c++17", "-cubin", f"-arch={request.param}", source, "-o", binary]
+    source, binary = harness.HERE / "mma_kernels.cu", tmp_path / "mma.cubin"
+    command = [cuda.nvcc, "-std=c++17", "-cubin", f"-arch={target}", source, "-o", binary]
     subprocess.run(command, check=True, capture_output=True)
-    return toolchain.output_of(str(disassembler), "-sass", str(binary))
-
-
-def test_instructions_that_are_compiled(sass):
+    code = "".join(sass.disassemble(binary)[target].values())
     for instruction in (
         r"HMMA\.16816\.F32 ",
         r"HMMA\.16816\.F32\.BF16 ",
@@ -119,4 +110,4 @@ def test_instructions_that_are_compiled(sass):
         r"LDGDEPBAR",
         r"DEPBAR\.LE SB0, 0x2",
     ):
-        assert re.search(instruction, sass), instruction
+        assert re.search(instruction, code), instruction
