@@ -25,8 +25,12 @@ namespace fastcnn::cuda {
 // None of the constants has been measured on a GPU yet.
 constexpr int kConvThreads = 128;
 constexpr int kConvWarps = kConvThreads / 32;
-// blocks a multiprocessor must be able to hold: leaves a thread 128 registers, 64 of which are sums
+// blocks a multiprocessor must be able to hold: leaves a thread 128 registers, 64 of which are sums;
+// beside these, a pending input does not fit
 constexpr int kConvResident = 4;
+constexpr int conv_resident(int tile_filters, bool pending) {
+  return tile_filters == 64 && pending ? 3 : kConvResident;
+}
 // blocks of a launch: what a large GPU (132 multiprocessors) holds at once
 constexpr int64_t kConvBlocks = 132 * kConvResident;
 constexpr int kTilePixels = 128;
@@ -150,35 +154,57 @@ struct PendingInput {
   }
 };
 
-// its three vectors in shared memory: mean, scale, bias of every channel
-struct PendingVectors {
-  float* data;
-  int channels;
+// of V channels
+template <int V>
+struct PendingChannels {
+  float mean[V], scale[V], bias[V];
 
-  __device__ void fill(const PendingInput& input) const {
-    for (int c = threadIdx.x; c < channels; c += kConvThreads) {
-      data[c] = input.mean(c);
-      data[channels + c] = input.scale(c);
-      data[2 * channels + c] = input.bias(c);
-    }
+  __device__ float made(const PendingInput& input, float value, int i) const {
+    return input.made(value, mean[i], scale[i], bias[i]);
   }
 
-  __device__ float made(const PendingInput& input, float value, int c) const {
-    return input.made(value, data[c], data[channels + c], data[2 * channels + c]);
-  }
-
-  // of the 8 channels from c on
   template <typename T>
-  __device__ Packed<T, kChunk> made(const PendingInput& input, Packed<T, kChunk> raw, int c) const {
-    Packed<T, kChunk> packed;
+  __device__ Packed<T, V> made(const PendingInput& input, Packed<T, V> raw) const {
+    Packed<T, V> packed;
 #pragma unroll
-    for (int pair = 0; pair < kChunk / 2; ++pair) {
-      float values[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) values[i] = made(input, raw[2 * pair + i], c + 2 * pair + i);
+    for (int pair = 0; pair < V / 2; ++pair) {
+      const float values[2] = {made(input, raw[2 * pair], 2 * pair),
+                               made(input, raw[2 * pair + 1], 2 * pair + 1)};
       packed.set(pair, values);
     }
     return packed;
+  }
+};
+
+// Mean, scale and bias in shared memory, `count` values each: of every channel, or of the channels
+// of a tile's taps.
+struct PendingVectors {
+  float* data;
+  int count;
+
+  __device__ void set(int at, const PendingInput& input, int c) const {
+    data[at] = input.mean(c);
+    data[count + at] = input.scale(c);
+    data[2 * count + at] = input.bias(c);
+  }
+
+  __device__ PendingChannels<1> single(int at) const {
+    return {{data[at]}, {data[count + at]}, {data[2 * count + at]}};
+  }
+
+  // of 8 from `at` on; both `at` and `count` are multiples of 8
+  __device__ PendingChannels<kChunk> chunk(int at) const {
+    PendingChannels<kChunk> found;
+    float* const targets[3] = {found.mean, found.scale, found.bias};
+#pragma unroll
+    for (int v = 0; v < 3; ++v)
+#pragma unroll
+      for (int i = 0; i < kChunk; i += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(data + v * count + at + i);
+        targets[v][i] = four.x, targets[v][i + 1] = four.y;
+        targets[v][i + 2] = four.z, targets[v][i + 3] = four.w;
+      }
+    return found;
   }
 };
 
@@ -282,10 +308,11 @@ struct Loader {
   __device__ void finish(int step) {
     if (!kPending || !operands.wide) return;
     char* target = shared.pixels(step);
+    const PendingChannels<kChunk> channels = vectors.chunk(stored_c);
 #pragma unroll
     for (int i = 0; i < (kPending ? kPixelRows : 0); ++i) {
       Packed<T, kChunk> made = {};  // padding is 0 behind the activation
-      if (inside >> i & 1) made = vectors.made(operands.pending, fetched[i], stored_c);
+      if (inside >> i & 1) made = channels.made(operands.pending, fetched[i]);
       store_shared(chunk_at(target, row + i * kRowsAtOnce, chunk), made);
     }
   }
@@ -309,7 +336,8 @@ struct Loader {
         if (pixel < 0) continue;
         values[i] = operands.x[static_cast<int64_t>(pixel) * g.channels + at.c];
         if (kPending)
-          values[i] = rounded<T>(vectors.made(operands.pending, to_float(values[i]), at.c));
+          values[i] = rounded<T>(
+              vectors.single(at.c).made(operands.pending, to_float(values[i]), 0));
       }
 #pragma unroll
       for (int i = 0; i < kFlight; ++i)
@@ -399,7 +427,9 @@ __device__ inline void conv_tiles(const Operands<T>& operands, Epilogue& epilogu
   const ConvShared<kTileFilters> shared{reinterpret_cast<char*>(shared_memory())};
   const Gather& g = operands.gather;
   const int first_filter = static_cast<int>(blockIdx.y) * kTileFilters;
-  if (kPending) PendingVectors{shared.vectors(), g.channels}.fill(operands.pending);
+  if (kPending)
+    for (int c = static_cast<int>(threadIdx.x); c < g.channels; c += kConvThreads)
+      PendingVectors{shared.vectors(), g.channels}.set(c, operands.pending, c);
   const int steps = (g.taps + kTileTaps - 1) / kTileTaps;
   const int tiles = (g.pixels + kTilePixels - 1) / kTilePixels;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -449,12 +479,13 @@ inline dim3 conv_grid(int64_t pixels, int64_t filters) {
   return dim3(static_cast<unsigned>(down), across);
 }
 
-// everything is counted in 32 bits but offsets in memory
+// Something to multiply, and everything counted in 32 bits but offsets in memory
 inline bool is_countable(const ConvShape& shape) {
   const auto fits = [](int64_t number) { return number >= 0 && number < INT_MAX / 2; };
   const bool sizes = fits(shape.h) && fits(shape.w) && fits(shape.c) && fits(shape.k) &&
                      fits(shape.p) && fits(shape.q) && shape.stride >= 1;
-  return sizes && fits(shape.n * shape.h * shape.w) && fits(shape.pixels()) &&
+  const bool filters = shape.c >= 1 && shape.k >= 1 && shape.r >= 1 && shape.s >= 1;
+  return sizes && filters && fits(shape.n * shape.h * shape.w) && fits(shape.pixels()) &&
          fits(shape.taps()) && fits(static_cast<int64_t>(shape.r) * shape.s * shape.k) &&
          (shape.k + 31) / 32 < 65536 && (shape.c + 31) / 32 < 65536;
 }

@@ -167,7 +167,7 @@ struct ResultEpilogue {
 };
 
 template <typename T, int kTileFilters, bool kPending>
-__global__ void __launch_bounds__(kConvThreads, kConvResident)
+__global__ void __launch_bounds__(kConvThreads, conv_resident(kTileFilters, kPending))
     conv_bn_act_kernel(ConvArguments<T> args) {
   ResultEpilogue<T, kTileFilters> epilogue(args);
   conv_tiles<T, kTileFilters, kPending>(args.operands, epilogue);
@@ -242,7 +242,7 @@ cudaError_t launch_conv(const Conv& args, cudaStream_t stream) {
     using T = decltype(number);
     const auto arguments = arguments_of<T>(args, conv_partial_rows(args.shape));
     const int pixels = arguments.operands.gather.pixels;
-    if (pixels == 0 || args.shape.k == 0) return cudaSuccess;
+    if (pixels == 0) return cudaSuccess;
     cudaError_t status = cudaSuccess;
     for_variants([&](auto filters, auto pending) {
       if (filters.value != tile_filters(args.shape.k) || pending.value == args.input.is_plain())

@@ -105,10 +105,10 @@ __device__ inline void load_matrices(uint32_t (&out)[4], Address address) {
 
 // shared ← 16 bytes of global, or zeros if not valid (global is not read then, but must be an
 // address), both 16-byte aligned; not before wait_copies, and for other threads not before a
-// barrier behind that.
+// barrier behind that. Through L1, where the next tap finds most of the same pixels.
 __device__ inline void copy_async(void* shared, const void* global, bool valid) {
 #ifdef __CUDACC__
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
                : "memory");
 #else
