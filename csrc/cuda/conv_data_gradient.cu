@@ -186,7 +186,8 @@ bool wants_sums(const ConvDataGradient& args) {
 bool is_possible(const ConvDataGradient& args) {
   if (!is_countable(args.shape)) return false;
   if (args.input.is_plain()) return !wants_sums(args);
-  return args.input.x && (!args.batch_stats || (args.dweight && args.dbias));
+  return (args.input.x || !input_pixels(args.shape)) &&
+         (!args.batch_stats || (args.dweight && args.dbias));
 }
 
 template <typename T>
