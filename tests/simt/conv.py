@@ -117,6 +117,13 @@ def product(made: Tensor, filters: Tensor, shape: Shape) -> Tensor:
     return nhwc(F.conv2d(padded, nchw(filters), stride=shape.stride))
 
 
+def windows(t: Tensor) -> Tensor:
+    """(N, P/2, Q/2, K, 4), row after row of each window."""
+    n, p, q, k = t.shape
+    t = t[:, : p // 2 * 2, : q // 2 * 2].reshape(n, p // 2, 2, q // 2, 2, k)
+    return t.permute(0, 1, 3, 5, 2, 4).flatten(-2)
+
+
 class Plain:
     """The composition in plain torch: in fp64, or in fp32 with every tensor rounded to half that a
     network of separate ops keeps."""
@@ -162,13 +169,11 @@ class Plain:
 
     def forward(self, epilogue: Epilogue) -> Tensor:
         _, y = self.before_pool(epilogue)
-        return nhwc(F.max_pool2d(nchw(y), 2)) if epilogue.pool else y
+        return windows(y).amax(-1) if epilogue.pool else y
 
     def data_gradient(self, batch_stats: bool) -> dict[str, Tensor]:
         """dx, dweight, dbias by the formulas of ConvDataGradient."""
-        x, filters, dy = (
-            t.to(self.dtype) for t in (self.data.x, self.data.filter, self.data.dy)
-        )
+        x, filters, dy = (t.to(self.dtype) for t in (self.data.x, self.data.filter, self.data.dy))
         like = torch.zeros_like(x, requires_grad=True)
         product(like, filters, self.shape).backward(dy)
         normalised = self.normalised(x)
