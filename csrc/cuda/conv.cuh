@@ -6,9 +6,10 @@
 // The first matrix is never formed: each block gathers 128 pixels x 32 taps of it at a time into
 // shared memory, three stages deep, while its warps multiply the stage before with mma m16n8k16.
 //
-// How taps reach shared memory: copied 16 bytes at a time without passing a register (cp.async); or,
-// where the input is pending, loaded, normalised and activated in registers and then stored; or one
-// value at a time, where channels are no multiple of 8 or memory is not 16-byte aligned.
+// How taps reach shared memory (Taps): copied 16 bytes at a time without passing a register
+// (cp.async); or, where the input is pending, loaded, normalised and activated in registers and then
+// stored; or one value at a time, where channels are no multiple of 8 or memory is not 16-byte
+// aligned.
 //
 // A block takes tile after tile of pixels, so that what an epilogue sums stays in registers and
 // leaves few partial results. Which tiles are whose follows from the shape alone.
@@ -25,11 +26,25 @@ namespace fastcnn::cuda {
 // None of the constants has been measured on a GPU yet.
 constexpr int kConvThreads = 128;
 constexpr int kConvWarps = kConvThreads / 32;
+// threadIdx.x read anew, so that what follows from it is not computed ahead of the main loop, whose
+// sums need the registers
+__device__ inline int thread_anew() {
+#ifdef __CUDA_ARCH__
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#else
+  return static_cast<int>(threadIdx.x);
+#endif
+}
+
+enum class Taps { copied, pending, single };
+
 // blocks a multiprocessor must be able to hold: leaves a thread 128 registers, 64 of which are sums;
-// beside these, a pending input does not fit
+// beside these, values on their way through registers do not fit
 constexpr int kConvResident = 4;
-constexpr int conv_resident(int tile_filters, bool pending) {
-  return tile_filters == 64 && pending ? 3 : kConvResident;
+constexpr int conv_resident(int tile_filters, Taps taps) {
+  return tile_filters == 64 && taps != Taps::copied ? 3 : kConvResident;
 }
 // blocks of a launch: what a large GPU (132 multiprocessors) holds at once
 constexpr int64_t kConvBlocks = 132 * kConvResident;
@@ -216,12 +231,13 @@ struct Operands {
   const T* x;        // what is gathered
   const T* filters;  // (count, taps)
   int count;
-  bool wide;         // 16 bytes at a time
+  bool is_pending;
   PendingInput pending;
 };
 
 // Shared memory: the stages, which the sums take over for the epilogue; the origins of the tile's
-// pixels; the vectors of a pending input.
+// pixels; what an epilogue keeps from tile to tile, for which no register is left; the vectors of a
+// pending input.
 template <int kTileFilters>
 struct ConvShared {
   static constexpr int kRows = kTilePixels + kTileFilters;
@@ -229,9 +245,11 @@ struct ConvShared {
   static constexpr int kPitch = kTileFilters + 4;  // floats a row of sums: keeps banks apart
   static constexpr int kSumBytes = kTilePixels * kPitch * 4;
   static constexpr int kFront = kSumBytes > kStages * kStageBytes ? kSumBytes : kStages * kStageBytes;
+  static constexpr int kKept = kFront + kTilePixels * static_cast<int>(sizeof(Origin));
+  static constexpr int kVectors = kKept + kConvThreads * static_cast<int>(sizeof(float4));
 
   static size_t bytes(int pending_channels) {
-    return kFront + kTilePixels * sizeof(Origin) + 3 * sizeof(float) * pending_channels;
+    return kVectors + 3 * sizeof(float) * pending_channels;
   }
 
   char* start;
@@ -240,14 +258,16 @@ struct ConvShared {
   __device__ char* filters(int step) const { return pixels(step) + kTilePixels * kTileTaps * 2; }
   __device__ float* sums() const { return reinterpret_cast<float*>(start); }
   __device__ Origin* origins() const { return reinterpret_cast<Origin*>(start + kFront); }
-  __device__ float* vectors() const {
-    return reinterpret_cast<float*>(start + kFront + kTilePixels * sizeof(Origin));
+  __device__ float4& kept() const {
+    return reinterpret_cast<float4*>(start + kKept)[threadIdx.x];
   }
+  __device__ float* vectors() const { return reinterpret_cast<float*>(start + kVectors); }
 };
 
 // Fills the stages in order, step after step of 32 taps.
-template <typename T, int kTileFilters, bool kPending>
+template <typename T, int kTileFilters, Taps kTaps>
 struct Loader {
+  static constexpr bool kPending = kTaps == Taps::pending;
   static constexpr int kPixelRows = kTilePixels / kRowsAtOnce;
   static constexpr int kFilterRows = kTileFilters / kRowsAtOnce;
 
@@ -272,7 +292,13 @@ struct Loader {
 
   // first half of a step: what needs no arithmetic, and the loads of what does
   __device__ void start(int step) {
-    if (!operands.wide) return single(step);
+    if constexpr (kTaps == Taps::single)
+      single(step);
+    else
+      chunks(step);
+  }
+
+  __device__ void chunks(int step) {
     const Gather& g = operands.gather;
     const bool exists = tap.exists(g);
     char* target = shared.filters(step);
@@ -306,7 +332,7 @@ struct Loader {
 
   // second half, of a pending input
   __device__ void finish(int step) {
-    if (!kPending || !operands.wide) return;
+    if (!kPending) return;
     char* target = shared.pixels(step);
     const PendingChannels<kChunk> channels = vectors.chunk(stored_c);
 #pragma unroll
@@ -335,7 +361,7 @@ struct Loader {
         values[i] = rounded<T>(0);
         if (pixel < 0) continue;
         values[i] = operands.x[static_cast<int64_t>(pixel) * g.channels + at.c];
-        if (kPending)
+        if (operands.is_pending)
           values[i] = rounded<T>(
               vectors.single(at.c).made(operands.pending, to_float(values[i]), 0));
       }
@@ -343,7 +369,7 @@ struct Loader {
       for (int i = 0; i < kFlight; ++i)
         *single_at(shared.pixels(step), base + i * kConvWarps, lane) = values[i];
     }
-#pragma unroll 8
+#pragma unroll 4
     for (int base = first; base < kTileFilters; base += kConvWarps) {
       const int filter = first_filter + base;
       T value = rounded<T>(0);
@@ -406,15 +432,16 @@ struct WarpTile {
 
   // all into shared memory, (pixels, kPitch) fp32
   __device__ void spill(float* target, int pitch) const {
-    const int lane = lane_of();
+    const int thread = thread_anew(), lane = thread % 32, warp = thread / 32;
+    target += warp / kAcross * (kRows * 16) * pitch + warp % kAcross * 32;
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
       for (int j = 0; j < kColumns; ++j)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int row = first_row() + i * 16 + half * 8 + lane / 4;
-          float* at = target + row * pitch + first_column() + j * 8 + lane % 4 * 2;
+          const int row = i * 16 + half * 8 + lane / 4;
+          float* at = target + row * pitch + j * 8 + lane % 4 * 2;
           *reinterpret_cast<float2*>(at) = {sums[i][j][2 * half], sums[i][j][2 * half + 1]};
         }
   }
@@ -422,12 +449,12 @@ struct WarpTile {
 
 // The products of this block's tiles, each handed to epilogue(sums, first pixel) in shared memory,
 // (128, kPitch) fp32, behind a barrier; the epilogue may overwrite them.
-template <typename T, int kTileFilters, bool kPending, typename Epilogue>
+template <typename T, int kTileFilters, Taps kTaps, typename Epilogue>
 __device__ inline void conv_tiles(const Operands<T>& operands, Epilogue& epilogue) {
   const ConvShared<kTileFilters> shared{reinterpret_cast<char*>(shared_memory())};
   const Gather& g = operands.gather;
   const int first_filter = static_cast<int>(blockIdx.y) * kTileFilters;
-  if (kPending)
+  if (operands.is_pending)
     for (int c = static_cast<int>(threadIdx.x); c < g.channels; c += kConvThreads)
       PendingVectors{shared.vectors(), g.channels}.set(c, operands.pending, c);
   const int steps = (g.taps + kTileTaps - 1) / kTileTaps;
@@ -437,7 +464,7 @@ __device__ inline void conv_tiles(const Operands<T>& operands, Epilogue& epilogu
     shared.origins()[threadIdx.x] =
         origin_of(g, tile * kTilePixels + static_cast<int>(threadIdx.x));
     __syncthreads();
-    Loader<T, kTileFilters, kPending> loader(operands, shared, first_filter);
+    Loader<T, kTileFilters, kTaps> loader(operands, shared, first_filter);
 #pragma unroll
     for (int step = 0; step < kStages - 1; ++step) {
       if (step < steps) {
@@ -488,6 +515,16 @@ inline bool is_countable(const ConvShape& shape) {
   return sizes && filters && fits(shape.n * shape.h * shape.w) && fits(shape.pixels()) &&
          fits(shape.taps()) && fits(static_cast<int64_t>(shape.r) * shape.s * shape.k) &&
          (shape.k + 31) / 32 < 65536 && (shape.c + 31) / 32 < 65536;
+}
+
+// f(filters of a block, taps), both constants, for the variants of a kernel
+template <Taps... kTaps, typename F>
+void for_variants(F f) {
+  const auto both = [&](auto filters) {
+    (f(filters, std::integral_constant<Taps, kTaps>{}), ...);
+  };
+  both(std::integral_constant<int, 32>{});
+  both(std::integral_constant<int, 64>{});
 }
 
 inline PendingInput plain_input() { return PendingInput(ConvInput{nullptr, {}, 1, 1}); }

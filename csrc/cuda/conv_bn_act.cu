@@ -10,9 +10,9 @@
 // of a pool are chosen before.
 //
 // Statistics are those of the rounded y, as bn_stats would find them: mean and squared deviations a
-// block, merged over its tiles in registers and over blocks by launch_bn_merge, in an order that the
-// shape alone decides. Registers: table in csrc/README.md. Shared memory a block: 36.0 KB with 64
-// filters, 32.0 KB with 32, and 12 bytes a channel of a pending input.
+// block, merged over its tiles and over blocks by launch_bn_merge, in an order that the
+// shape alone decides. Registers: table in csrc/README.md. Shared memory a block: 40 KB with 64
+// filters, 34 KB with 32, and 12 bytes a channel of a pending input.
 #include "conv.cuh"
 #include "moments.cuh"
 
@@ -61,9 +61,15 @@ struct ResultEpilogue {
   static constexpr int kGroups = kConvThreads / kTileFilters;  // threads that share a column
 
   const ConvArguments<T>& args;
-  Moments moments{0, 0, 0, 0};  // of this thread's column
+  float4& kept;  // of this thread's column: count, shift, offset, squares
 
-  __device__ explicit ResultEpilogue(const ConvArguments<T>& given) : args(given) {}
+  __device__ explicit ResultEpilogue(const ConvArguments<T>& given)
+      : args(given),
+        kept(ConvShared<kTileFilters>{reinterpret_cast<char*>(shared_memory())}.kept()) {
+    kept = {0, 0, 0, 0};
+  }
+
+  __device__ Moments moments() const { return {kept.x, kept.y, kept.z, kept.w}; }
 
   __device__ void operator()(float* sums, int first, int first_filter) {
     if (args.operands.gather.windows) {
@@ -79,7 +85,7 @@ struct ResultEpilogue {
   template <int V>
   __device__ void rows(float* sums, int first, int first_filter) {
     constexpr int kColumns = kTileFilters / V, kStep = kConvThreads / kColumns;
-    const int thread = static_cast<int>(threadIdx.x);
+    const int thread = thread_anew();
     const int column = thread % kColumns * V, filter = first_filter + column;
     if (filter >= args.operands.count) return;
     const ResultVectors<V> vectors(args, filter);
@@ -102,7 +108,7 @@ struct ResultEpilogue {
   template <int V>
   __device__ void pool(const float* sums, int first, int first_filter) {
     constexpr int kColumns = kTileFilters / V, kStep = kConvThreads / kColumns;
-    const int thread = static_cast<int>(threadIdx.x);
+    const int thread = thread_anew();
     const int column = thread % kColumns * V, filter = first_filter + column;
     if (filter >= args.operands.count) return;
     const ResultVectors<V> vectors(args, filter);
@@ -133,8 +139,8 @@ struct ResultEpilogue {
   // of a column of the tile: deviations from its first value, as in bn_stats.cu
   __device__ void add_statistics(const float* sums, int count) {
     constexpr int kRows = kTilePixels / kGroups;
-    const int column = static_cast<int>(threadIdx.x) % kTileFilters;
-    const int begin = static_cast<int>(threadIdx.x) / kTileFilters * kRows;
+    const int thread = thread_anew(), column = thread % kTileFilters;
+    const int begin = thread / kTileFilters * kRows;
     const int rows = min(kRows, count - begin);
     if (rows <= 0) return;
     const float* value = sums + begin * kPitch + column;
@@ -148,14 +154,16 @@ struct ResultEpilogue {
     }
     const float n = static_cast<float>(rows), offset = sum / n;
     const float squares = fmaf(-offset, sum, square);
-    moments = merged(moments, {n, shift, offset, squares < 0 ? 0.f : squares});
+    const Moments both = merged(moments(), {n, shift, offset, squares < 0 ? 0.f : squares});
+    kept = {both.count, both.shift, both.offset, both.squares};
   }
 
   // every thread of the block must come here
   __device__ void finish(int first_filter) {
     if (!args.partials.data) return;
     __syncthreads();
-    float values[4] = {moments.shift, moments.offset, moments.squares, moments.count};
+    const Moments all = moments();
+    float values[4] = {all.shift, all.offset, all.squares, all.count};
     reduce_lanes(values, kTileFilters, kGroups, shared_memory(), MergeMoments<1>());
     const int column = static_cast<int>(threadIdx.x), filter = first_filter + column;
     if (column >= kTileFilters || filter >= args.operands.count) return;
@@ -166,11 +174,11 @@ struct ResultEpilogue {
   }
 };
 
-template <typename T, int kTileFilters, bool kPending>
-__global__ void __launch_bounds__(kConvThreads, conv_resident(kTileFilters, kPending))
+template <typename T, int kTileFilters, Taps kTaps>
+__global__ void __launch_bounds__(kConvThreads, conv_resident(kTileFilters, kTaps))
     conv_bn_act_kernel(ConvArguments<T> args) {
   ResultEpilogue<T, kTileFilters> epilogue(args);
-  conv_tiles<T, kTileFilters, kPending>(args.operands, epilogue);
+  conv_tiles<T, kTileFilters, kTaps>(args.operands, epilogue);
   epilogue.finish(static_cast<int>(blockIdx.y) * kTileFilters);
 }
 
@@ -203,12 +211,11 @@ template <typename T>
 ConvArguments<T> arguments_of(const Conv& args, int64_t rows) {
   const ConvShape& shape = args.shape;
   const auto vector = [](const void* data) { return static_cast<const float*>(data); };
-  const bool wide_taps = shape.c % kChunk == 0 && aligned(args.input.x, args.filter);
   const bool wide_rows =
       shape.k % kChunk == 0 && aligned(args.y, args.residual) &&
       reinterpret_cast<uintptr_t>(args.code) % kChunk == 0;
   return {{gather_of(shape, args.pool), static_cast<const T*>(args.input.x),
-           static_cast<const T*>(args.filter), static_cast<int>(shape.k), wide_taps,
+           static_cast<const T*>(args.filter), static_cast<int>(shape.k), !args.input.is_plain(),
            PendingInput(args.input)},
           vector(args.bias),
           vector(args.scale),
@@ -223,13 +230,15 @@ ConvArguments<T> arguments_of(const Conv& args, int64_t rows) {
           wide_rows};
 }
 
-// f(filters of a block, whether the input is pending), both constants
+Taps taps_of(const Conv& args) {
+  if (args.shape.c % kChunk || !aligned(args.input.x, args.filter)) return Taps::single;
+  return args.input.is_plain() ? Taps::copied : Taps::pending;
+}
+
+// f(filters of a block, taps)
 template <typename F>
-void for_variants(F f) {
-  f(std::integral_constant<int, 32>{}, std::false_type{});
-  f(std::integral_constant<int, 32>{}, std::true_type{});
-  f(std::integral_constant<int, 64>{}, std::false_type{});
-  f(std::integral_constant<int, 64>{}, std::true_type{});
+void for_all(F f) {
+  for_variants<Taps::copied, Taps::pending, Taps::single>(f);
 }
 
 }  // namespace
@@ -243,14 +252,13 @@ cudaError_t launch_conv(const Conv& args, cudaStream_t stream) {
     const auto arguments = arguments_of<T>(args, conv_partial_rows(args.shape));
     const int pixels = arguments.operands.gather.pixels;
     if (pixels == 0) return cudaSuccess;
+    const int pending = args.input.is_plain() ? 0 : static_cast<int>(args.shape.c);
     cudaError_t status = cudaSuccess;
-    for_variants([&](auto filters, auto pending) {
-      if (filters.value != tile_filters(args.shape.k) || pending.value == args.input.is_plain())
-        return;
-      const size_t shared =
-          ConvShared<filters.value>::bytes(pending.value ? static_cast<int>(args.shape.c) : 0);
-      status = launch(conv_bn_act_kernel<T, filters.value, pending.value>,
-                      conv_grid(pixels, args.shape.k), kConvThreads, shared, stream, arguments);
+    for_all([&](auto filters, auto taps) {
+      if (filters.value != tile_filters(args.shape.k) || taps.value != taps_of(args)) return;
+      status = launch(conv_bn_act_kernel<T, filters.value, taps.value>,
+                      conv_grid(pixels, args.shape.k), kConvThreads,
+                      ConvShared<filters.value>::bytes(pending), stream, arguments);
     });
     return status;
   });
@@ -259,10 +267,10 @@ cudaError_t launch_conv(const Conv& args, cudaStream_t stream) {
 std::vector<Kernel> conv_bn_act_kernels() {
   std::vector<Kernel> kernels;
   const auto add = [&](auto number, const std::string& type) {
-    for_variants([&](auto filters, auto pending) {
-      kernels.push_back(named<filters.value, pending.value>(
+    for_all([&](auto filters, auto taps) {
+      kernels.push_back(named<filters.value, static_cast<int>(taps.value)>(
           "conv_bn_act_kernel", type,
-          conv_bn_act_kernel<decltype(number), filters.value, pending.value>));
+          conv_bn_act_kernel<decltype(number), filters.value, taps.value>));
     });
   };
   add(__half{}, "f16");

@@ -10,7 +10,7 @@
 //
 // Sums: each thread of its rows, each block of its threads and tiles, then over blocks by
 // bn_act_backward_finalise, in an order that the shape alone decides. No atomics. Registers: table in
-// csrc/README.md. Shared memory a block: 36.0 KB with 64 channels, 32.0 KB with 32.
+// csrc/README.md. Shared memory a block: 40 KB with 64 channels, 34 KB with 32.
 #include "backward.cuh"
 #include "conv.cuh"
 
@@ -44,8 +44,8 @@ struct GradientEpilogue {
   template <int V>
   __device__ void rows(float* dz, int first, int first_channel) {
     constexpr int kColumns = kTileFilters / V, kStep = kConvThreads / kColumns;
-    const int lane = static_cast<int>(threadIdx.x) / kColumns;
-    const int column = static_cast<int>(threadIdx.x) % kColumns * V;
+    const int thread = thread_anew(), lane = thread / kColumns;
+    const int column = thread % kColumns * V;
     const int channel = first_channel + column;
     const bool exists = channel < args.operands.count;
     const int count = exists ? min(kTilePixels, args.operands.gather.pixels - first) : 0;
@@ -100,18 +100,18 @@ struct GradientEpilogue {
   }
 
   __device__ void finish(int first_channel) const {
-    const int thread = static_cast<int>(threadIdx.x);
+    const int thread = thread_anew();
     const int channel = first_channel + thread % kTileFilters;
     if (!args.partials.data || thread >= 2 * kTileFilters || channel >= args.partials.k) return;
     args.partials.plane(thread / kTileFilters)[blockIdx.x * args.partials.k + channel] = sum;
   }
 };
 
-template <typename T, int kTileFilters>
-__global__ void __launch_bounds__(kConvThreads, kConvResident)
+template <typename T, int kTileFilters, Taps kTaps>
+__global__ void __launch_bounds__(kConvThreads, conv_resident(kTileFilters, kTaps))
     conv_data_gradient_kernel(DataGradientArguments<T> args) {
   GradientEpilogue<T, kTileFilters> epilogue(args);
-  conv_tiles<T, kTileFilters, false>(args.operands, epilogue);
+  conv_tiles<T, kTileFilters, kTaps>(args.operands, epilogue);
   epilogue.finish(static_cast<int>(blockIdx.y) * kTileFilters);
 }
 
@@ -197,8 +197,8 @@ DataGradientArguments<T> arguments_of(const ConvDataGradient& args) {
   char* workspace = static_cast<char*>(args.workspace);
   auto* sums = reinterpret_cast<float*>(workspace + turned_bytes(shape));
   return {{transposed_gather(shape), static_cast<const T*>(args.dy),
-           reinterpret_cast<const T*>(workspace), static_cast<int>(shape.c),
-           shape.k % kChunk == 0 && aligned(args.dy), plain_input()},
+           reinterpret_cast<const T*>(workspace), static_cast<int>(shape.c), false,
+           plain_input()},
           plain ? nullptr : static_cast<const T*>(args.input.x),
           PendingInput(args.input),
           args.batch_stats,
@@ -207,20 +207,23 @@ DataGradientArguments<T> arguments_of(const ConvDataGradient& args) {
           shape.c % kChunk == 0 && aligned(args.input.x, args.dx)};
 }
 
-// f(channels of a block) as a constant
+Taps taps_of(const ConvDataGradient& args) {
+  return args.shape.k % kChunk == 0 && aligned(args.dy) ? Taps::copied : Taps::single;
+}
+
+// f(channels of a block, taps)
 template <typename F>
-void for_tiles(F f) {
-  f(std::integral_constant<int, 32>{});
-  f(std::integral_constant<int, 64>{});
+void for_all(F f) {
+  for_variants<Taps::copied, Taps::single>(f);
 }
 
 template <typename T>
 cudaError_t convolve(const ConvDataGradient& args, const DataGradientArguments<T>& arguments,
                      cudaStream_t stream) {
   cudaError_t status = cudaSuccess;
-  for_tiles([&](auto channels) {
-    if (channels.value != tile_filters(args.shape.c)) return;
-    status = launch(conv_data_gradient_kernel<T, channels.value>,
+  for_all([&](auto channels, auto taps) {
+    if (channels.value != tile_filters(args.shape.c) || taps.value != taps_of(args)) return;
+    status = launch(conv_data_gradient_kernel<T, channels.value, taps.value>,
                     conv_grid(input_pixels(args.shape), args.shape.c), kConvThreads,
                     ConvShared<channels.value>::bytes(0), stream, arguments);
   });
@@ -266,9 +269,10 @@ std::vector<Kernel> conv_data_gradient_kernels() {
   const auto add = [&](auto number, const std::string& type) {
     using T = decltype(number);
     kernels.push_back(named("conv_turn_filters_kernel<" + type + ">", conv_turn_filters_kernel<T>));
-    for_tiles([&](auto channels) {
-      kernels.push_back(named<channels.value>("conv_data_gradient_kernel", type,
-                                              conv_data_gradient_kernel<T, channels.value>));
+    for_all([&](auto channels, auto taps) {
+      kernels.push_back(named<channels.value, static_cast<int>(taps.value)>(
+          "conv_data_gradient_kernel", type,
+          conv_data_gradient_kernel<T, channels.value, taps.value>));
     });
   };
   add(__half{}, "f16");
