@@ -24,7 +24,7 @@ def load() -> build.Built:
     return built
 
 
-def supports(x: Tensor, parameter: Tensor | None = None) -> bool:
+def supports(x: Any, parameter: Tensor | None = None) -> bool:
     """Whether a library is loaded that has kernels for what a convolution makes of tensors like x,
     beside such a parameter."""
     dtype = product_dtype(x)
