@@ -38,7 +38,7 @@ def supports(x: Any, parameter: Tensor | None = None) -> bool:
 def product_dtype(x: Any) -> torch.dtype:
     """The dtype that torch takes x in for a product: under autocast autocast's, but fp64 stays."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or kind not in DTYPES or not torch.is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)
 
