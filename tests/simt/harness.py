@@ -48,7 +48,7 @@ def compile_module(folder: Path, flags: list[str], plant: "Plant | None" = None)
     for path in include:
         command += ["-isystem", str(path)]
     cuda = (plant.tree(folder) if plant else CSRC) / "cuda"
-    sources = [*cuda.glob("*.cu"), HERE / "simt.cpp", HERE / "module.cpp"]
+    sources = [*cuda.glob("*.cu"), *HERE.glob("*.cu"), *HERE.glob("*.cpp")]
 
     def compile_one(source: Path) -> str:
         if plant and source.name != plant.source:

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "../../csrc/kernels.h"
+#include "mma_kernels.h"
 
 namespace py = pybind11;
 using namespace fastcnn;
@@ -144,6 +145,33 @@ int adam(const py::kwargs& kwargs) {
       nullptr);
 }
 
+int mma_product(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  return cuda::test_product(f.dtype(), f.value<int>("rows"), f.value<bool>("transposed"),
+                            f.pointer("a"), f.pointer("b"), f.pointer("d"));
+}
+
+int mma_copies(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  const auto copying = f.value<std::string>("copying");
+  return cuda::test_copies(copying == "right"        ? cuda::Copying::right
+                           : copying == "early_read"  ? cuda::Copying::early_read
+                           : copying == "early_write" ? cuda::Copying::early_write
+                                                      : cuda::Copying::left_over,
+                           f.pointer("x"), f.pointer("y"), f.value<int>("stages"));
+}
+
+int mma_mirror(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  return cuda::test_mirror(f.value<bool>("barrier"), f.pointer("x"), f.pointer("y"),
+                           f.value<int>("threads"), f.value<int>("rounds"));
+}
+
+int mma_skew(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  return cuda::test_skew(f.pointer("y"), f.value<int>("threads"));
+}
+
 py::list launch_configuration(const py::kwargs& kwargs) {
   const Fields f{kwargs};
   py::list launches;
@@ -165,6 +193,10 @@ PYBIND11_MODULE(simt_kernels, module) {
   module.def("augment", &augment);
   module.def("sgd_", &sgd);
   module.def("adam_", &adam);
+  module.def("mma_product", &mma_product);
+  module.def("mma_copies", &mma_copies);
+  module.def("mma_mirror", &mma_mirror);
+  module.def("mma_skew", &mma_skew);
   module.def("launch_configuration", &launch_configuration);
   module.def("bn_stats_workspace", [](int64_t n, int64_t p, int64_t q, int64_t k) {
     return cuda::bn_stats_workspace({n, p, q, k});
