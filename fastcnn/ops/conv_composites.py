@@ -45,7 +45,7 @@ def _product(x: Tensor, filter: Tensor, bias: Tensor | None, stride: int, pads: 
 def _statistics(values: Tensor) -> Tensor:
     """Mean, squared deviations from it and count of each channel, (3, 1, K)."""
     count = values.numel() // max(values.shape[1], 1)
-    mean = values.sum((0, 2, 3)) / max(count, 1)
+    mean = values.mean((0, 2, 3))
     squares = (values - mean.view(-1, 1, 1)).square().sum((0, 2, 3))
     return torch.stack([mean, squares, torch.full_like(mean, count)]).unsqueeze(1)
 
@@ -162,6 +162,10 @@ def _check_pending(pending: Pending) -> None:
     _require(
         pending.mean is not None or pending.pre_slope == 1,
         f"in_pre_slope: expected 1 without in_mean, got {pending.pre_slope:g}",
+    )
+    _require(
+        pending.mean is not None or not pending.batch_stats,
+        "in_batch_stats: expected false without in_mean",
     )
 
 
