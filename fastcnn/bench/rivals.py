@@ -168,7 +168,9 @@ def _plain_layer(layer: Any) -> nn.Module:
 
 
 def _parts(product: nn.Module, layer: Any) -> list[nn.Module]:
-    pads: Any = getattr(layer, "extra_padding", ())
+    # what an even kernel pads beyond both sides alike
+    top, bottom, left, right = getattr(layer, "pads", (0, 0, 0, 0))
+    pads = (0, right - left, 0, bottom - top)
     pool = getattr(layer, "pool", None)
     parts: list[nn.Module] = [nn.ZeroPad2d(pads)] if any(pads) else []
     parts += [product, *_activation(layer.pre_slope)]
