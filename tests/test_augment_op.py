@@ -13,7 +13,7 @@ from op_cases import DEVICES, ON_EACH
 from scipy import stats
 
 from fastcnn import ops
-from fastcnn.ops import reference
+from fastcnn.ops import reference, reference_augment
 
 P_LIMIT = 1e-4  # of the statistical tests, all with fixed seeds
 
@@ -50,7 +50,7 @@ def split_words(text):
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
 def test_words_are_the_published_ones(counter, key, words):
     counters = torch.tensor([split_words(counter)] * 3).T
-    drawn = reference.philox(counters, tuple(split_words(key)))
+    drawn = reference_augment.philox(counters, tuple(split_words(key)))
     assert drawn.T.tolist() == [split_words(words)] * 3
 
 
@@ -76,7 +76,7 @@ def test_products_and_sums_are_rounded_apart():
     t = tensors_of(Case(32, 32))
     x, _ = call(reference, Case(32, 32), t)
     exact = t["images"].double() * t["scale"].double() + t["bias"].double()
-    index = reference.next_samples(t["order"], t["at"], 9)
+    index = reference_augment.next_samples(t["order"], t["at"], 9)
     fused = exact[index].float().permute(0, 3, 1, 2)
     assert 0.05 < (x != fused).double().mean() < 0.95
 
@@ -139,7 +139,7 @@ def test_epochs_of_the_alternating_flip(epoch):
     )
     assert torch.equal(first, next_one.flip(3))
     mirrored = (first != plain).flatten(1).any(1)
-    wanted = reference.draw_flip(SEED, torch.tensor(0), torch.arange(23), "alternating")
+    wanted = reference_augment.draw_flip(SEED, torch.tensor(0), torch.arange(23), "alternating")
     wanted = wanted[tensors_of(case)["order"].roll(-5)]
     assert torch.equal(mirrored, wanted if epoch % 2 == 0 else ~wanted)
 
@@ -172,10 +172,10 @@ MANY = 40_000
 def drawn():
     """Offsets, flips and cutout centres of many samples at one seed and epoch."""
     epoch, samples = torch.tensor(2), torch.arange(MANY)
-    crop = reference.draw_crop(1, epoch, samples, 4).numpy() + 4
-    flip = reference.draw_flip(1, epoch, samples, "random").numpy()
-    fixed = reference.draw_flip(1, epoch, samples, "alternating").numpy()
-    return crop, flip, fixed, reference.draw_cutout(1, epoch, samples, 10, 8).numpy()
+    crop = reference_augment.draw_crop(1, epoch, samples, 4).numpy() + 4
+    flip = reference_augment.draw_flip(1, epoch, samples, "random").numpy()
+    fixed = reference_augment.draw_flip(1, epoch, samples, "alternating").numpy()
+    return crop, flip, fixed, reference_augment.draw_cutout(1, epoch, samples, 10, 8).numpy()
 
 
 def test_offsets_and_centres_are_uniform_and_flips_fair(drawn):
@@ -202,7 +202,9 @@ def test_choices_are_independent_of_each_other_and_of_the_neighbour(drawn):
 
 def test_random_flips_of_two_epochs_are_independent():
     samples = torch.arange(MANY)
-    pair = [reference.draw_flip(1, torch.tensor(e), samples, "random").numpy() for e in (0, 1)]
+    pair = [
+        reference_augment.draw_flip(1, torch.tensor(e), samples, "random").numpy() for e in (0, 1)
+    ]
     table = np.histogram2d(*pair, bins=2)[0]
     assert stats.chi2_contingency(table).pvalue > P_LIMIT
 

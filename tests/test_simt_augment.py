@@ -9,7 +9,7 @@ from augment_cases import CASES, FULL, SEED, Case, call, tensors_of
 from simt import harness
 from simt.chain import Chain
 
-from fastcnn.ops import reference
+from fastcnn.ops import reference, reference_augment
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -136,14 +136,16 @@ def test_sample_numbers_beyond_32_bits_have_draws_of_their_own(chain):
     sizes = {"count": 1, "h": 8, "w": 8, "length": 1, "bias_of_pixels": False}
     chain.launch("augment", torch.float32, **tensors, **options, **sizes, x=x, y=y)
     epoch, samples = t["at"][0], torch.tensor([far])
-    crop = reference.draw_crop(SEED, epoch, samples, 4)
-    flip = reference.draw_flip(SEED, epoch, samples, "random")
-    want = reference.crop_flip(t["images"][:1], torch.tensor([0]), crop, flip, True)
-    centre = reference.draw_cutout(SEED, epoch, samples, 8, 8)
-    want = reference.cut_out(reference.normalize(want, t["scale"], t["bias"]), centre, 3, t["fill"])
+    crop = reference_augment.draw_crop(SEED, epoch, samples, 4)
+    flip = reference_augment.draw_flip(SEED, epoch, samples, "random")
+    want = reference_augment.crop_flip(t["images"][:1], torch.tensor([0]), crop, flip, True)
+    centre = reference_augment.draw_cutout(SEED, epoch, samples, 8, 8)
+    want = reference_augment.cut_out(
+        reference_augment.normalize(want, t["scale"], t["bias"]), centre, 3, t["fill"]
+    )
     assert torch.equal(x, want)
     assert y.tolist() == t["labels"][:1].tolist()
-    assert not torch.equal(crop, reference.draw_crop(SEED, epoch, samples - 2**32, 4))
+    assert not torch.equal(crop, reference_augment.draw_crop(SEED, epoch, samples - 2**32, 4))
 
 
 # errors that must be seen

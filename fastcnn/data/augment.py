@@ -15,7 +15,7 @@ import torch
 from fastcnn.config import AugmentConfig
 from fastcnn.data.draws import generator
 from fastcnn.errors import UsageError
-from fastcnn.ops import reference
+from fastcnn.ops import reference_augment
 
 RATIO = (3 / 4, 4 / 3)  # width to height of a resized crop, as in torchvision
 ATTEMPTS = 10  # at a box that fits, as in torchvision, before the centre is taken
@@ -59,11 +59,11 @@ def draw(
     at = torch.full((), epoch, device=device)
     draws: Draws = {}
     if config.crop_padding > 0:
-        draws["crop"] = reference.draw_crop(seed, at, numbers, config.crop_padding)
-    if (flip := reference.draw_flip(seed, at, numbers, config.flip)) is not None:
+        draws["crop"] = reference_augment.draw_crop(seed, at, numbers, config.crop_padding)
+    if (flip := reference_augment.draw_flip(seed, at, numbers, config.flip)) is not None:
         draws["flip"] = flip
     if config.cutout > 0:
-        draws["cutout"] = reference.draw_cutout(seed, at, numbers, height, width)
+        draws["cutout"] = reference_augment.draw_cutout(seed, at, numbers, height, width)
     return draws | _draw_on_cpu(config, seed, epoch, samples, height, width)
 
 
@@ -101,7 +101,9 @@ def distort(
     interpolated or recoloured, (n, H, W, 3).
     """
     reflect = config.crop_mode == "reflect"
-    pixels = reference.crop_flip(images, index, draws.get("crop"), draws.get("flip"), reflect)
+    pixels = reference_augment.crop_flip(
+        images, index, draws.get("crop"), draws.get("flip"), reflect
+    )
     if "box" in draws:
         pixels = resized_crop(pixels, draws["box"])
     if "affine" in draws:

@@ -9,7 +9,7 @@ import hashlib
 
 import torch
 
-from fastcnn.ops.reference import draw_alternating_flip
+from fastcnn.ops.reference_augment import draw_alternating_flip
 
 
 def derive_seed(seed: int, purpose: str, *numbers: int) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fastcnn.data.store import Images
-from fastcnn.ops.reference import normalize
+from fastcnn.ops.reference_augment import normalize
 
 Mode = Literal["zscore", "unit", "centered", "mean-image"]
 # float32 sums of up to 256 squares of uint8 stay below 2^24, so they are exact in any order

@@ -19,7 +19,7 @@ from fastcnn.data.loaders import Batch, Loader
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.store import Images
 from fastcnn.data.upload import upload
-from fastcnn.ops import reference
+from fastcnn.ops import reference_augment
 from fastcnn.ops.backend import ops_for
 
 OFF = AugmentConfig(crop_padding=0, flip="none")
@@ -104,10 +104,10 @@ class ResidentLoader(Loader):
         )
 
     def _tensor_operations(self, count: int) -> Batch:
-        index = reference.next_samples(self.order, self.at, count)
+        index = reference_augment.next_samples(self.order, self.at, count)
         draws = {name: values.index_select(0, index) for name, values in self.draws.items()}
         pixels = augmentation.distort(self.augment, self.pixels, index, draws)
-        x = reference.normalize(pixels, self.scale, self.bias)
+        x = reference_augment.normalize(pixels, self.scale, self.bias)
         if "cutout" in draws:
-            x = reference.cut_out(x, draws["cutout"], self.augment.cutout, self.fill)
+            x = reference_augment.cut_out(x, draws["cutout"], self.augment.cutout, self.fill)
         return x.to(self.dtype).permute(0, 3, 1, 2), self.labels.index_select(0, index)

@@ -22,7 +22,7 @@ from fastcnn.data.loaders import Batch, Loader
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.store import Images
 from fastcnn.errors import DataError, UsageError
-from fastcnn.ops.reference import normalize
+from fastcnn.ops.reference_augment import normalize
 
 POLL_S = 2  # between two looks at whether the workers are alive
 WORKER_TIMEOUT_S = 120  # without a batch for so long, a worker is taken to hang

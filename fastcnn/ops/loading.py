@@ -1,5 +1,7 @@
 """The native library as torch sees it: loading it, and what it has kernels for."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,12 +25,22 @@ def load() -> build.Built:
 
 
 def supports(x: Tensor, parameter: Tensor | None = None) -> bool:
-    """Whether a library is loaded that has kernels for tensors like x beside such a parameter."""
-    if not _loaded or x.dtype not in DTYPES.get(x.device.type, ()):
+    """Whether a library is loaded that has kernels for what a convolution makes of tensors like x,
+    beside such a parameter."""
+    dtype = product_dtype(x)
+    if not _loaded or dtype not in DTYPES.get(x.device.type, ()):
         return False
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     fits = parameter is None or parameter.dtype == wide
     return fits and has_kernels(x.device.type) and not _transformed()
+
+
+def product_dtype(x: Any) -> torch.dtype:
+    """The dtype that torch takes x in for a product: under autocast autocast's, but fp64 stays."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 def has_kernels(device_type: str) -> bool:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastcnn.ops import reference
+from fastcnn.ops import reference, reference_augment
 
 EPS, MOMENTUM = 1e-5, 0.1
 GUARD = 64  # bytes before and after every buffer
@@ -131,7 +131,7 @@ class Chain:
         }
         x = self.buffer((count, height, width, 3), dtype)
         y = self.buffer((count,), torch.int64, workspace=True)
-        options["flip"] = reference.FLIPS.index(options["flip"])
+        options["flip"] = reference_augment.FLIPS.index(options["flip"])
         sizes = {"count": count, "h": height, "w": width, "length": len(order)}
         pixels = {"bias_of_pixels": bias.dim() == 3}
         self.launch("augment", dtype, **fenced, **sizes, **pixels, **options, x=x, y=y)
