@@ -29,7 +29,7 @@ BATCHES = {"cuda": (1024, 128), "cpu": (256, 64)}
 # options of a training run that a throughput has too
 # what a run does beside training, which a trial does not
 OF_A_RUN = ("fast_dev_run", "checkpoint_steps", "early_stop", "restore_best", "best_metric")
-SHARED = ("device", "threads", "workers", "amp_dtype", "seed")
+SHARED = ("device", "threads", "workers", "amp_dtype", "seed", "conv")
 
 
 @dataclass(frozen=True)

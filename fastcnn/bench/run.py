@@ -20,6 +20,7 @@ from fastcnn.bench.options import BATCHES, CPU_BACKENDS, CUDA_BACKENDS, LOADERS,
 from fastcnn.bench.timing import copy_bandwidth, matmul_rate
 from fastcnn.bench.variants import HALVES, Task
 from fastcnn.errors import UsageError
+from fastcnn.ops.backend import choose_backend, choose_convolution
 from fastcnn.train.host import tune_process
 from fastcnn.train.precision import choose_device, choose_precision
 
@@ -49,7 +50,10 @@ class Run:
             "command": shown_command(command),
             "precision": self.precision.name,
             "library_sources": ops.load().sources,
+            "conv": config.run.conv,
         }
+        backend, _ = choose_backend("auto", self.device, self.precision.dtype)
+        choose_convolution(config.run.conv, backend, self.device, self.precision.dtype)
 
     @property
     def batches(self) -> list[int]:

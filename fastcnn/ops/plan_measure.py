@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from fastcnn.ops.conv_library import POOL, Pending, gradients_of_pending, vendor_gradients
+from fastcnn.ops.reference import product
 
 ROUNDS = 7  # each of which times every implementation; medians are told
 WARM_UP = 3
@@ -76,6 +78,11 @@ class ConvLayer(NamedTuple):
     def has_norm(self) -> bool:
         return self.kind == "bn"
 
+    @property
+    def adds_bias_itself(self) -> bool:
+        """Whether the op behind the vendor's product adds the bias."""
+        return self.kind not in ("bn", "bias")
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -124,13 +131,13 @@ def _alone(device: torch.device) -> Iterator[None]:
 
 
 class Tensors(NamedTuple):
-    """Of a layer. affine: mean, rstd, weight, bias of the pending input, (C,) or None."""
+    """Of a layer: what it multiplies, and the gradient dy of its product. running: mean and
+    variance of the norm behind it."""
 
-    x: Tensor
+    pending: Pending
     filter: Tensor
     bias: Tensor
     dy: Tensor
-    affine: tuple[Tensor | None, ...]
     running: tuple[Tensor, Tensor]
 
 
@@ -138,29 +145,29 @@ def draw(layer: ConvLayer, device: torch.device) -> Tensors:
     """Random tensors of a layer, from a generator of their own."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def image(*shape: int) -> Tensor:
-        values = torch.randn(shape, generator=generator, device=device)
+    def image(*shape: int, deviation: float = 1.0) -> Tensor:
+        values = torch.randn(shape, generator=generator, device=device) * deviation
         return values.to(layer.dtype, memory_format=torch.channels_last)
 
-    def vector(size: int, mean: float, spread: float) -> Tensor:
-        return mean + spread * torch.rand(size, generator=generator, device=device)
+    def vector(size: int, low: float) -> Tensor:
+        return low + 0.2 * torch.rand(size, generator=generator, device=device)
 
-    def affine() -> tuple[Tensor | None, ...]:
+    def pending() -> Pending:
+        x = image(layer.n, layer.c, layer.h, layer.w)
         if not layer.pending:
-            return (None,) * 4
-        shift = vector(layer.c, -0.1, 0.2)
+            return Pending(x)
+        bias = vector(layer.c, -0.1)
         if not layer.has_norm:
-            return None, None, None, shift
-        mean, rstd, weight = (vector(layer.c, low, 0.2) for low in (-0.1, 0.9, 0.9))
-        return mean, rstd, weight, shift
+            return Pending(x, bias=bias, post_slope=SLOPE)
+        mean, rstd, weight = (vector(layer.c, low) for low in (-0.1, 0.9, 0.9))
+        return Pending(x, mean, rstd, weight, bias, layer.training, post_slope=SLOPE)
 
     taps = layer.c * layer.r * layer.s
     return Tensors(
-        image(layer.n, layer.c, layer.h, layer.w),
-        image(layer.k, layer.c, layer.r, layer.s) / math.sqrt(taps),
-        vector(layer.k, -0.1, 0.2),
+        pending(),
+        image(layer.k, layer.c, layer.r, layer.s, deviation=taps**-0.5),
+        vector(layer.k, -0.1),
         image(layer.n, layer.k, *layer.pixels),
-        affine(),
         (torch.zeros(layer.k, device=device), torch.ones(layer.k, device=device)),
     )
 
@@ -188,68 +195,34 @@ class Vendor:
 
     def __init__(self, layer: ConvLayer, tensors: Tensors):
         self.layer, self.t = layer, tensors
-        self._input: Tensor | None = None  # of the product, made once
+        self.geometry = (layer.stride, layer.pads)
+        # what a vendor's forward has left for its gradients
+        self._activated = tensors.pending.applied()
 
     def forward(self) -> tuple[Tensor, ...]:
         layer, t, ops = self.layer, self.t, torch.ops.fastcnn
-        x, padding = self._padded(self._applied())
-        bias = t.bias.to(layer.dtype) if layer.with_bias else None
-        y = F.conv2d(x, t.filter, bias, layer.stride, padding)
+        bias = t.bias.to(layer.dtype) if layer.with_bias and not layer.adds_bias_itself else None
+        y = product(t.pending.applied(), t.filter, bias, *self.geometry)
         if layer.has_norm and layer.training:
             return (y, *ops.bn_stats(y, *t.running, True, MOMENTUM, EPS, 1.0))
         if layer.kind in ("bias-pool", "inference-pool"):
-            return (ops.bias_act_pool(y, t.bias, SLOPE, 2, 2, 0)[0],)
+            return (ops.bias_act_pool(y, t.bias, SLOPE, *POOL)[0],)
         if layer.kind == "inference":
             return (ops.bias_act(y, t.bias, None, SLOPE),)
         return (y,)
 
     def data_gradient(self) -> tuple[Tensor, ...]:
-        layer, t, ops = self.layer, self.t, torch.ops.fastcnn
-        x, padding = self._padded(self._kept_input())
-        dx = self._backward(x, padding, [True, False, False])[0]
-        dx = dx[:, :, : layer.h, : layer.w].contiguous(memory_format=torch.channels_last)
-        if not layer.pending:
-            return (dx,)
-        if layer.has_norm:
-            mean, rstd, weight, bias = t.affine
-            rest = (None, mean, rstd, weight, bias, True, 1.0, SLOPE)
-            return tuple(ops.bn_act_backward(dx, t.x, *rest)[:3])
-        dx, dbias = ops.bias_act_backward(dx, self._kept_input(), True, SLOPE)
-        return dx, dbias
+        dz, _ = self._gradients(self._activated, (True, False))
+        return gradients_of_pending(dz, self.t.pending, self._activated)
 
     def weight_gradient(self) -> tuple[Tensor, ...]:
-        x, padding = self._padded(self._kept_input())
-        return (self._backward(x, padding, [False, True, False])[1],)
+        return (self._gradients(self._activated, (False, True))[1],)
 
     def weight_gradient_recomputed(self) -> tuple[Tensor, ...]:
-        x, padding = self._padded(self._applied())
-        return (self._backward(x, padding, [False, True, False])[1],)
+        return (self._gradients(self.t.pending.applied(), (False, True))[1],)
 
-    def _kept_input(self) -> Tensor:
-        if self._input is None:
-            self._input = self._applied()
-        return self._input
-
-    def _applied(self) -> Tensor:
-        t, ops = self.t, torch.ops.fastcnn
-        mean, rstd, weight, bias = t.affine
-        if not self.layer.pending:
-            return t.x
-        if self.layer.has_norm:
-            batch_stats = self.layer.training
-            return ops.bn_act(t.x, mean, rstd, weight, bias, None, batch_stats, 1.0, SLOPE)
-        return ops.bias_act(t.x, bias, None, SLOPE)
-
-    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """A convolution pads both sides alike; what is more at the end comes before it."""
-        top, bottom, left, right = self.layer.pads
-        extra = (0, right - left, 0, bottom - top)
-        return (F.pad(x, extra) if any(extra) else x), (top, left)
-
-    def _backward(self, x: Tensor, padding: tuple[int, int], wanted: list[bool]) -> Any:
-        stride = (self.layer.stride, self.layer.stride)
-        rest = (stride, padding, (1, 1), False, (0, 0), 1, wanted)
-        return torch.ops.aten.convolution_backward(self.t.dy, x, self.t.filter, None, *rest)
+    def _gradients(self, x: Tensor, wanted: tuple[bool, bool]) -> Any:
+        return vendor_gradients(self.t.dy, x, self.t.filter, *self.geometry, wanted)
 
 
 class Fused:
@@ -257,40 +230,36 @@ class Fused:
 
     def __init__(self, layer: ConvLayer, tensors: Tensors):
         self.layer, self.t = layer, tensors
-        slopes = (1.0, SLOPE) if layer.pending else (1.0, 1.0)
-        batch_stats = layer.pending and layer.has_norm and layer.training
-        self.block = (*tensors.affine, batch_stats, *slopes)
-        self.geometry = (layer.stride, list(layer.pads))
+        self.geometry = (layer.stride, layer.pads)
 
     def forward(self) -> tuple[Tensor, ...]:
         layer, t, ops = self.layer, self.t, torch.ops.fastcnn
+        x, *block = t.pending
         rest: tuple[Any, ...]
         if layer.kind in ("inference", "inference-pool"):
             rest = (None, None, None, 1.0, SLOPE, *self.geometry, layer.kind == "inference-pool")
-            return (ops.conv_affine_act(t.x, t.filter, t.bias, *rest),)
+            return (ops.conv_affine_act(x, t.filter, t.bias, *rest),)
         if layer.kind == "bias-pool":
-            rest = (*self.block, SLOPE, *self.geometry, True, True)
-            return (ops.conv_bias_act_pool(t.x, t.filter, t.bias, *rest)[0],)
+            rest = (*block, SLOPE, *self.geometry, True, True)
+            return (ops.conv_bias_act_pool(x, t.filter, t.bias, *rest)[0],)
         bias = t.bias if layer.with_bias else None
         statistics = layer.has_norm and layer.training
-        rest = (*self.block, *self.geometry, 1.0 if statistics else None, True, True)
-        y, partials = ops.conv(t.x, t.filter, bias, *rest)
+        rest = (*block, *self.geometry, 1.0 if statistics else None, True, True)
+        y, partials = ops.conv(x, t.filter, bias, *rest)
         if not statistics:
             return (y,)
         count = y.numel() // layer.k
         return (y, *ops.bn_stats_merge(partials, count, *t.running, MOMENTUM, EPS))
 
     def data_gradient(self) -> tuple[Tensor, ...]:
-        t, ops = self.t, torch.ops.fastcnn
-        found = ops.conv_data_gradient(t.dy, t.filter, t.x, *self.block, *self.geometry)
-        if not self.layer.pending:
-            return (found[0],)
-        return tuple(found) if self.layer.has_norm else (found[0], found[2])
+        t = self.t
+        given = (t.dy, t.filter, *t.pending, *self.geometry)
+        return tuple(torch.ops.fastcnn.conv_data_gradient(*given))
 
     def weight_gradient(self) -> tuple[Tensor, ...]:
-        t, layer, ops = self.t, self.layer, torch.ops.fastcnn
-        rest = (*self.block, layer.r, layer.s, *self.geometry)
-        return (ops.conv_weight_gradient(t.dy, t.x, *rest),)
+        t, sizes = self.t, (self.layer.r, self.layer.s)
+        given = (t.dy, *t.pending, *sizes, *self.geometry)
+        return (torch.ops.fastcnn.conv_weight_gradient(*given),)
 
 
 # numerics

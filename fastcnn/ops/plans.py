@@ -137,7 +137,9 @@ def plan_for(
     k, _, r, s = filters.shape
     layer = ConvLayer(
         *(x.dtype, n, h, w, c, k, r, s, stride, pads),
-        *(kind, pending, training, wants_data_gradient, with_bias),
+        # for inference what is pending is applied first, whoever goes on
+        *(kind, pending and kind in ("bn", "bias", "bias-pool")),
+        *(training, wants_data_gradient, with_bias),
     )
     plan = decision_for(layer, x.device).plan
     for taken in _noting:
