@@ -1,5 +1,5 @@
 // The ops that follow a convolution, for torch: checks, allocation, registration. What sees torch
-// are the files bindings*, through its stable ABI; fastcnn/ops/__init__.py holds the schemas.
+// are the files bindings*, through its stable ABI; fastcnn/ops/norm_act.py holds the schemas.
 #include <algorithm>
 #include <climits>
 #include <tuple>
@@ -48,49 +48,11 @@ struct Cuda {
 };
 #endif
 
-// of parameters, statistics and sums
-ScalarType parameter_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 Sizes sizes_of(const Tensor& x, const char* name) {
   REQUIRE(x.dim() == 2 || x.dim() == 4, name, ": expected (N, K, P, Q) or (N, K), got ",
                   shape_of(x));
   if (x.dim() == 2) return {x.size(0), 1, 1, x.size(1)};
   return {x.size(0), x.size(2), x.size(3), x.size(1)};
-}
-
-// channels-last memory without gaps; the strides of sizes below 2 mean nothing
-void check_layout(const Tensor& x, const char* name) {
-  static constexpr int order[] = {1, 3, 2, 0};
-  int64_t expected = 1;
-  if (x.numel() == 0) return;
-  for (int i = 0; i < 4; ++i) {
-    const int64_t d = x.dim() == 4 ? order[i] : (i < 2 ? 1 - i : -1);
-    if (d < 0) break;
-    REQUIRE(x.size(d) == 1 || x.stride(d) == expected, name,
-                    ": expected channels-last memory, got stride ", x.stride(d), " in dimension ",
-                    d, " (expected ", expected,
-                    "); use .contiguous(memory_format=torch.channels_last)");
-    expected *= x.size(d);
-  }
-}
-
-void check_like(const Tensor& t, const Tensor& x, const char* name) {
-  REQUIRE(t.dim() == x.dim() && shape_of(t) == shape_of(x), name, ": expected shape ",
-                  shape_of(x), ", got ", shape_of(t));
-  REQUIRE(t.scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
-  REQUIRE(same_device(t, x), name, ": expected the device of x");
-  check_layout(t, name);
-}
-
-const void* channels_of(const Tensor& t, const Tensor& x, const char* name) {
-  REQUIRE(t.dim() == 1 && t.size(0) == x.size(1) && t.is_contiguous(), name,
-                  ": expected contiguous [", x.size(1), "], got ", shape_of(t));
-  REQUIRE(t.scalar_type() == parameter_type(x), name,
-                  ": expected float32 (float64 where x is)");
-  REQUIRE(same_device(t, x), name, ": expected the device of x");
-  return t.const_data_ptr();
 }
 
 void check_input(const Tensor& x, const char* name) {
@@ -110,18 +72,6 @@ Pool pool_of(const Tensor& x, int64_t window, int64_t stride, int64_t padding) {
                   smallest + 2 * padding, " for ", shape_of(x), ", got ", window);
   return {int(window), int(stride), int(padding)};
 }
-
-void check_slope(double slope) {
-  REQUIRE(slope >= 0, "slope: expected >= 0, got ", slope);
-}
-
-Tensor empty_as(const Tensor& x) {
-  return empty(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type());
-}
-
-Tensor per_channel(const Tensor& x) { return empty(x, {x.size(1)}, parameter_type(x)); }
-
-Tensor bytes(const Tensor& x, int64_t count) { return empty(x, {count}, ScalarType::Byte); }
 
 template <class B>
 std::tuple<Tensor, Tensor> bn_stats(const Tensor& x, const Tensor& running_mean,

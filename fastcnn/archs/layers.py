@@ -1,9 +1,10 @@
-"""The modules of a network: a torch.nn convolution or linear layer, and one call for the rest.
+"""The modules of a network: the parameters of a torch.nn layer, and one call for what is computed.
 
-What follows the product (activation, batch norm, residual, pool) is a single op of fastcnn.ops, so
-that it can be one kernel. `conv`, `linear` and `norm` are torch.nn modules under their usual names,
-so that weights move to and from a plain torch.nn network, and between the backends of the ops:
-"fused" (the native library), "torch" (plain torch), "auto" (fused where it can be).
+A convolution with what follows it (activation, batch norm, residual, pool) is a single call of
+fastcnn.ops, which finds the kernels for it; of a linear layer, what follows is. `conv`, `linear`
+and `norm` are torch.nn modules under their usual names, so that weights move to and from a plain
+torch.nn network, and between the backends of the ops: "fused" (the native library), "torch" (plain
+torch), "auto" (fused where it can be).
 
 `norm.num_batches_tracked` stays in the state dict for that exchange but does not count: batch norm
 here has a fixed momentum (0.1), which never reads it, and counting costs a kernel a layer and step.
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcnn.archs import spec
+from fastcnn.ops import Pending, plans
 from fastcnn.ops.backend import BACKENDS, ops_for
 
 MOMENTUM = 0.1
@@ -22,23 +24,22 @@ class ConvNormAct(nn.Module):
     """Convolution → [activation] → [batch norm] → [+ residual] → [activation] → [max-pool].
 
     `conv`: nn.Conv2d. `norm`: nn.BatchNorm2d or None. `l2`: λ of the penalty λ·Σw² on conv.weight,
-    which the training loss adds.
+    which the training loss adds. `defers`: whether the next module is a convolution that takes the
+    result alone, so that normalisation and activation may be left to it.
     """
 
     def __init__(self, channels: int, record: spec.Conv, backend: str = "auto") -> None:
         super().__init__()
         self.backend = _checked(backend)
-        top, bottom, left, right = record.pads
         self.stride = record.stride
-        self.padding = (top, left)
-        # a convolution pads both sides alike; the extra pixel of an even kernel comes before it
-        self.extra_padding = (0, right - left, 0, bottom - top)
+        self.pads = record.pads
+        top, _, left, _ = self.pads
         self.conv = nn.Conv2d(
             channels,
             record.filters,
             record.kernel_size,
             self.stride,
-            self.padding,
+            (top, left),
             bias=record.has_bias,
         )
         self.norm = nn.BatchNorm2d(record.filters) if record.norm else None
@@ -47,35 +48,25 @@ class ConvNormAct(nn.Module):
         pool = record.pool
         self.pool = (pool.size, pool.stride, pool.padding) if pool else None
         self.l2 = record.l2
+        self.defers = False
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | Pending, residual: Tensor | None = None) -> Tensor | Pending:
         """x: (N, channels, H, W), residual and result: (N, filters, P, Q), all channels-last.
 
         Raises ValueError for one value a channel in training with a norm, for a residual of another
         shape and for a residual of a layer that pools.
         """
-        if residual is not None and self.pool:
-            raise ValueError("residual: expected none in a layer that pools")
-        if self.norm is None:
-            # the op adds the bias: on a GPU torch's convolution would, in a pass of its own
-            y = self._convolve(x, None)
-            ops = ops_for(self.backend, y, self.conv.bias)
-            if self.pool:
-                return ops.bias_act_pool(y, self.conv.bias, self.post_slope, self.pool)
-            return ops.bias_act(y, self.conv.bias, self.post_slope, residual)
-        y = self._convolve(x, self.conv.bias)
-        ops = ops_for(self.backend, y, self.norm.weight)
-        arguments = (*_tensors(self.norm), self.training, MOMENTUM, self.norm.eps)
+        conv, norm = self.conv, self.norm
+        # the op adds a bias that no norm follows: on a GPU torch's convolution would, in a pass of
+        # its own
+        ops = ops_for(self.backend, x, conv.bias if norm is None else norm.weight)
+        defer = self.defers and plans.may_defer(x.x if isinstance(x, Pending) else x)
+        rest = (self.stride, self.pads, self.pool, residual, defer)
+        if norm is None:
+            return ops.conv_bias_act(x, conv.weight, conv.bias, self.post_slope, *rest)
+        arguments = (*_tensors(norm), self.training, MOMENTUM, norm.eps)
         slopes = (self.pre_slope, self.post_slope)
-        if self.pool:
-            return ops.bn_act_pool(y, *arguments, *slopes, self.pool)
-        return ops.bn_act(y, *arguments, *slopes, residual)
-
-    def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        conv = self.conv
-        if any(self.extra_padding):
-            x = F.pad(x, self.extra_padding)
-        return F.conv2d(x, conv.weight, bias, self.stride, self.padding)
+        return ops.conv_bn_act(x, conv.weight, conv.bias, *arguments, *slopes, *rest)
 
 
 class LinearNormAct(nn.Module):
@@ -120,6 +111,7 @@ class ResidualBlock(nn.Module):
         first, second = record.convs
         projection = record.projection(channels)
         self.conv1 = ConvNormAct(channels, first, backend)
+        self.conv1.defers = True
         self.conv2 = ConvNormAct(record.filters, second, backend)
         self.projection = ConvNormAct(channels, projection, backend) if projection else None
 

@@ -262,6 +262,9 @@ def build(network: Network, image_size: int, classes: int, backend: str = "auto"
     model = torch.nn.Sequential()
     for step, _ in _walk(network, image_size, classes):
         model.add_module(step.name, layers.make(step.record, step.input_shape[0], backend))
+    for layer, follower in itertools.pairwise(model):
+        if isinstance(layer, layers.ConvNormAct) and isinstance(follower, layers.ConvNormAct):
+            layer.defers = layer.pool is None
     # torch's stubs lack this overload
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

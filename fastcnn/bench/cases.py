@@ -22,6 +22,7 @@ from fastcnn.archs.spec import Network, build
 from fastcnn.ops import reference
 
 MOMENTUM, EPS = 0.1, 1e-5
+OPS = ("bn_act", "bn_act_pool", "bias_act", "bias_act_pool")
 
 
 @dataclass(frozen=True)
@@ -141,28 +142,28 @@ def layers_of(network: Network, batch: int, training: bool = True) -> list[Layer
     found: list[Layer] = []
     calls: list[Case] = []
 
-    class Recorder:
-        def __getattr__(self, op: str) -> Callable[..., Tensor]:
-            function = getattr(reference, op)
+    def recorded(op: str) -> Callable[..., Tensor]:
+        function = getattr(reference, op)
 
-            def record(*arguments: Any) -> Tensor:
-                calls.append(_case(op, function, arguments))
-                return function(*arguments)
+        def record(*arguments: Any) -> Tensor:
+            result = function(*arguments)
+            calls.append(_case(op, function, arguments))  # after those that it makes itself
+            return result
 
-            return record
+        return record
 
     def note(name: str, module: Any, x: tuple[int, ...]) -> None:
         product = getattr(module, "conv", None) or module.linear
-        extra = getattr(module, "extra_padding", (0, 0, 0, 0))
+        stride, padding = (1, 1), (0, 0)
         if len(x) == 4:
-            x = (*x[:2], x[2] + extra[2] + extra[3], x[3] + extra[0] + extra[1])
-        stride, padding = getattr(module, "stride", (1, 1)), getattr(module, "padding", (0, 0))
-        stride = stride if isinstance(stride, tuple) else (stride, stride)
+            stride = (module.stride, module.stride)
+            padding, (left, right, top, bottom) = reference.split_pads(module.pads)
+            x = (*x[:2], x[2] + top + bottom, x[3] + left + right)
         weight, call = tuple(product.weight.shape), calls[-1]
         found.append(Layer(name, x, weight, call.shape, stride, padding, call))
 
     size = network.image_sizes[0]
-    recording = mock.patch.object(layers, "ops_for", return_value=Recorder())
+    recording = mock.patch.dict(vars(reference), {op: recorded(op) for op in OPS})
     with recording, torch.device("meta"):
         model = build(network, size, network.classes, "torch").train(training)
         for name, module in model.named_modules():

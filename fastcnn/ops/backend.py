@@ -14,12 +14,15 @@ Backend = Literal["auto", "fused", "torch"]
 BACKENDS: tuple[Backend, ...] = ("auto", "fused", "torch")
 
 
-def ops_for(backend: str, x: Tensor, parameter: Tensor | None = None) -> ModuleType:
+def ops_for(backend: str, x: Tensor | ops.Pending, parameter: Tensor | None = None) -> ModuleType:
     """Return the module whose ops a layer calls on x: `fastcnn.ops` or `fastcnn.ops.reference`.
 
     "auto" takes the native library where one is loaded and has kernels for x's device and dtype
-    beside such a parameter, and no transform of torch.func is at work.
+    beside such a parameter, and no transform of torch.func is at work. What is pending of x, only
+    `fastcnn.ops` can apply.
     """
+    if isinstance(x, ops.Pending):
+        return ops
     if backend == "torch" or (backend == "auto" and not ops.supports(x, parameter)):
         return reference
     return ops

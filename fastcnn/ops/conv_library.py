@@ -198,13 +198,13 @@ def gradients_of_pending(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dx, dweight and dbias of pending.applied(), which is `activated`, for its gradient dz;
     dweight, dbias: (C,), empty where there is no such vector."""
-    none = dz.new_empty(0, dtype=tracing.parameter_dtype(dz))
+    dweight, dbias = (dz.new_empty(0, dtype=tracing.parameter_dtype(dz)) for _ in range(2))
     if pending.is_plain:
-        return dz, none, none
+        return dz, dweight, dbias
     if pending.mean is None:
         with_bias = pending.bias is not None
         dx, dbias = _ops.bias_act_backward(dz, activated, with_bias, pending.post_slope)
-        return dx, none, dbias
+        return dx, dweight, dbias
     return _ops.bn_act_backward(dz, pending.x, None, *pending[1:])[:3]
 
 

@@ -24,7 +24,7 @@ def load() -> build.Built:
     return built
 
 
-def supports(x: Tensor, parameter: Tensor | None = None) -> bool:
+def supports(x: Any, parameter: Tensor | None = None) -> bool:
     """Whether a library is loaded that has kernels for what a convolution makes of tensors like x,
     beside such a parameter."""
     dtype = product_dtype(x)
@@ -38,7 +38,7 @@ def supports(x: Tensor, parameter: Tensor | None = None) -> bool:
 def product_dtype(x: Any) -> torch.dtype:
     """The dtype that torch takes x in for a product: under autocast autocast's, but fp64 stays."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or kind not in DTYPES or not torch.is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)
 

@@ -1,0 +1,255 @@
+// The convolution's ops for torch on CUDA: checks, allocation, workspace, registration. The CPU has
+// them in Python, made of torch's own (fastcnn/ops/conv_composites.py); fastcnn/ops/conv_library.py
+// holds the schemas.
+#include <climits>
+#include <tuple>
+#include <vector>
+
+#include "bindings.h"
+
+#ifdef FASTCNN_CUDA
+namespace {
+
+using namespace fastcnn;
+using Pads = std::vector<int64_t>;
+
+constexpr int kPool = 2;  // window and stride of the only pool
+
+void check_image(const Tensor& x, const Tensor& like, const char* name, const char* form) {
+  REQUIRE(x.dim() == 4, name, ": expected ", form, ", got ", shape_of(x));
+  REQUIRE(x.scalar_type() == like.scalar_type(), name, ": expected the dtype of x");
+  REQUIRE(same_device(x, like), name, ": expected the device of x");
+  check_layout(x, name);
+}
+
+void check_x(const Tensor& x) {
+  REQUIRE(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16,
+          "x: expected float16 or bfloat16 on a GPU, got another dtype; use torch.conv2d");
+  check_image(x, x, "x", "(N, C, H, W)");
+}
+
+int small(int64_t number, const char* name) {
+  REQUIRE(number >= 0 && number <= SHRT_MAX, name, ": expected 0 to ", SHRT_MAX, ", got ", number);
+  return static_cast<int>(number);
+}
+
+// filters of k x r x s over x
+ConvShape geometry_of(const Tensor& x, int64_t k, int64_t r, int64_t s, int64_t stride,
+                   const Pads& pads) {
+  REQUIRE(stride >= 1 && pads.size() == 4 && pads[0] >= 0 && pads[1] >= 0 && pads[2] >= 0 &&
+              pads[3] >= 0,
+          "conv: expected a stride >= 1 and four pads >= 0, got ", stride, " and ", text_of(pads));
+  ConvShape shape{x.size(0), x.size(2), x.size(3), x.size(1), k};
+  const int64_t height = shape.h + pads[0] + pads[1], width = shape.w + pads[2] + pads[3];
+  REQUIRE(r >= 1 && s >= 1 && r <= height && s <= width, "filter: expected at most ", height,
+          " x ", width, ", the padded image, got ", r, " x ", s);
+  shape.r = small(r, "filter");
+  shape.s = small(s, "filter");
+  shape.stride = small(stride, "stride");
+  shape.top = small(pads[0], "pads");
+  shape.left = small(pads[2], "pads");
+  shape.p = (height - r) / stride + 1;
+  shape.q = (width - s) / stride + 1;
+  return shape;
+}
+
+ConvShape geometry_of(const Tensor& x, const Tensor& filter, int64_t stride, const Pads& pads) {
+  check_x(x);
+  check_image(filter, x, "filter", "(K, C, R, S)");
+  REQUIRE(filter.size(1) == x.size(1), "filter: expected ", x.size(1),
+          " channels, as x has, got ", filter.size(1));
+  return geometry_of(x, filter.size(0), filter.size(2), filter.size(3), stride, pads);
+}
+
+std::vector<int64_t> result_sizes(const ConvShape& shape) {
+  return {shape.n, shape.k, shape.p, shape.q};
+}
+
+std::vector<int64_t> pooled_sizes(const ConvShape& shape) {
+  REQUIRE(shape.p >= kPool && shape.q >= kPool, "pool: expected a result of at least ", kPool,
+          " x ", kPool, " pixels, got ", shape.p, " x ", shape.q);
+  return {shape.n, shape.k, shape.p / kPool, shape.q / kPool};
+}
+
+const void* optional_vector(const Optional& t, int64_t length, const Tensor& x, const char* name) {
+  return t ? vector_of(*t, length, x, name) : nullptr;
+}
+
+// what is pending of x
+struct Block {
+  const Optional &mean, &rstd, &weight, &bias;
+  bool batch_stats;
+  double pre_slope, post_slope;
+};
+
+ConvInput input_of(const Tensor& x, const Block& block) {
+  const int64_t c = x.size(1);
+  const Affine affine{optional_vector(block.mean, c, x, "in_mean"),
+                      optional_vector(block.rstd, c, x, "in_rstd"),
+                      optional_vector(block.weight, c, x, "in_weight"),
+                      optional_vector(block.bias, c, x, "in_bias")};
+  const bool norm = affine.mean && affine.rstd && affine.weight && affine.bias;
+  REQUIRE(norm || !(affine.mean || affine.rstd || affine.weight),
+          "in_mean, in_rstd, in_weight, in_bias: expected all of them, the bias alone or none");
+  check_slope(block.pre_slope);
+  check_slope(block.post_slope);
+  REQUIRE(norm || block.pre_slope == 1, "in_pre_slope: expected 1 without in_mean, got ",
+          block.pre_slope);
+  REQUIRE(norm || !block.batch_stats, "in_batch_stats: expected false without in_mean");
+  return {x.const_data_ptr(), affine, block.pre_slope, block.post_slope};
+}
+
+std::tuple<Tensor, Tensor> conv(const Tensor& x, const Tensor& filter, const Optional& bias,
+                                const Optional& in_mean, const Optional& in_rstd,
+                                const Optional& in_weight, const Optional& in_bias,
+                                bool in_batch_stats, double in_pre_slope, double in_post_slope,
+                                int64_t stride, Pads pads, std::optional<double> stats_slope,
+                                bool own_data_gradient, bool own_weight_gradient) {
+  const ConvShape shape = geometry_of(x, filter, stride, pads);
+  const int64_t rows = stats_slope ? cuda::conv_partial_rows(shape) : 0;
+  if (stats_slope) check_slope(*stats_slope);
+  Conv args{dtype_of(x), shape};
+  args.input = input_of(x, {in_mean, in_rstd, in_weight, in_bias, in_batch_stats, in_pre_slope,
+                            in_post_slope});
+  args.filter = filter.const_data_ptr();
+  args.bias = optional_vector(bias, shape.k, x, "bias");
+  args.pre_slope = args.post_slope = 1;
+  Tensor y = empty(x, result_sizes(shape), x.scalar_type());
+  Tensor partials = empty(x, {3, rows, shape.k}, ScalarType::Float);
+  args.y = pointer(y);
+  args.partials = stats_slope ? pointer(partials) : nullptr;
+  args.stats_slope = stats_slope.value_or(1);
+  enqueue(cuda::launch_conv, args, x);
+  return {y, partials};
+}
+
+std::tuple<Tensor, Tensor> conv_bias_act_pool(
+    const Tensor& x, const Tensor& filter, const Optional& bias, const Optional& in_mean,
+    const Optional& in_rstd, const Optional& in_weight, const Optional& in_bias,
+    bool in_batch_stats, double in_pre_slope, double in_post_slope, double slope, int64_t stride,
+    Pads pads, bool own_data_gradient, bool own_weight_gradient) {
+  const ConvShape shape = geometry_of(x, filter, stride, pads);
+  check_slope(slope);
+  Conv args{dtype_of(x), shape};
+  args.input = input_of(x, {in_mean, in_rstd, in_weight, in_bias, in_batch_stats, in_pre_slope,
+                            in_post_slope});
+  args.filter = filter.const_data_ptr();
+  args.bias = optional_vector(bias, shape.k, x, "bias");
+  args.pre_slope = 1;
+  args.post_slope = slope;
+  args.pool = true;
+  const auto sizes = pooled_sizes(shape);
+  Tensor y = empty(x, sizes, x.scalar_type()), code = empty(x, sizes, ScalarType::Byte);
+  args.y = pointer(y);
+  args.code = static_cast<uint8_t*>(pointer(code));
+  args.stats_slope = 1;
+  enqueue(cuda::launch_conv, args, x);
+  return {y, code};
+}
+
+Tensor conv_affine_act(const Tensor& x, const Tensor& filter, const Optional& bias,
+                       const Optional& scale, const Optional& shift, const Optional& residual,
+                       double pre_slope, double post_slope, int64_t stride, Pads pads, bool pool) {
+  const ConvShape shape = geometry_of(x, filter, stride, pads);
+  check_slope(pre_slope);
+  check_slope(post_slope);
+  REQUIRE(!residual || !pool, "residual: expected none with a pool");
+  Tensor y = empty(x, pool ? pooled_sizes(shape) : result_sizes(shape), x.scalar_type());
+  if (residual) check_like(*residual, y, "residual");
+  Conv args{dtype_of(x), shape};
+  args.input = {x.const_data_ptr(), Affine{}, 1, 1};
+  args.filter = filter.const_data_ptr();
+  args.bias = optional_vector(bias, shape.k, x, "bias");
+  args.scale = optional_vector(scale, shape.k, x, "scale");
+  args.shift = optional_vector(shift, shape.k, x, "shift");
+  args.residual = residual ? residual->const_data_ptr() : nullptr;
+  args.pre_slope = pre_slope;
+  args.post_slope = post_slope;
+  args.pool = pool;
+  args.y = pointer(y);
+  args.stats_slope = 1;
+  enqueue(cuda::launch_conv, args, x);
+  return y;
+}
+
+void check_gradient(const Tensor& dy, const Tensor& x, const ConvShape& shape) {
+  check_image(dy, x, "dy", "(N, K, P, Q)");
+  REQUIRE(text_of(result_sizes(shape)) == shape_of(dy), "dy: expected shape ",
+          text_of(result_sizes(shape)), ", got ", shape_of(dy));
+}
+
+// dweight, dbias are empty where there is no such vector pending
+std::tuple<Tensor, Tensor, Tensor> conv_data_gradient(
+    const Tensor& dy, const Tensor& filter, const Tensor& x, const Optional& in_mean,
+    const Optional& in_rstd, const Optional& in_weight, const Optional& in_bias,
+    bool in_batch_stats, double in_pre_slope, double in_post_slope, int64_t stride, Pads pads) {
+  const ConvShape shape = geometry_of(x, filter, stride, pads);
+  check_gradient(dy, x, shape);
+  const ConvInput input = input_of(x, {in_mean, in_rstd, in_weight, in_bias, in_batch_stats,
+                                       in_pre_slope, in_post_slope});
+  const Dtype dtype = dtype_of(x);
+  const std::vector<int64_t> channels{x.size(1)}, none{0};
+  Tensor dx = empty_as(x);
+  Tensor dweight = empty(x, in_weight ? channels : none, parameter_type(x));
+  Tensor dbias = empty(x, in_bias ? channels : none, parameter_type(x));
+  Tensor workspace = bytes(x, cuda::conv_data_gradient_workspace(shape, dtype));
+  enqueue(cuda::launch_conv_data_gradient,
+          ConvDataGradient{dtype, shape, input, in_batch_stats, filter.const_data_ptr(),
+                           dy.const_data_ptr(), pointer(dx),
+                           in_weight ? pointer(dweight) : nullptr,
+                           in_bias ? pointer(dbias) : nullptr, pointer(workspace)},
+          x);
+  return {dx, dweight, dbias};
+}
+
+Tensor conv_weight_gradient(const Tensor& dy, const Tensor& x, const Optional& in_mean,
+                            const Optional& in_rstd, const Optional& in_weight,
+                            const Optional& in_bias, bool in_batch_stats, double in_pre_slope,
+                            double in_post_slope, int64_t r, int64_t s, int64_t stride,
+                            Pads pads) {
+  check_x(x);
+  REQUIRE(dy.dim() == 4, "dy: expected (N, K, P, Q), got ", shape_of(dy));
+  const ConvShape shape = geometry_of(x, dy.size(1), r, s, stride, pads);
+  check_gradient(dy, x, shape);
+  const ConvInput input = input_of(x, {in_mean, in_rstd, in_weight, in_bias, in_batch_stats,
+                                       in_pre_slope, in_post_slope});
+  const Dtype dtype = dtype_of(x);
+  Tensor dfilter = empty(x, {shape.k, shape.c, r, s}, x.scalar_type());
+  Tensor workspace = bytes(x, cuda::conv_weight_gradient_workspace(shape, dtype));
+  enqueue(cuda::launch_conv_weight_gradient,
+          ConvWeightGradient{dtype, shape, input, dy.const_data_ptr(), pointer(dfilter),
+                             pointer(workspace)},
+          x);
+  return dfilter;
+}
+
+std::tuple<Tensor, Tensor> bn_stats_merge(const Tensor& partials, int64_t count,
+                                          const Tensor& running_mean, const Tensor& running_var,
+                                          double momentum, double eps) {
+  REQUIRE(partials.dim() == 3 && partials.size(0) == 3 && partials.is_contiguous() &&
+              partials.scalar_type() == ScalarType::Float,
+          "partials: expected contiguous float32 (3, rows, K), got ", shape_of(partials));
+  REQUIRE(count >= 0, "count: expected >= 0, got ", count);
+  const int64_t k = partials.size(2);
+  vector_of(running_mean, k, partials, "running_mean");
+  vector_of(running_var, k, partials, "running_var");
+  Tensor mean = empty(partials, {k}, ScalarType::Float);
+  Tensor rstd = empty(partials, {k}, ScalarType::Float);
+  enqueue(cuda::launch_bn_merge,
+          BnMerge{partials.size(1), k, count, partials.const_data_ptr(), momentum, eps,
+                  pointer(running_mean), pointer(running_var), pointer(mean), pointer(rstd)},
+          partials);
+  return {mean, rstd};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastcnn, CUDA, m) {
+  m.impl("conv", TORCH_BOX(&conv));
+  m.impl("conv_bias_act_pool", TORCH_BOX(&conv_bias_act_pool));
+  m.impl("conv_affine_act", TORCH_BOX(&conv_affine_act));
+  m.impl("conv_data_gradient", TORCH_BOX(&conv_data_gradient));
+  m.impl("conv_weight_gradient", TORCH_BOX(&conv_weight_gradient));
+  m.impl("bn_stats_merge", TORCH_BOX(&bn_stats_merge));
+}
+#endif
