@@ -100,7 +100,7 @@ def measure(layer: ConvLayer, device: torch.device, clock: Clock | None = None) 
     is given back, and torch's random generators stay as they are.
     """
     try:
-        with _alone(device):
+        with alone(device):
             return _measured(layer, device, clock or clock_of(device))
     except torch.OutOfMemoryError:
         return Measured(note="too little memory to measure it in")
@@ -119,7 +119,7 @@ def _measured(layer: ConvLayer, device: torch.device, clock: Clock) -> Measured:
 
 
 @contextmanager
-def _alone(device: torch.device) -> Iterator[None]:
+def alone(device: torch.device) -> Iterator[None]:
     """No gradient and no cast is made, and the vendor may choose its best algorithm."""
     cast = torch.autocast(device.type, enabled=False)
     algorithms = torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False)
@@ -299,17 +299,23 @@ def _norm(tensor: Tensor) -> float:
 
 
 def timed(variants: Variants, clock: Clock) -> Times:
-    """Return the median seconds of every implementation, timed in turn."""
+    """Return the median seconds of every implementation."""
+    return {
+        part: {name: statistics.median(found) for name, found in samples.items()}
+        for part, samples in samples_of(variants, clock, ROUNDS).items()
+    }
+
+
+def samples_of(variants: Variants, clock: Clock, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Return the seconds of every implementation, timed in turn, a value a round."""
     calls = {(part, name): f for part, found in variants.items() for name, f in found.items()}
     counts = {key: _calls_a_round(function, clock) for key, function in calls.items()}
-    samples: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
-    for _ in range(ROUNDS):
+    samples: dict[str, dict[str, list[float]]]
+    samples = {part: {name: [] for name in found} for part, found in variants.items()}
+    for _ in range(rounds):
         for key, function in calls.items():
-            samples[key].append(clock(function, counts[key]))
-    return {
-        part: {name: statistics.median(samples[part, name]) for name in found}
-        for part, found in variants.items()
-    }
+            samples[key[0]][key[1]].append(clock(function, counts[key]))
+    return samples
 
 
 def _calls_a_round(function: Call, clock: Clock) -> int:

@@ -59,13 +59,18 @@ class Decision:
 _mode: Mode = "auto"
 
 
-def set_mode(mode: Mode) -> None:
+def set_mode(new: Mode) -> None:
     """Decide for this process: "auto" by measurement, "fused" wherever there are such kernels,
     "vendor" nowhere. Raises ValueError for another word."""
     global _mode
-    if mode not in MODES:
-        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-    _mode = mode
+    if new not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {new!r}")
+    _mode = new
+
+
+def mode() -> Mode:
+    """Return what `set_mode` has set."""
+    return _mode
 
 
 def why_vendor(device: torch.device, dtype: torch.dtype) -> str:
@@ -130,21 +135,35 @@ def plan_for(
     """
     if not _can_be_fused(x):
         return VENDOR
+    asked = (stride, pads, kind, pending, training, wants_data_gradient, with_bias)
     if torch.compiler.is_compiling():
-        asked = (stride, pads, kind, pending, training, wants_data_gradient, with_bias)
         return _plan_while_tracing(x, filters, asked)
-    n, c, h, w = x.shape
-    k, _, r, s = filters.shape
-    layer = ConvLayer(
-        *(x.dtype, n, h, w, c, k, r, s, stride, pads),
-        # for inference what is pending is applied first, whoever goes on
-        *(kind, pending and kind in ("bn", "bias", "bias-pool")),
-        *(training, wants_data_gradient, with_bias),
-    )
-    plan = decision_for(layer, x.device).plan
+    plan = decision_for(layer_of(x, filters, *asked), x.device).plan
     for taken in _noting:
         taken.append(plan)
     return plan
+
+
+def layer_of(
+    x: Tensor,
+    filters: Tensor,
+    stride: int,
+    pads: tuple[int, int, int, int],
+    kind: Kind,
+    pending: bool,
+    training: bool,
+    wants_data_gradient: bool,
+    with_bias: bool,
+) -> ConvLayer:
+    """Return what is measured for the arguments of `plan_for`."""
+    n, c, h, w = x.shape
+    k, _, r, s = filters.shape
+    # for inference what is pending is applied first, whoever goes on
+    pending = pending and kind in ("bn", "bias", "bias-pool")
+    sizes = (n, h, w, c, k, r, s)
+    return ConvLayer(
+        x.dtype, *sizes, stride, pads, kind, pending, training, wants_data_gradient, with_bias
+    )
 
 
 def _can_be_fused(x: Tensor) -> bool:
