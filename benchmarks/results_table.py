@@ -40,6 +40,20 @@ TABLES: dict[str, tuple[str, Cells, int]] = {
         ("network, batch", "backend", "rival", *PAIRS),
         3,
     ),
+    "gpu-inference": (
+        "Inference on a GPU, batch norms of ours folded: times as fast as each rival of the same "
+        "run.",
+        (
+            *("network, batch", "precision", "backend", "images/s", "ms", "peak MiB", "launches"),
+            "times as fast as",
+        ),
+        3,
+    ),
+    "cpu-inference": (
+        "Inference on a CPU, batch norms of ours folded: columns as for training steps.",
+        ("network, batch", "backend", "rival", *PAIRS),
+        3,
+    ),
     "loaders": (
         "Loaders: images delivered over images that the step consumes.",
         ("network, batch", "loader", "times the step's"),
@@ -66,7 +80,12 @@ def rows_of(content: dict[str, Any]) -> Iterator[tuple[str, Cells]]:
     elif "accuracy" in content:
         yield from accuracy_rows(content)
     elif "mode" in content:
-        make = {"throughput": step_rows, "data-only": loader_rows, "time-to-accuracy": time_rows}
+        make = {
+            "throughput": step_rows,
+            "inference": inference_rows,
+            "data-only": loader_rows,
+            "time-to-accuracy": time_rows,
+        }
         if content["mode"] in make:
             yield from make[content["mode"]](content)
     elif any("times_as_fast_as_eager" in row for row in content.get("rows", [])):
@@ -99,6 +118,12 @@ def step_rows(content: dict[str, Any]) -> Iterator[tuple[str, Cells]]:
                 *(str(row["n"]), machine),
             ),
         )
+
+
+def inference_rows(content: dict[str, Any]) -> Iterator[tuple[str, Cells]]:
+    """Those of training steps, but for the share of a training step's roofline."""
+    for name, cells in step_rows(content):
+        yield f"{name}-inference", (*cells[:7], *cells[8:]) if name == "gpu" else cells
 
 
 def older_step_rows(content: dict[str, Any]) -> Iterator[tuple[str, Cells]]:

@@ -215,8 +215,9 @@ def bench_parser() -> Parser:
 
     parser = new_parser(
         "bench",
-        "Compare training steps of networks under several backends in interleaved rounds of one "
-        "run: images/s, memory, launches and the share of the roofline on a GPU, ratios on a CPU.",
+        "Compare training steps or inference of networks under several backends in interleaved "
+        "rounds of one run: images/s, memory, launches and the share of the roofline on a GPU, "
+        "ratios on a CPU.",
     )
     for option in own_options():
         add_option(parser, option, option.default)

@@ -32,6 +32,18 @@ def step(machine, **more):
     return content(machine, "throughput", row | {"roofline_share": {"K5": 0.61}} | more)
 
 
+def test_inference_has_tables_of_its_own():
+    found = step(GPU)
+    del found["rows"][0]["roofline_share"]
+    [(name, cells)] = results_table.rows_of(found | {"mode": "inference"})
+    assert name == "gpu-inference"
+    assert len(cells) == len(results_table.TABLES[name][1]) + 2
+    assert cells[7] == "eager 2.00"
+    [(name, cells)] = results_table.rows_of(step(MACHINE) | {"mode": "inference"})
+    assert name == "cpu-inference"
+    assert len(cells) == len(results_table.TABLES[name][1]) + 2
+
+
 def test_the_readme_is_not_stale():
     command = [sys.executable, str(results_table.REPOSITORY / "benchmarks/results_table.py")]
     found = subprocess.run([*command, "--check"], capture_output=True, text=True)

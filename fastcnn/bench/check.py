@@ -42,7 +42,7 @@ class Check:
         sums = [0.0]
         for _ in range(STEPS):
             variant.step()
-            sums.append(variant.losses())
+            sums.append(variant.result())
             if after_first and len(sums) == 2:
                 after_first()
         return [(b - a) / self.bench.task.batch for a, b in itertools.pairwise(sums)]
@@ -53,15 +53,26 @@ class Check:
 
     def why_wrong(self, backend: str, variant: Variant, losses: list[float]) -> str:
         """What is wrong with a variant that has made its steps; "" if nothing is."""
-        if variant.graphs and not variant.graphs():
-            return "none of the steps that were checked was a graph"
         slack = dict.fromkeys(self.truth, SLACK[self.half])
         slack[FIRST_LOSS] = FIRST_LOSS_SLACK[self.half]
         errors = {judge.EAGER: self.eager, backend: self.errors(variant, losses)}
-        wrong = judge.wrong_ones(errors, slack, MOST[self.half])
-        if judge.EAGER in wrong:
-            return f"eager, by which it is judged: {wrong[judge.EAGER]}"
-        return wrong.get(backend, "")
+        return verdict(backend, variant, errors, slack, MOST[self.half])
+
+
+def verdict(
+    backend: str,
+    variant: Variant,
+    errors: dict[str, dict[str, float]],
+    slack: float | dict[str, float],
+    most: float,
+) -> str:
+    """What is wrong with a variant, by its errors beside eager's (see judge.wrong_ones), or ""."""
+    if variant.graphs and not variant.graphs():
+        return "none of the steps that were checked was a graph"
+    wrong = judge.wrong_ones(errors, slack, most)
+    if judge.EAGER in wrong:
+        return f"eager, by which it is judged: {wrong[judge.EAGER]}"
+    return wrong.get(backend, "")
 
 
 def changes(bench: Workbench, model: nn.Module, losses: list[float]) -> dict[str, Tensor]:

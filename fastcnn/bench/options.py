@@ -54,6 +54,11 @@ class BenchOptions:
     rounds: int = option(
         15, "timed rounds, at least 7, in each of which every backend has a turn", 7, 1000
     )
+    inference: bool = option(
+        False,
+        "forward passes in place of training steps: the network for evaluation, ours with its "
+        "batch norms folded, on images that lie on the device",
+    )
     layers: bool = option(False, "each layer's share: convolution, gradients, what follows it")
     data_only: bool = option(False, "the loaders' rate, against what a step consumes")
     time_to_accuracy: float | None = option(
@@ -103,6 +108,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
     train = {o.name: o.parse(given[o.name]) for o in train_options() if o.name in given}
     options = BenchOptions(**own)
     modes = {
+        "--inference": options.inference,
         "--layers": options.layers,
         "--data-only": options.data_only,
         "--time-to-accuracy": options.time_to_accuracy is not None,
@@ -121,8 +127,12 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
     if options.layers:
         if strange := [word for word in options.backends if word not in LAYER_BACKENDS]:
             raise UsageError(f"--backends {strange[0]}: --layers takes {' '.join(LAYER_BACKENDS)}")
-        _refuse(own.keys() & {"loader"}, "means nothing to --layers")
-    if chosen:
+    for name, mode in (("inference", "--inference"), ("layers", "--layers")):
+        if getattr(options, name):
+            _refuse(own.keys() & {"loader"}, f"means nothing to {mode}")
+    if options.inference:
+        _refuse(train.keys() & {"workers"}, "means nothing to --inference")
+    elif chosen:
         _refuse(own.keys() & {"plot"}, f"there is no chart of {chosen[0]}")
     return Settings(options, train, frozenset(own))
 

@@ -48,7 +48,8 @@ def panels_of(content: dict[str, Any]) -> dict[str, Bars]:
     panels: dict[str, Bars] = {}
     for row in content["rows"]:
         if "why" not in row and (figures := _figures(row)):
-            title = f"{row['network']}, batch {row['batch']}, loader {row['loader']}"
+            title = f"{row['network']}, batch {row['batch']}"
+            title += "" if content["mode"] == "inference" else f", loader {row['loader']}"
             panels.setdefault(title, {})[row["backend"]] = figures
     return panels
 
@@ -65,8 +66,9 @@ def _figures(row: dict[str, Any]) -> dict[str, float] | None:
 def _title(content: dict[str, Any]) -> str:
     machine = content["machine"]
     what = "images/s" if machine["gpu"] else "times as fast as eager, as a user runs it"
+    measured = "inference" if content["mode"] == "inference" else "training step"
     return (
-        f"training step, {what}\nmedians, extremes of the rounds; grey: plain PyTorch\n"
+        f"{measured}, {what}\nmedians, extremes of the rounds; grey: plain PyTorch\n"
         f"{machine['gpu'] or machine['cpu']}, {content['precision']}, torch {content['torch']}, "
         f"{content['date']}, n = {content['rounds']}"
     )

@@ -1,8 +1,9 @@
-"""The rivals: a training step as a careful user of plain PyTorch writes it.
+"""The rivals: training steps and networks as a careful user of plain PyTorch writes them.
 
-Nothing here is shared with fastcnn's own step. Channels-last, torch.autocast (a GradScaler for
-fp16), images resident as uint8, the draws of an epoch made at its start, crop, flip and
-normalisation by tensor ops, torch's fused SGD, loss and hits summed on the device.
+Nothing here is shared with fastcnn's own step. Channels-last; in training torch.autocast (a
+GradScaler for fp16), images resident as uint8, the draws of an epoch made at its start, crop, flip
+and normalisation by tensor ops, torch's fused SGD, loss and hits summed on the device; in inference
+weights that are rounded beforehand.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fastcnn.archs.layers import ConvNormAct, LinearNormAct, ResidualBlock
 
 PADDING = 4
 Batch = tuple[Tensor, Tensor]
@@ -79,6 +82,12 @@ class ResidentImages:
         return x.to(self.dtype).permute(0, 3, 1, 2)
 
 
+def compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
+    """torch.compile for one shape; mode: its name, or "default"."""
+    options: dict[str, Any] = {} if mode == "default" else {"mode": mode}
+    return torch.compile(function, fullgraph=True, dynamic=False, **options)
+
+
 class RivalStep:
     """Forward, loss, backward and update on one batch; `sums`: loss, top-1, top-5, images.
 
@@ -108,8 +117,7 @@ class RivalStep:
         self.half = half
         self.forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self._forward
         if mode is not None:
-            options: dict[str, Any] = {} if mode == "default" else {"mode": mode}
-            self.forward = torch.compile(self._forward, fullgraph=True, dynamic=False, **options)
+            self.forward = compiled(self._forward, mode)
         self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
@@ -129,3 +137,64 @@ class RivalStep:
             best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             rows = (loss * count, best[:, 0].sum(), best.sum(), torch.full_like(loss, count))
             return loss, torch.stack(rows)
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The network for inference, of torch.nn's modules alone and with `model`'s weights: biases
+    inside the convolutions, activations in place, no dropout."""
+    return nn.Sequential(*[_plain_layer(layer) for layer in model.children()]).eval()
+
+
+def cast_products(model: nn.Module, half: torch.dtype | None) -> nn.Module:
+    """Round the weights of convolutions and linear layers, once and in place; None: not at all.
+
+    Norms stay fp32, which costs no time beside activations in half precision and errs less.
+    """
+    for module in model.modules():
+        if half and isinstance(module, nn.Conv2d | nn.Linear):
+            module.to(half)
+    return model
+
+
+def _plain_layer(layer: Any) -> nn.Module:
+    match layer:
+        case ConvNormAct():
+            return nn.Sequential(*_parts(layer.conv, layer))
+        case LinearNormAct():
+            return nn.Sequential(*_parts(layer.linear, layer))
+        case ResidualBlock():
+            return _PlainBlock(layer)
+    return layer
+
+
+def _parts(product: nn.Module, layer: Any) -> list[nn.Module]:
+    pads: Any = getattr(layer, "extra_padding", ())
+    pool = getattr(layer, "pool", None)
+    parts: list[nn.Module] = [nn.ZeroPad2d(pads)] if any(pads) else []
+    parts += [product, *_activation(layer.pre_slope)]
+    parts += [layer.norm] if layer.norm else []
+    parts += _activation(layer.post_slope)
+    return parts + ([nn.MaxPool2d(*pool)] if pool else [])
+
+
+def _activation(slope: float) -> list[nn.Module]:
+    if slope == 1:
+        return []
+    return [nn.LeakyReLU(slope, inplace=True) if slope else nn.ReLU(inplace=True)]
+
+
+class _PlainBlock(nn.Module):
+    """relu(conv2(conv1(x)) + shortcut(x)), each with its norm."""
+
+    def __init__(self, block: Any):
+        super().__init__()
+        self.conv1 = nn.Sequential(*_parts(block.conv1.conv, block.conv1))
+        self.conv2 = nn.Sequential(block.conv2.conv, block.conv2.norm)
+        shortcut = block.projection
+        self.shortcut = nn.Sequential(shortcut.conv, shortcut.norm) if shortcut else nn.Identity()
+        [self.last] = _activation(block.conv2.post_slope)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.conv1(x))
+        y += self.shortcut(x)
+        return self.last(y)

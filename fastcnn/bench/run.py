@@ -120,6 +120,7 @@ class Run:
                 config.run.seed,
                 noise.enough(size, batch, self.device),
                 budget_s=None if options.budget is None else self.left_s(),
+                inference=options.inference,
             )
 
 
@@ -132,7 +133,12 @@ def measure(settings: Settings, command: list[str]) -> Content:
     run = Run(settings, command)
     if run.precision.note:
         log.warning("note: %s", run.precision.note)
-    modes = {"layers": layers, "data_only": data_only, "time_to_accuracy": time_to_accuracy}
+    modes = {
+        "inference": inference,
+        "layers": layers,
+        "data_only": data_only,
+        "time_to_accuracy": time_to_accuracy,
+    }
     mode = next((mode for name, mode in modes.items() if getattr(run.options, name)), throughput)
     mode(run)
     if all("why" in row for row in run.content["rows"]) and not run.content["left_out"]:
@@ -159,10 +165,19 @@ def check_targets(options: Any) -> None:
 
 def throughput(run: Run) -> None:
     """Whole training steps, compared."""
+    compare(run, "throughput", run.limits())
+
+
+def inference(run: Run) -> None:
+    """Forward passes, compared."""
+    compare(run, "inference", {})  # the roofline is that of a training step
+
+
+def compare(run: Run, mode: str, limits: dict[str, float]) -> None:
+    """A row for each backend of each task."""
     from fastcnn.bench.throughput import rows_of_task
 
-    run.set(mode="throughput", rounds=run.options.rounds, rows=[], left_out=[])
-    limits = run.limits()
+    run.set(mode=mode, rounds=run.options.rounds, rows=[], left_out=[])
     for task in run.tasks():
         if run.has_time_for(str(task)):
             log.info("%s: %s", task, ", ".join(task.backends))

@@ -13,6 +13,7 @@ import torch
 from fastcnn.bench import judge
 from fastcnn.bench.cases import kept_bytes
 from fastcnn.bench.check import Check
+from fastcnn.bench.inference import InferenceBench, LogitsCheck
 from fastcnn.bench.variants import Task, Variant, Workbench, release
 from fastcnn.errors import FastcnnError
 
@@ -35,14 +36,16 @@ class Steps:
         self.task, self.device = task, torch.device(task.device)
         self._start = time.monotonic()
         torch.compiler.reset()  # it compiles one function only a few times
-        self.bench = Workbench(task)
+        kinds: Any = (InferenceBench, LogitsCheck) if task.inference else (Workbench, Check)
+        make_bench, make_check = kinds
+        self.bench: Workbench = make_bench(task)
         self.wrong: dict[str, str] = {}
         self.facts: dict[str, dict[str, Any]] = {}
         self._variants: dict[str, Variant] = {}
         self._steps: dict[str, int] = {}
-        self._check: Check | None = None
+        self._check: Any = None
         try:
-            self._check = Check(self.bench) if task.check else None
+            self._check = make_check(self.bench) if task.check else None
         except Exception as error:
             why = f"the check of the variants failed: {judge.reason_of(error)}"
             self.wrong = dict.fromkeys(task.backends, why)
@@ -80,8 +83,8 @@ class Steps:
         if self._check:
             # the first step compiles, and cuDNN tries algorithms with memory that no other needs
             reset = torch.cuda.reset_peak_memory_stats if on_gpu else None
-            losses = self._check.run(variant, reset)
-            if why := self._check.why_wrong(backend, variant, losses):
+            found = self._check.run(variant, reset)
+            if why := self._check.why_wrong(backend, variant, found):
                 raise FastcnnError(why)
         rebuild = variant.augmented
         del variant
@@ -110,7 +113,8 @@ class Steps:
         return max(3, min(MOST_STEPS, round(TURN_S / each)))
 
     def _kept(self, backend: str, variant: Variant) -> dict[str, Any]:
-        if backend not in ("eager", "fused") or self.task.half != "fp32":
+        task = self.task
+        if task.inference or backend not in ("eager", "fused") or task.half != "fp32":
             return {}
         model = variant.model
         images, _ = next(self.bench.batches(torch.float32, augment=False))

@@ -81,7 +81,8 @@ def _of_steps(rows: list[Any], on_gpu: bool) -> tuple[Cells, list[Cells]]:
 def _on_a_gpu(rows: list[Any]) -> tuple[Cells, list[Cells]]:
     rivals = [r for r in RIVALS if any(r in row["times_as_fast_as"] for row in rows)]
     heads: Cells = ("network", "loader", "backend", "batch", "images/s", "ms/step", "peak MiB")
-    heads += ("launches", f"of {FLOOR}", *[f"x {rival}" for rival in rivals])
+    told = any("roofline_share" in row for row in rows)
+    heads += ("launches", *([f"of {FLOOR}"] if told else []), *[f"x {rival}" for rival in rivals])
     cells = []
     for row in rows:
         share = row.get("roofline_share")
@@ -93,7 +94,7 @@ def _on_a_gpu(rows: list[Any]) -> tuple[Cells, list[Cells]]:
                 f"{row['ms_per_step']['median']:.3f}",
                 f"{row['peak_bytes'] / 2**20:,.0f}",
                 f"{row['launches']:,.0f}",
-                f"{share[FLOOR]:.0%}" if share else "",
+                *([f"{share[FLOOR]:.0%}" if share else ""] if told else []),
                 *[with_spread(ratio[ONE]) if ratio else "" for ratio in ratios],
             )
         )
@@ -101,15 +102,17 @@ def _on_a_gpu(rows: list[Any]) -> tuple[Cells, list[Cells]]:
 
 
 def _on_a_cpu(rows: list[Any]) -> tuple[Cells, list[Cells]]:
-    heads = ("network", "loader", "backend", "times as fast as", "batch", *PAIRS, "kept MiB")
+    heads: Cells = ("network", "loader", "backend", "times as fast as", "batch", *PAIRS)
+    told = any("kept_bytes" in row for row in rows)
+    heads += ("kept MiB",) if told else ()
     cells = []
     for row in rows:
-        kept = f"{row['kept_bytes'] / 2**20:,.1f}" if "kept_bytes" in row else ""
+        kept = [f"{row['kept_bytes'] / 2**20:,.1f}" if "kept_bytes" in row else ""] if told else []
         alone: dict[str, Any] = {"": {}}
         for rival, found in (told_ratios(row) or alone).items():
             names = (row["network"], row["loader"], row["backend"], rival, str(row["batch"]))
             ratios = [with_spread(found[pair]) if pair in found else "" for pair in PAIRS]
-            cells.append((*names, *ratios, kept))
+            cells.append((*names, *ratios, *kept))
     return heads, cells
 
 

@@ -29,13 +29,15 @@ MODES = {  # of torch.compile
     "max-autotune": "max-autotune",
     "fused-compile": "default",
 }
+OURS = ("fused", "graph", "fused-compile")
 RECIPE = Recipe()
 
 
 @dataclass(frozen=True)
 class Task:
     """What is compared. half: fp32, bf16 or fp16; images: how many there are in all; check:
-    whether the variants are checked first; budget_s: seconds after which no more are built."""
+    whether the variants are checked first; budget_s: seconds after which no more are built;
+    inference: forward passes in place of training steps."""
 
     network: str
     batch: int
@@ -49,9 +51,11 @@ class Task:
     images: int = 0
     check: bool = True
     budget_s: float | None = None
+    inference: bool = False
 
     def __str__(self) -> str:
-        return f"{self.network} batch {self.batch} {self.loader}"
+        images = "inference" if self.inference else self.loader
+        return f"{self.network} batch {self.batch} {images}"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -64,14 +68,15 @@ class Task:
 
 @dataclass
 class Variant:
-    """A model in training; step: one optimisation step; losses: the sum of all images' so far;
-    augmented: the variant to be timed, where this one takes the bare images; held: bytes of the
-    images that it keeps on the device for itself, where the rivals share theirs; graphs: how many
-    it has captured, for one that is to be a CUDA graph."""
+    """A model and what is timed of it, `step`. result: what the steps leave to be checked, the sum
+    of all images' losses so far, or the last logits; augmented: the variant to be timed, where this
+    one takes the bare images; held: bytes of the images that it keeps on the device for itself,
+    where the rivals share theirs; graphs: how many it has captured, for one that is to be a CUDA
+    graph."""
 
     model: nn.Module
     step: Callable[[], None]
-    losses: Callable[[], float]
+    result: Callable[[], Any]
     augmented: "Callable[[], Variant]"
     held: int = 0
     graphs: Callable[[], int] | None = None
@@ -98,7 +103,7 @@ class Workbench:
     def model(self, backend: str) -> nn.Module:
         """The network with the initial weights. Without dropout: its draws differ between the
         variants, and a step of theirs could not be compared."""
-        ops = "fused" if backend in ("fused", "graph", "fused-compile") else "torch"
+        ops = "fused" if backend in OURS else "torch"
         model = build(self.network, self.size, self.classes, ops)
         model.load_state_dict(self.weights)
         for layer in model.modules():

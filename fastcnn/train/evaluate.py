@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcnn.archs.fold import Folded
 from fastcnn.data.loaders import Loader
 from fastcnn.train.graph import Recorder, Replay
-from fastcnn.train.half import half_network, refresh
 from fastcnn.train.metrics import Figures, Metrics, confusion, cross_entropy
 from fastcnn.train.precision import Precision
 
@@ -31,8 +31,9 @@ class Evaluation:
 class Evaluator:
     """Evaluates a model on a loader as often as wanted; with a recorder by CUDA graphs.
 
-    `flip`: the logits are the mean of those of an image and of its mirror image. `required`: see
-    `Replay`.
+    `folded.network` computes: the model with its norms folded, in the precision's dtype, refreshed
+    by each evaluation; the model itself is read and no more. `flip`: the logits are the mean of
+    those of an image and of its mirror image. `required`: see `Replay`.
     """
 
     def __init__(
@@ -46,9 +47,9 @@ class Evaluator:
         recorder: Recorder | None = None,
         required: bool = False,
     ):
-        self.model, self.loader, self.flip = model, loader, flip
-        self.network, self._halves = half_network(model, precision.dtype)
+        self.loader, self.flip = loader, flip
         self.dtype = precision.dtype
+        self.folded = Folded(model, self.dtype)
         self.metrics = Metrics(device)
         self.counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
         self.replay = Replay(recorder, required)
@@ -57,33 +58,28 @@ class Evaluator:
     def __call__(
         self, after_batch: Callable[[], None] | None = None, batches: int | None = None
     ) -> Evaluation:
-        """Run over the loader in evaluation mode; at most `batches` batches if given.
+        """Run over the loader with the weights as they are now; at most `batches` batches if given.
 
         `after_batch` is called after each batch; what it raises ends the evaluation.
         """
-        was_training = self.model.training
-        self.network.eval()
-        refresh(self._halves)
+        start = time.perf_counter()
+        self.folded.refresh()
         self.metrics.reset()
         self.counts.zero_()
         if isinstance(self.loader, Loader):
             self.loader.load_state_dict({"epoch": 0, "position": 0})
-        start = time.perf_counter()
-        try:
-            for number, _ in enumerate(self.replay.epoch(self.loader, self._work), 1):
-                if after_batch:
-                    after_batch()
-                if number == batches:
-                    break
-        finally:
-            self.model.train(was_training)
+        for number, _ in enumerate(self.replay.epoch(self.loader, self._work), 1):
+            if after_batch:
+                after_batch()
+            if number == batches:
+                break
         figures = self.metrics.read()
         return Evaluation(figures, self.counts.cpu(), time.perf_counter() - start)
 
     def _work(self, images: Tensor, labels: Tensor) -> None:
         """One batch, on the device alone."""
         images = images.to(self.dtype or images.dtype)
-        logits = predict(self.network, images, self.flip)
+        logits = predict(self.folded.network, images, self.flip)
         self.metrics.update(cross_entropy(logits, labels), logits, labels)
         self.counts += confusion(logits, labels)
 
