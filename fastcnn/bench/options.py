@@ -124,9 +124,9 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
         _refuse(train.keys() & set(OF_A_RUN), "means nothing to --time-to-accuracy")
     if options.data_only:
         _refuse(own.keys() & {"backends"}, "means nothing to --data-only")
-    if options.layers:
-        if strange := [word for word in options.backends if word not in LAYER_BACKENDS]:
-            raise UsageError(f"--backends {strange[0]}: --layers takes {' '.join(LAYER_BACKENDS)}")
+    strange = [word for word in options.backends if word not in LAYER_BACKENDS]
+    if options.layers and strange:
+        raise UsageError(f"--backends {strange[0]}: --layers takes {' '.join(LAYER_BACKENDS)}")
     for name, mode in (("inference", "--inference"), ("layers", "--layers")):
         if getattr(options, name):
             _refuse(own.keys() & {"loader"}, f"means nothing to {mode}")
