@@ -33,6 +33,14 @@ int small(int64_t number, const char* name) {
   return static_cast<int>(number);
 }
 
+// what the kernels count in 32 bits
+void check_counts(const ConvShape& shape, int64_t taps) {
+  constexpr int64_t most = INT_MAX / 2 - 1;
+  const int64_t input = shape.n * shape.h * shape.w, filters = shape.c * shape.k * taps;
+  REQUIRE(input <= most && filters <= most, "conv: expected at most ", most, " pixels and ", most,
+          " values of filters, got ", input, " and ", filters, "; use smaller batches");
+}
+
 // filters of k x r x s over x
 ConvShape geometry_of(const Tensor& x, int64_t k, int64_t r, int64_t s, int64_t stride,
                    const Pads& pads) {
@@ -43,6 +51,7 @@ ConvShape geometry_of(const Tensor& x, int64_t k, int64_t r, int64_t s, int64_t 
   const int64_t height = shape.h + pads[0] + pads[1], width = shape.w + pads[2] + pads[3];
   REQUIRE(r >= 1 && s >= 1 && r <= height && s <= width, "filter: expected at most ", height,
           " x ", width, ", the padded image, got ", r, " x ", s);
+  check_counts(shape, r * s);
   shape.r = small(r, "filter");
   shape.s = small(s, "filter");
   shape.stride = small(stride, "stride");
@@ -73,6 +82,12 @@ std::vector<int64_t> pooled_sizes(const ConvShape& shape) {
 
 const void* optional_vector(const Optional& t, int64_t length, const Tensor& x, const char* name) {
   return t ? vector_of(*t, length, x, name) : nullptr;
+}
+
+// which the forward pass keeps in shared memory, a few values a channel
+void check_room(const ConvInput& input, const ConvShape& shape) {
+  REQUIRE(input.is_plain() || shape.c <= cuda::kPendingChannels, "x: expected at most ",
+          cuda::kPendingChannels, " channels of a pending input, got ", shape.c);
 }
 
 // what is pending of x
@@ -111,6 +126,7 @@ std::tuple<Tensor, Tensor> conv(const Tensor& x, const Tensor& filter, const Opt
   Conv args{dtype_of(x), shape};
   args.input = input_of(x, {in_mean, in_rstd, in_weight, in_bias, in_batch_stats, in_pre_slope,
                             in_post_slope});
+  check_room(args.input, shape);
   args.filter = filter.const_data_ptr();
   args.bias = optional_vector(bias, shape.k, x, "bias");
   args.pre_slope = args.post_slope = 1;
@@ -133,6 +149,7 @@ std::tuple<Tensor, Tensor> conv_bias_act_pool(
   Conv args{dtype_of(x), shape};
   args.input = input_of(x, {in_mean, in_rstd, in_weight, in_bias, in_batch_stats, in_pre_slope,
                             in_post_slope});
+  check_room(args.input, shape);
   args.filter = filter.const_data_ptr();
   args.bias = optional_vector(bias, shape.k, x, "bias");
   args.pre_slope = 1;

@@ -4,7 +4,9 @@ The composites that run here say what the kernels must compute; the gradients' f
 functions and the checks are the same for both.
 """
 
+import re
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +109,9 @@ def test_errs_at_most_twice_as_much_as_torch(case, dtype):
         unit = torch.finfo(dtype).eps * largest
         error, allowed = (ours[name] - true).abs().max(), 2 * (torchs[name] - true).abs().max()
         assert error <= allowed + unit, name
+    # summed in fp32, where torch's is rounded
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(ours["dbias"].double(), truth["dbias"], **close)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -440,6 +445,18 @@ def test_inference_is_the_oracles(rest, plan):
             torch.testing.assert_close(got, want, **CLOSE)
 
 
+@pytest.mark.parametrize("plan", PLANS[:2], ids=str)
+def test_inference_defers_nothing(plan):
+    case = LAYERS[0]
+    t = layer_tensors(case)
+    with torch.no_grad():
+        for training in (True, False):
+            y = conv_bn_act(ops, case, t, training=training, defer=True, plan=plan)
+            assert isinstance(y, ops.Pending) == training
+        assert torch.is_tensor(conv_bias_act(ops, case, t, defer=True, plan=plan))
+    assert isinstance(conv_bias_act(ops, case, t, defer=True, plan=plan), ops.Pending)
+
+
 def test_inference_is_one_kernel(monkeypatch):
     noted = Noted()
     monkeypatch.setattr("fastcnn.ops.convolution._ops", noted)
@@ -495,6 +512,24 @@ def test_autocast_casts_as_for_torchs_convolution(monkeypatch):
     assert t["filter"].grad.dtype == t["weight"].grad.dtype == torch.float32
 
 
+def test_pending_channels_that_a_kernel_has_no_room_for_are_activated_before(monkeypatch):
+    header = (Path(__file__).parent.parent / "csrc/kernels.h").read_text()
+    limit = re.search(r"kPendingChannels = (\d+);", header)[1]
+    assert int(limit) == conv_library.PENDING_CHANNELS
+    case = ConvCase((2, 3, 6, 5), 4)
+    t = layer_tensors(case)
+    pending = pending_of(ConvCase(case.x, 4, pending="norm"), t)
+    noted = Noted()
+    monkeypatch.setattr("fastcnn.ops.convolution._ops", noted)
+    for channels, plain in ((3, False), (2, True)):
+        monkeypatch.setattr("fastcnn.ops.convolution.PENDING_CHANNELS", channels)
+        given = []
+        monkeypatch.setattr(noted, "conv", lambda *a, given=given: given.append(a), raising=False)
+        with pytest.raises(TypeError):  # nothing is returned
+            conv_bn_act(ops, case, t | {"x": pending}, plan=FUSED)
+        assert ops.Pending(given[0][0], *given[0][3:10]).is_plain == plain
+
+
 # errors, and what is none
 
 
@@ -527,6 +562,9 @@ def test_arguments_that_do_not_fit():
     pending = ops.Pending(t["x"], t["in_mean"])
     given = (t["filter"], None, *pending[1:], 1, case.pads, None, True, True)
     with pytest.raises(RuntimeError, match="expected all of them, the bias alone or none"):
+        LIBRARY.conv(t["x"], *given)
+    given = (t["filter"], None, *[None] * 4, True, 1.0, 1.0, 1, case.pads, None, True, True)
+    with pytest.raises(RuntimeError, match="in_batch_stats: expected false without in_mean"):
         LIBRARY.conv(t["x"], *given)
     with pytest.raises(RuntimeError, match=r"slope: expected >= 0, got -0\.1"):
         conv(case, t, stats_slope=-0.1)

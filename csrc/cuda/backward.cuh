@@ -127,6 +127,9 @@ inline size_t backward_shared(Pass pass, bool sums, int width, const Walk& walk)
 cudaError_t launch_backward_finalise(const Partials& partials, const Affine& affine, void* dweight,
                                      void* dbias, cudaStream_t stream);
 
+// dx of BnActBackward from dweight and dbias, which are there already; dx may be dy.
+cudaError_t launch_bn_act_backward_apply(const BnActBackward& args, cudaStream_t stream);
+
 // The launches of a backward: run(pass) with the pass as a constant
 template <typename Args, typename Run>
 cudaError_t launch_passes(const Args& args, const Partials& partials, cudaStream_t stream,

@@ -104,27 +104,50 @@ int64_t bn_act_backward_workspace(const Sizes& sizes) {
   return 2 * sizeof(float) * most_partial_rows(sizes) * sizes.k;
 }
 
+namespace {
+
+template <typename T>
+Parts parts_of(const BnActBackward& args, Order order) {
+  const bool wide = aligned(args.dy, args.x, args.y, args.dx, args.dresidual);
+  return make_parts(args.sizes, kWide<T>, wide, order);
+}
+
+template <typename T>
+ActBackwardArguments<T> act_arguments(const BnActBackward& args) {
+  const int64_t rows = parts_of<T>(args, Order::interleaved).partial_rows();
+  return {backward_arguments<T>(args, rows), static_cast<const T*>(args.dy),
+          static_cast<const T*>(args.y), static_cast<T*>(args.dresidual)};
+}
+
+template <typename T, Pass kPass>
+cudaError_t run_pass(const BnActBackward& args, const ActBackwardArguments<T>& arguments,
+                     cudaStream_t stream) {
+  const bool sums = arguments.sums;
+  return for_parts<T>(parts_of<T>(args, order_of(kPass, sums)), [&](auto width, const Walk& walk) {
+    constexpr int V = decltype(width)::value;
+    return launch(bn_act_backward_kernel<T, V, kPass>, walk.grid(), walk.block(),
+                  backward_shared(kPass, sums, V, walk), stream, arguments, walk);
+  });
+}
+
+}  // namespace
+
 cudaError_t launch_bn_act_backward(const BnActBackward& args, cudaStream_t stream) {
   if (!is_complete(args)) return cudaErrorInvalidValue;
   return dispatch(args.dtype, [&](auto number) {
     using T = decltype(number);
-    const bool wide = aligned(args.dy, args.x, args.y, args.dx, args.dresidual);
-    const auto parts_in = [&](Order order) {
-      return make_parts(args.sizes, kWide<T>, wide, order);
-    };
-    const ActBackwardArguments<T> arguments{
-        backward_arguments<T>(args, parts_in(Order::interleaved).partial_rows()),
-        static_cast<const T*>(args.dy), static_cast<const T*>(args.y),
-        static_cast<T*>(args.dresidual)};
-    const bool sums = arguments.sums;
+    const auto arguments = act_arguments<T>(args);
     return launch_passes(args, arguments.partials, stream, [&](auto pass) {
-      constexpr Pass kPass = decltype(pass)::value;
-      return for_parts<T>(parts_in(order_of(kPass, sums)), [&](auto width, const Walk& walk) {
-        constexpr int V = decltype(width)::value;
-        return launch(bn_act_backward_kernel<T, V, kPass>, walk.grid(), walk.block(),
-                      backward_shared(kPass, sums, V, walk), stream, arguments, walk);
-      });
+      return run_pass<T, decltype(pass)::value>(args, arguments, stream);
     });
+  });
+}
+
+cudaError_t launch_bn_act_backward_apply(const BnActBackward& args, cudaStream_t stream) {
+  if (args.sizes.elements() == 0) return cudaSuccess;
+  return dispatch(args.dtype, [&](auto number) {
+    using T = decltype(number);
+    return run_pass<T, Pass::apply>(args, act_arguments<T>(args), stream);
   });
 }
 

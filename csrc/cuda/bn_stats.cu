@@ -8,47 +8,13 @@
 // a mean far from zero cancels nothing; (count, mean, Σ squared deviations) are merged over the
 // lanes of the block by the formula of Chan, Golub and LeVeque (1983), and again over blocks in
 // stage two, a launch of a few blocks, in an order that the shape alone decides. No atomics.
+#include "moments.cuh"
 #include "walk.cuh"
 
 namespace fastcnn::cuda {
 namespace {
 
 constexpr int kStatsUnroll = 4;
-
-// A set of values: how many, their mean as shift + offset, their squared deviations from it. The
-// mean is kept in two parts because rounding it anew at each merge costs digits where it is many
-// standard deviations away from zero; the offset is about as small as these.
-struct Moments {
-  float count, shift, offset, squares;
-};
-
-__device__ inline Moments merged(const Moments& a, const Moments& b) {
-  if (a.count == 0) return b;
-  if (b.count == 0) return a;
-  const float count = a.count + b.count;
-  const float share = b.count / count;
-  const float delta = (b.shift - a.shift) + (b.offset - a.offset);
-  return {count, a.shift, fmaf(delta, share, a.offset),
-          a.squares + fmaf(delta * delta, a.count * share, b.squares)};
-}
-
-// V shifts, offsets and sums of squares, and their common count
-template <int V>
-struct MergeMoments {
-  template <typename Other>
-  __device__ void operator()(float (&values)[3 * V + 1], Other other) const {
-    const float count = values[3 * V], other_count = other(3 * V);
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const Moments both = merged({count, values[i], values[V + i], values[2 * V + i]},
-                                  {other_count, other(i), other(V + i), other(2 * V + i)});
-      values[i] = both.shift;
-      values[V + i] = both.offset;
-      values[2 * V + i] = both.squares;
-      values[3 * V] = both.count;
-    }
-  }
-};
 
 // of pre(x) - shift
 template <int V>
@@ -138,7 +104,8 @@ struct Statistics {
   float* rstd;
   float keep, momentum, eps;
 
-  explicit Statistics(const BnStats& args)
+  template <typename Args>
+  explicit Statistics(const Args& args)
       : running_mean(static_cast<float*>(args.running_mean)),
         running_var(static_cast<float*>(args.running_var)),
         mean(static_cast<float*>(args.mean)),
@@ -187,6 +154,13 @@ __global__ void __launch_bounds__(kThreads)
   out.rstd[k] = 1 / sqrtf(out.running_var[k] + out.eps);
 }
 
+cudaError_t finalise(const Partials& partials, const Statistics& out, int64_t count,
+                     cudaStream_t stream) {
+  return launch(bn_stats_finalise_kernel, blocks_for(partials.k, kFinalChannels), kThreads,
+                sizeof(float) * 4 * kThreads, stream, partials, out, static_cast<float>(count),
+                static_cast<float>(count - 1));
+}
+
 template <typename T>
 cudaError_t batch_statistics(const BnStats& args, cudaStream_t stream) {
   const Parts parts = make_parts(args.sizes, kWide<T>, aligned(args.x), Order::interleaved);
@@ -200,10 +174,7 @@ cudaError_t batch_statistics(const BnStats& args, cudaStream_t stream) {
   };
   const cudaError_t status = for_parts<T>(parts, first);
   if (status != cudaSuccess) return status;
-  const double count = static_cast<double>(args.sizes.pixels());
-  return launch(bn_stats_finalise_kernel, blocks_for(args.sizes.k, kFinalChannels), kThreads,
-                sizeof(float) * 4 * kThreads, stream, partials, Statistics(args),
-                static_cast<float>(count), static_cast<float>(count - 1));
+  return finalise(partials, Statistics(args), args.sizes.pixels(), stream);
 }
 
 }  // namespace
@@ -219,6 +190,12 @@ cudaError_t launch_bn_stats(const BnStats& args, cudaStream_t stream) {
     return launch(bn_stats_running_kernel, blocks_for(args.sizes.k, kThreads), kThreads, 0, stream,
                   Statistics(args), args.sizes.k);
   });
+}
+
+cudaError_t launch_bn_merge(const BnMerge& args, cudaStream_t stream) {
+  if (args.k == 0) return cudaSuccess;
+  auto* data = static_cast<float*>(const_cast<void*>(args.partials));
+  return finalise({data, args.rows, args.k}, Statistics(args), args.count, stream);
 }
 
 std::vector<Kernel> bn_stats_kernels() {

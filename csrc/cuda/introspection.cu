@@ -15,6 +15,9 @@ std::vector<Kernel> bn_act_kernels();
 std::vector<Kernel> bn_act_pool_kernels();
 std::vector<Kernel> bn_act_backward_kernels();
 std::vector<Kernel> bn_act_pool_backward_kernels();
+std::vector<Kernel> conv_bn_act_kernels();
+std::vector<Kernel> conv_data_gradient_kernels();
+std::vector<Kernel> conv_weight_gradient_kernels();
 std::vector<Kernel> augment_kernels();
 std::vector<Kernel> update_kernels();
 
@@ -25,7 +28,8 @@ const std::vector<Kernel>& all_kernels() {
     std::vector<Kernel> all;
     for (const auto& some : {bn_stats_kernels(), bn_act_kernels(), bn_act_pool_kernels(),
                              bn_act_backward_kernels(), bn_act_pool_backward_kernels(),
-                             augment_kernels(), update_kernels()})
+                             conv_bn_act_kernels(), conv_data_gradient_kernels(),
+                             conv_weight_gradient_kernels(), augment_kernels(), update_kernels()})
       all.insert(all.end(), some.begin(), some.end());
     return all;
   }();

@@ -163,6 +163,10 @@ def _check_pending(pending: Pending) -> None:
         pending.mean is not None or pending.pre_slope == 1,
         f"in_pre_slope: expected 1 without in_mean, got {pending.pre_slope:g}",
     )
+    _require(
+        pending.mean is not None or not pending.batch_stats,
+        "in_batch_stats: expected false without in_mean",
+    )
 
 
 def _check_gradient(dy: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.ops import conv_composites, norm_act, plans
-from fastcnn.ops.conv_library import POOL, Pads, Pending, result_shape
+from fastcnn.ops.conv_library import PENDING_CHANNELS, POOL, Pads, Pending, result_shape
 from fastcnn.ops.loading import product_dtype, ready
 from fastcnn.ops.plans import Kind, Plan
 from fastcnn.ops.reference import product, require_no_residual, require_same_shape
@@ -57,7 +57,7 @@ def conv_bn_act(
     """
     ready()
     _require_deferrable(defer, pool, residual)
-    x, filter = _as_product_takes(x), _as_product_takes(filter)
+    x, filter = _loadable(x), _loadable(filter)
     geometry, norm = (stride, pads), (running_mean, running_var, training, momentum, eps, pre_slope)
     inference = not training and not torch.is_grad_enabled() and pool in (None, POOL)
     kind = _kind("bn", inference, pool)
@@ -100,7 +100,7 @@ def conv_bias_act(
     """
     ready()
     _require_deferrable(defer, pool, residual)
-    x, filter = _as_product_takes(x), _as_product_takes(filter)
+    x, filter = _loadable(x), _loadable(filter)
     geometry, wants_gradients = (stride, pads), torch.is_grad_enabled()
     inference = not wants_gradients and pool in (None, POOL)
     kind = _kind("bias", inference, pool)
@@ -132,9 +132,12 @@ def _require_deferrable(
         raise ValueError("defer: expected neither a pool nor a residual, which need the result")
 
 
-def _as_product_takes(x: Any) -> Any:
-    """Cast as autocast casts for torch's convolution; a pending input is a product already."""
-    return x if isinstance(x, Pending) else x.to(product_dtype(x))
+def _loadable(x: Any) -> Any:
+    """What a kernel can load: of the dtype that autocast casts to for torch's convolution, and with
+    nothing pending on more channels than it has room for."""
+    if not isinstance(x, Pending):
+        return x.to(product_dtype(x))
+    return x.applied() if x.shape[1] > PENDING_CHANNELS else x
 
 
 def _pending(x: Tensor | Pending) -> Pending:

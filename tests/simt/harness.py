@@ -48,7 +48,7 @@ def compile_module(folder: Path, flags: list[str], plant: "Plant | None" = None)
     for path in include:
         command += ["-isystem", str(path)]
     cuda = (plant.tree(folder) if plant else CSRC) / "cuda"
-    sources = [*cuda.glob("*.cu"), HERE / "simt.cpp", HERE / "module.cpp"]
+    sources = [*cuda.glob("*.cu"), *HERE.glob("*.cu"), *HERE.glob("*.cpp")]
 
     def compile_one(source: Path) -> str:
         if plant and source.name != plant.source:
@@ -61,6 +61,8 @@ def compile_module(folder: Path, flags: list[str], plant: "Plant | None" = None)
     sources.sort(key=lambda source: -source.stat().st_size)
     with ThreadPoolExecutor(toolchain.parallel_jobs()) as pool:
         objects = list(pool.map(compile_one, sources))
+    # the linker keeps the first of several copies of an inline function: that with the error
+    objects.sort(key=lambda target: Path(target).parent != folder)
     path = folder / f"simt_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
     _run([*compiler, *flags, "-shared", *objects, "-o", str(path)])
     return path
@@ -99,9 +101,14 @@ def load_module(path: Path) -> ModuleType:
 def run_apart(path: Path, program: str) -> str:
     """Return what a program prints that finds the module at `path` as `kernels`, beside `chain`:
     a process has one module of a name."""
-    head = f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); from simt import chain, harness"
     load = f"kernels = harness.load_module(harness.Path({str(path)!r}))"
-    command = [sys.executable, "-c", f"{head}\n{load}\n{program}"]
+    return run_program(f"{load}\n{program}")
+
+
+def run_program(program: str) -> str:
+    """Return what a program prints that finds `chain` and `harness`."""
+    head = f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); from simt import chain, harness"
+    command = [sys.executable, "-c", f"{head}\n{program}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -7,11 +7,19 @@
 #include <cstring>
 
 #include "../../csrc/kernels.h"
+#include "mma_kernels.h"
 
 namespace py = pybind11;
 using namespace fastcnn;
 
 namespace {
+
+// (n, h, w, c, k, r, s, stride, top, left, p, q)
+ConvShape conv_shape_of(const std::vector<int64_t>& s) {
+  const auto number = [&](int i) { return static_cast<int>(s.at(i)); };
+  return {s.at(0),   s.at(1),   s.at(2),   s.at(3),   s.at(4),  number(5),
+          number(6), number(7), number(8), number(9), s.at(10), s.at(11)};
+}
 
 // the value of a field of an argument struct by its name; 0 and null if it is not given
 struct Fields {
@@ -42,6 +50,13 @@ struct Fields {
   }
   Affine affine() const {
     return {pointer("mean"), pointer("rstd"), pointer("weight"), pointer("bias")};
+  }
+  ConvShape conv_shape() const { return conv_shape_of(value<std::vector<int64_t>>("shape")); }
+  ConvInput conv_input() const {
+    return {pointer("x"),
+            {pointer("in_mean"), pointer("in_rstd"), pointer("in_weight"), pointer("in_bias")},
+            value<double>("in_pre_slope"),
+            value<double>("in_post_slope")};
   }
 };
 
@@ -89,6 +104,50 @@ int bn_act_pool_backward(const py::kwargs& kwargs) {
        f.value<double>("post_slope"), f.pool(), f.pointer("dx"), f.pointer("dweight"),
        f.pointer("dbias"), f.pointer("workspace")},
       nullptr);
+}
+
+int conv(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  return cuda::launch_conv(
+      {f.dtype(), f.conv_shape(), f.conv_input(), f.pointer("filter"), f.pointer("bias"),
+       f.pointer("scale"), f.pointer("shift"), f.pointer("residual"), f.value<double>("pre_slope"),
+       f.value<double>("post_slope"), f.value<bool>("pool"), f.pointer("y"),
+       static_cast<uint8_t*>(f.pointer("code")), f.pointer("partials"),
+       f.value<double>("stats_slope")},
+      nullptr);
+}
+
+int bn_merge(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  return cuda::launch_bn_merge(
+      {f.value<int64_t>("rows"), f.value<int64_t>("k"), f.value<int64_t>("count"),
+       f.pointer("partials"), f.value<double>("momentum"), f.value<double>("eps"),
+       f.pointer("running_mean"), f.pointer("running_var"), f.pointer("mean"), f.pointer("rstd")},
+      nullptr);
+}
+
+int conv_data_gradient(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  return cuda::launch_conv_data_gradient(
+      {f.dtype(), f.conv_shape(), f.conv_input(), f.value<bool>("batch_stats"),
+       f.pointer("filter"), f.pointer("dy"), f.pointer("dx"), f.pointer("dweight"),
+       f.pointer("dbias"), f.pointer("workspace")},
+      nullptr);
+}
+
+int conv_weight_gradient(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  return cuda::launch_conv_weight_gradient(
+      {f.dtype(), f.conv_shape(), f.conv_input(), f.pointer("dy"), f.pointer("dfilter"),
+       f.pointer("workspace")},
+      nullptr);
+}
+
+int64_t conv_workspace(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  return f.value<std::string>("op") == "conv_data_gradient"
+             ? cuda::conv_data_gradient_workspace(f.conv_shape(), f.dtype())
+             : cuda::conv_weight_gradient_workspace(f.conv_shape(), f.dtype());
 }
 
 int augment(const py::kwargs& kwargs) {
@@ -144,6 +203,33 @@ int adam(const py::kwargs& kwargs) {
       nullptr);
 }
 
+int mma_product(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  return cuda::test_product(f.dtype(), f.value<int>("rows"), f.value<bool>("transposed"),
+                            f.pointer("a"), f.pointer("b"), f.pointer("d"));
+}
+
+int mma_copies(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  const auto copying = f.value<std::string>("copying");
+  return cuda::test_copies(copying == "right"        ? cuda::Copying::right
+                           : copying == "early_read"  ? cuda::Copying::early_read
+                           : copying == "early_write" ? cuda::Copying::early_write
+                                                      : cuda::Copying::left_over,
+                           f.pointer("x"), f.pointer("y"), f.value<int>("stages"));
+}
+
+int mma_mirror(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  return cuda::test_mirror(f.value<bool>("barrier"), f.pointer("x"), f.pointer("y"),
+                           f.value<int>("threads"), f.value<int>("rounds"));
+}
+
+int mma_skew(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  return cuda::test_skew(f.pointer("y"), f.value<int>("threads"));
+}
+
 py::list launch_configuration(const py::kwargs& kwargs) {
   const Fields f{kwargs};
   py::list launches;
@@ -162,9 +248,21 @@ PYBIND11_MODULE(simt_kernels, module) {
   module.def("bn_act_pool", &bn_act_pool);
   module.def("bn_act_backward", &bn_act_backward);
   module.def("bn_act_pool_backward", &bn_act_pool_backward);
+  module.def("conv", &conv);
+  module.def("bn_merge", &bn_merge);
+  module.def("conv_data_gradient", &conv_data_gradient);
+  module.def("conv_weight_gradient", &conv_weight_gradient);
+  module.def("conv_workspace", &conv_workspace);
+  module.def("conv_partial_rows", [](const std::vector<int64_t>& shape) {
+    return cuda::conv_partial_rows(conv_shape_of(shape));
+  });
   module.def("augment", &augment);
   module.def("sgd_", &sgd);
   module.def("adam_", &adam);
+  module.def("mma_product", &mma_product);
+  module.def("mma_copies", &mma_copies);
+  module.def("mma_mirror", &mma_mirror);
+  module.def("mma_skew", &mma_skew);
   module.def("launch_configuration", &launch_configuration);
   module.def("bn_stats_workspace", [](int64_t n, int64_t p, int64_t q, int64_t k) {
     return cuda::bn_stats_workspace({n, p, q, k});

@@ -14,6 +14,14 @@ IMAGES = [(3, 5, 7), (1, 1, 1), (2, 9, 4), (5, 17, 24)]
 POOLS = [(2, 2, 0), (3, 2, 0), (3, 2, 1), (3, 1, 1), (4, 3, 2)]
 # values of the tensors that are updated together: tails, two chunks and more, more than one table
 COUNTS = [0, 1, 3, 4, 257, 4099, 8192, *[5] * 60]
+# n, h, w, c, k, kernel, stride, pads (top, bottom, left, right): vectors and single values, tails
+CONVS = [
+    (2, 5, 6, 8, 24, (3, 3), 1, (1, 1, 1, 1)),
+    (1, 4, 5, 3, 17, (2, 2), 2, (0, 1, 0, 1)),
+    (1, 7, 3, 24, 8, (5, 5), 2, (2, 1, 0, 2)),
+    (3, 1, 1, 17, 40, (1, 1), 1, (0, 0, 0, 0)),
+    (0, 4, 4, 8, 8, (3, 3), 1, (1, 1, 1, 1)),
+]
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -85,6 +93,72 @@ def run(kernels, sizes, dtype):
     heap.release()
 
 
+def convolve(kernels, geometry, dtype, shift):
+    """A convolution and its gradients with all that may be there; shift: values after a 16-byte
+    boundary."""
+    heap = Heap(kernels)
+    n, h, w, c, k, (r, s), stride, (top, bottom, left, right) = geometry
+    p = (h + top + bottom - r) // stride + 1
+    q = (w + left + right - s) // stride + 1
+    shape = (n, h, w, c, k, r, s, stride, top, left, p, q)
+
+    def values(count):
+        return heap.values(dtype, count + shift) + 2 * shift
+
+    def output(count):
+        return heap.output(2 * (count + shift)) + 2 * shift
+
+    def vectors(count, *names):
+        return {name: heap.values("float32", count) for name in names}
+
+    plain = {"in_pre_slope": 1.0, "in_post_slope": 1.0}
+    made = {"in_pre_slope": 0.1, "in_post_slope": 0.0}
+    made |= vectors(c, "in_mean", "in_rstd", "in_weight", "in_bias")
+    x, filters, dy = values(n * h * w * c), values(k * r * s * c), values(n * p * q * k)
+    common = {"dtype": dtype, "shape": shape}
+    result = {"pre_slope": 0.1, "post_slope": 0.0, **vectors(k, "bias", "scale", "shift")}
+    pooled = n * (p // 2) * (q // 2) * k
+    rows = kernels.conv_partial_rows(shape)
+    for given in (plain, made):
+        forward = {**common, **given, **result, "x": x, "filter": filters, "stats_slope": 0.1}
+        partials = heap.output(12 * rows * k)
+        y = output(n * p * q * k)
+        assert kernels.conv(**forward, y=y, pool=False, partials=partials) == 0
+        assert kernels.conv(**forward, y=y, pool=False, residual=dy) == 0
+        statistics = vectors(k, "mean", "rstd", "running_mean", "running_var")
+        sizes = {"rows": rows, "k": k, "count": n * p * q, "momentum": 0.1, "eps": 1e-5}
+        assert kernels.bn_merge(partials=partials, **sizes, **statistics) == 0
+        for code in ({}, {"code": heap.output(pooled)}):
+            assert kernels.conv(**forward, y=output(pooled), pool=True, **code) == 0
+
+        def workspace(op):
+            return heap.output(kernels.conv_workspace(op=op, **common))
+
+        gradient = {**common, **given, "x": x, "dy": dy}
+        sums = {"dweight": heap.output(4 * c), "dbias": heap.output(4 * c)}
+        for batch_stats in (False, True) if given is made else (False,):
+            assert (
+                kernels.conv_data_gradient(
+                    **gradient,
+                    filter=filters,
+                    dx=output(n * h * w * c),
+                    batch_stats=batch_stats,
+                    workspace=workspace("conv_data_gradient"),
+                    **(sums if given is made else {}),
+                )
+                == 0
+            )
+        assert (
+            kernels.conv_weight_gradient(
+                **gradient,
+                dfilter=output(k * r * s * c),
+                workspace=workspace("conv_weight_gradient"),
+            )
+            == 0
+        )
+    heap.release()
+
+
 def augment(kernels, sizes, dtype):
     heap = Heap(kernels)
     count, h, w = sizes
@@ -148,6 +222,10 @@ def main():
     for dtype in ITEM_BYTES:
         for shift in (0, 1):
             update(kernels, dtype, shift)
+    for geometry in CONVS:
+        for dtype in ("float16", "bfloat16"):
+            for shift in (0, 1):
+                convolve(kernels, geometry, dtype, shift)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <utility>
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__
@@ -19,6 +21,7 @@ dim3 blockDim, gridDim;
 namespace {
 
 constexpr size_t kSharedLimit = 48 * 1024;
+constexpr unsigned kWarp = 32;
 constexpr size_t kStack = 256 * 1024;  // its pages exist once they are touched
 
 }  // namespace
@@ -33,20 +36,25 @@ Settings settings;
 
 namespace {
 
+enum class State { idle, at_warp_barrier, at_block_barrier };
+
 struct Fiber {
   ucontext_t context;  // of the start
   jmp_buf place;       // of a later stop
   bool started;
   void* stack;
   uint3 thread;
-  bool waiting;
+  State state;
 };
 
 std::vector<Fiber*> fibers;  // kept from launch to launch
 Fiber* current;
 jmp_buf scheduler_place;
 const std::function<void()>* body;
-unsigned begun, finished;
+
+// the warp that begins: its threads are `size` from `first`
+unsigned first, size, begun;
+unsigned finished;  // threads of the block
 
 #ifdef __SANITIZE_ADDRESS__
 // tells the sanitizer on which stack it is
@@ -78,9 +86,17 @@ void poison_shared(size_t shared) { memset(fastcnn::cuda::dynamic_shared, 0xff, 
 unsigned threads() { return blockDim.x * blockDim.y * blockDim.z; }
 
 uint3 index_of(unsigned number) {
-  if (settings.descending) number = threads() - 1 - number;
   return {number % blockDim.x, number / blockDim.x % blockDim.y,
           number / blockDim.x / blockDim.y};
+}
+
+unsigned thread_number() {
+  return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+}
+
+[[noreturn]] void fail(const char* what, size_t these, size_t of) {
+  fprintf(stderr, "simt: %zu of %zu threads %s\n", these, of, what);
+  abort();
 }
 
 void to_scheduler() {
@@ -92,16 +108,21 @@ void to_scheduler() {
   arrive(fake, true);
 }
 
-// one fiber runs thread after thread until one waits, so that a kernel without barriers needs
-// a single fiber
+void check_no_copies();
+
+// one fiber runs thread after thread of a warp until one waits, so that a kernel without barriers
+// needs a single fiber
 void fiber_main() {
   arrive(nullptr, true);
   for (;;) {
-    while (begun < threads()) {
-      threadIdx = index_of(begun++);
+    while (begun < size) {
+      threadIdx = index_of(first + (settings.descending ? size - 1 - begun : begun));
+      ++begun;
       (*body)();
+      check_no_copies();
       ++finished;
     }
+    current->state = State::idle;
     to_scheduler();
   }
 }
@@ -111,21 +132,16 @@ Fiber* new_fiber() {
   fiber->stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (fiber->stack == MAP_FAILED) abort();
+  getcontext(&fiber->context);
+  fiber->context.uc_stack.ss_sp = fiber->stack;
+  fiber->context.uc_stack.ss_size = kStack;
+  fiber->context.uc_link = nullptr;
+  makecontext(&fiber->context, fiber_main, 0);
   return fiber;
-}
-
-void start(Fiber& fiber) {
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack;
-  fiber.context.uc_stack.ss_size = kStack;
-  fiber.context.uc_link = nullptr;
-  fiber.waiting = fiber.started = false;
-  makecontext(&fiber.context, fiber_main, 0);
 }
 
 void resume(Fiber& fiber) {
   current = &fiber;
-  fiber.waiting = false;
   threadIdx = fiber.thread;
   void* fake = nullptr;
   leave(&fake, fiber.stack, kStack);
@@ -137,23 +153,55 @@ void resume(Fiber& fiber) {
   arrive(fake, false);
 }
 
-void run_block() {
-  begun = finished = 0;
-  size_t used = 0;
-  while (begun < threads()) {
-    if (used == fibers.size()) fibers.push_back(new_fiber());
-    start(*fibers[used]);
-    resume(*fibers[used++]);
+struct Warp {
+  size_t first, end;  // of `fibers`: those with a thread that waits
+  unsigned size;
+
+  size_t count(State state) const {
+    size_t all = 0;
+    for (size_t i = first; i < end; ++i) all += fibers[i]->state == state;
+    return all;
   }
-  for (;;) {
-    size_t waiting = 0;
-    for (size_t i = 0; i < used; ++i) waiting += fibers[i]->waiting;
-    if (waiting == 0) return;
-    if (finished) {
-      fprintf(stderr, "simt: %zu threads wait at a barrier, %u have ended\n", waiting, finished);
-      abort();
+  void go_on() const {
+    for (size_t i = first; i < end; ++i) resume(*fibers[i]);
+  }
+  // until its threads are at a block barrier or have ended
+  void run() const {
+    while (const size_t waiting = count(State::at_warp_barrier)) {
+      if (waiting != size) fail("of a warp wait at its barrier", waiting, size);
+      go_on();
     }
-    for (size_t i = 0; i < used; ++i) resume(*fibers[i]);
+  }
+};
+
+Warp begin_warp(unsigned number, size_t used) {
+  first = number * kWarp;
+  size = std::min(threads() - first, kWarp);
+  begun = 0;
+  Warp warp{used, used, size};
+  while (begun < size) {
+    if (warp.end == fibers.size()) fibers.push_back(new_fiber());
+    resume(*fibers[warp.end]);
+    warp.end += fibers[warp.end]->state != State::idle;
+  }
+  return warp;
+}
+
+void run_block() {
+  finished = 0;
+  const unsigned count = (threads() + kWarp - 1) / kWarp;
+  std::vector<Warp> warps;
+  for (unsigned i = 0; i < count; ++i) {
+    const size_t used = warps.empty() ? 0 : warps.back().end;
+    warps.push_back(begin_warp(settings.descending ? count - 1 - i : i, used));
+    warps.back().run();
+  }
+  while (finished < threads()) {
+    if (finished) fail("wait at a barrier, the others have ended", threads() - finished, threads());
+    for (const Warp& warp : warps) {
+      warp.go_on();
+      warp.run();
+    }
   }
 }
 
@@ -185,13 +233,141 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared, const std::function<void()
   return cudaSuccess;
 }
 
+// ---------------------------------------------------------------------------- matrix product
+
+namespace {
+
+constexpr int kDepth = 16;
+typedef float Vector __attribute__((vector_size(32)));  // 8 columns
+
+// Two by turns: a thread that has its values of one product may write those of the next one while
+// others have yet to read. Warps share them: none has a product open when another one runs.
+struct Memory {
+  std::vector<Vector> b, d;
+  std::vector<float> a;
+  int rows, columns;
+} products[2];
+int turn;
+unsigned arrived;
+
+void multiply(Memory& product) {
+  const int vectors = product.columns / 8;
+  for (int i = 0; i < product.rows; ++i)
+    for (int j = 0; j < vectors; ++j) {
+      Vector sum{};
+      for (int k = 0; k < kDepth; ++k)
+        sum += product.a[i * kDepth + k] * product.b[k * vectors + j];
+      product.d[i * vectors + j] = sum;
+    }
+}
+
+}  // namespace
+
+Product begin_product(int rows, int columns) {
+  Memory& memory = products[turn];
+  memory.a.resize(rows * kDepth);
+  memory.b.resize(kDepth * columns / 8);
+  memory.d.resize(rows * columns / 8);
+  memory.rows = rows;
+  memory.columns = columns;
+  return {memory.a.data(), reinterpret_cast<float*>(memory.b.data()),
+          reinterpret_cast<float*>(memory.d.data())};
+}
+
+void finish_product() {
+  if (++arrived == kWarp) {
+    multiply(products[turn]);
+    turn = 1 - turn;
+    arrived = 0;
+  }
+  __syncwarp();
+}
+
+// ----------------------------------------------------------------------- asynchronous copies
+
+namespace {
+
+struct Copy {
+  void* shared;
+  const void* global;
+  bool valid;
+};
+struct Copies {
+  std::deque<std::vector<Copy>> groups;
+  std::vector<Copy> open;
+};
+Copies copies[1024];  // by thread
+
+constexpr size_t kCopied = 16;
+
+void check_no_copies() {
+  Copies& mine = copies[thread_number()];
+  size_t left = mine.open.size();
+  for (const auto& group : mine.groups) left += group.size();
+  mine.groups.clear();
+  if (!left) return;
+  fprintf(stderr, "simt: thread %u has ended before %zu of its copies\n", thread_number(), left);
+  abort();
+}
+
+}  // namespace
+
+void check_aligned(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % kCopied == 0) return;
+  fprintf(stderr, "simt: %p is not 16-byte aligned\n", address);
+  abort();
+}
+
+namespace {
+
+// what a copy leaves until it is waited for
+void poison(const Copy& copy) { memset(copy.shared, 0xff, kCopied); }
+
+void finish(const Copy& copy) {
+  if (copy.valid)
+    memcpy(copy.shared, copy.global, kCopied);
+  else
+    memset(copy.shared, 0, kCopied);
+}
+
+}  // namespace
+
+void begin_copy(void* shared, const void* global, bool valid) {
+  check_aligned(shared);
+  check_aligned(global);
+  poison({shared, global, valid});
+  copies[thread_number()].open.push_back({shared, global, valid});
+}
+
+void commit_copies() {
+  Copies& mine = copies[thread_number()];
+  mine.groups.push_back(std::move(mine.open));
+  mine.open.clear();
+}
+
+void wait_copies(size_t left) {
+  auto& groups = copies[thread_number()].groups;
+  for (; groups.size() > left; groups.pop_front())
+    for (const Copy& copy : groups.front()) finish(copy);
+  // a later copy to the same place may be there already
+  for (const auto& group : groups)
+    for (const Copy& copy : group) poison(copy);
+}
+
 }  // namespace simt
 
-void __syncthreads() {
+namespace {
+
+void wait_at(simt::State barrier) {
   simt::current->thread = threadIdx;
-  simt::current->waiting = true;
+  simt::current->state = barrier;
   simt::to_scheduler();
 }
+
+}  // namespace
+
+void __syncthreads() { wait_at(simt::State::at_block_barrier); }
+void __syncwarp() { wait_at(simt::State::at_warp_barrier); }
 
 extern "C" {
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaErrorNoDevice; }
