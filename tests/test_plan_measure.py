@@ -177,15 +177,17 @@ def test_nothing_is_left_of_a_measurement(monkeypatch):
     conv = torch.ops.fastcnn.conv
 
     def note(*arguments):
-        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        settings = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+        seen.append((*settings, torch.backends.cudnn.benchmark))
         return conv(*arguments)
 
     with_op(monkeypatch, "conv", note)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert measure(layer_of("bn", dtype=torch.float32), CPU).note == ""
         assert torch.is_autocast_enabled("cpu")
-    assert set(seen) == {(False, False)}
+    assert set(seen) == {(False, False, True)}
     assert torch.is_grad_enabled()
+    assert not torch.backends.cudnn.benchmark
     assert torch.equal(torch.get_rng_state(), state)
 
 

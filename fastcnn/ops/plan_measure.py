@@ -120,11 +120,14 @@ def _measured(layer: ConvLayer, device: torch.device, clock: Clock) -> Measured:
 
 @contextmanager
 def alone(device: torch.device) -> Iterator[None]:
-    """No gradient and no cast is made, and the vendor may choose its best algorithm."""
-    cast = torch.autocast(device.type, enabled=False)
-    algorithms = torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False)
-    with torch.no_grad(), cast, algorithms:
-        yield
+    """No gradient and no cast is made, and the vendor may look for its best algorithm."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 # tensors
