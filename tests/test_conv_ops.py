@@ -512,6 +512,36 @@ def test_autocast_casts_as_for_torchs_convolution(monkeypatch):
     assert t["filter"].grad.dtype == t["weight"].grad.dtype == torch.float32
 
 
+def test_the_plan_is_asked_for_what_the_layer_does(monkeypatch):
+    asked = []
+
+    def plan_for(x, filter, *rest):
+        asked.append((x.shape, filter.shape, *rest))
+        return FUSED
+
+    monkeypatch.setattr(plans, "plan_for", plan_for)
+    case = ConvCase((2, 3, 6, 5), 4, stride=2, pads=(1, 0, 1, 1))
+    t = layer_tensors(case)
+    pending = {"x": pending_of(ConvCase(case.x, 4, pending="norm"), t)}
+    wanted = {"x": t["x"].clone(memory_format=torch.preserve_format).requires_grad_()}
+    pool, other = {"pool": (2, 2, 0)}, {"pool": (3, 1, 1)}
+    for call, changes, options, grad, want in (
+        (conv_bn_act, {}, {}, True, ("bn", False, True, False, True)),
+        (conv_bn_act, wanted, pool, True, ("bn", False, True, True, True)),
+        (conv_bn_act, pending, {"training": False}, True, ("bn", True, False, True, True)),
+        (conv_bn_act, {}, {"training": False}, False, ("inference", False, False, False, True)),
+        (conv_bn_act, {}, {"training": False} | other, False, ("bn", False, False, False, True)),
+        (conv_bias_act, wanted, {}, True, ("bias", False, True, True, False)),
+        (conv_bias_act, {}, {"slope": 1.0}, True, ("bias", False, True, False, True)),
+        (conv_bias_act, pending, pool, True, ("bias-pool", True, True, True, True)),
+        (conv_bias_act, {}, other, True, ("bias", False, True, False, False)),
+        (conv_bias_act, {}, pool, False, ("inference-pool", False, False, False, True)),
+    ):
+        with torch.set_grad_enabled(grad):
+            call(ops, case, t | changes, **options)
+        assert asked.pop() == ((2, 3, 6, 5), (4, 3, 3, 3), 2, (1, 0, 1, 1), *want)
+
+
 def test_pending_channels_that_a_kernel_has_no_room_for_are_activated_before(monkeypatch):
     header = (Path(__file__).parent.parent / "csrc/kernels.h").read_text()
     limit = re.search(r"kPendingChannels = (\d+);", header)[1]
@@ -616,8 +646,14 @@ def test_derivatives_without_a_rule_are_refused():
     with pytest.raises(RuntimeError, match="fastcnn ops have no second derivative"):
         torch.autograd.grad(y.sum(), t["x"], create_graph=True)
     x = t["x"].detach()
+
+    def layer(x):
+        return conv_bias_act(ops, case, t | {"x": x}, plan=FUSED, slope=1.0)  # one op alone
+
     with pytest.raises(RuntimeError, match="use backend torch"):
-        torch.func.jvp(lambda x: conv_bias_act(ops, case, t | {"x": x}, plan=FUSED), (x,), (x,))
+        torch.func.jvp(layer, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        layer(torch.autograd.forward_ad.make_dual(x, x))
     given = (t["filter"], None, None, None, None, 1.0, 1.0, 1, case.pads, False)
     with pytest.raises(RuntimeError, match="conv_affine_act: expected no backward"):
         LIBRARY.conv_affine_act(t["x"], *given).sum().backward()

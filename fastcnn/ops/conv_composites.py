@@ -45,7 +45,7 @@ def _product(x: Tensor, filter: Tensor, bias: Tensor | None, stride: int, pads: 
 def _statistics(values: Tensor) -> Tensor:
     """Mean, squared deviations from it and count of each channel, (3, 1, K)."""
     count = values.numel() // max(values.shape[1], 1)
-    mean = values.sum((0, 2, 3)) / max(count, 1)
+    mean = values.mean((0, 2, 3))
     squares = (values - mean.view(-1, 1, 1)).square().sum((0, 2, 3))
     return torch.stack([mean, squares, torch.full_like(mean, count)]).unsqueeze(1)
 
