@@ -5,8 +5,12 @@ import itertools
 import pytest
 import torch
 
-from fastcnn.ops import conv_composites, plan_measure, plans
+from fastcnn.archs import get_network
+from fastcnn.archs.layers import ConvNormAct
+from fastcnn.archs.spec import build
+from fastcnn.ops import conv_composites, plan_cache, plan_measure, plans
 from fastcnn.ops.plan_measure import ConvLayer, measure
+from fastcnn.train.half import half_network
 
 CPU = torch.device("cpu")
 KINDS = ("bn", "bias", "bias-pool")
@@ -189,6 +193,52 @@ def test_nothing_is_left_of_a_measurement(monkeypatch):
     assert torch.is_grad_enabled()
     assert not torch.backends.cudnn.benchmark
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.fixture
+def measured_on_the_cpu(monkeypatch, tmp_path):
+    """CPU tensors in half precision count as those of a GPU; the file of their measurements."""
+    path = plan_cache.file_of(tmp_path, {})
+    planner = plans.Planner(CPU, path, {})
+    monkeypatch.setattr(plans, "why_vendor", lambda device, dtype: "")
+    monkeypatch.setattr(plans, "_can_be_fused", lambda x: x.dtype in plans.HALVES)
+    monkeypatch.setattr(plans, "_planner_of", lambda device: planner)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    yield path
+    plans.set_mode("auto")
+
+
+@pytest.mark.parametrize("name", ["mao-batchnorm", "cnn-a"])
+def test_a_network_is_measured_in_its_first_step_and_trains_alike(measured_on_the_cpu, name):
+    network = get_network(name)
+    model = build(network, 32, 10, "fused")
+    for layer in model.modules():
+        if hasattr(layer, "dropout"):
+            layer.dropout = 0.0
+    model, _ = half_network(model, torch.bfloat16)
+    x = torch.randn(4, 3, 32, 32).bfloat16().to(memory_format=torch.channels_last)
+
+    def gradients():
+        with plans.noted() as taken:
+            y = model(x)
+        return taken, torch.autograd.grad(y.float().square().mean(), list(model.parameters()))
+
+    taken, _ = gradients()
+    convolutions = sum(isinstance(layer, ConvNormAct) for layer in model.modules())
+    assert len(taken) == convolutions
+    known = plan_cache.read(measured_on_the_cpu)
+    assert len(known) == len(set(known)) > 0
+    again, _ = gradients()
+    assert again == taken
+    assert plan_cache.read(measured_on_the_cpu) == known
+    results = {}
+    for mode in ("vendor", "fused"):
+        plans.set_mode(mode)
+        noted, results[mode] = gradients()
+        assert {plan.forward for plan in noted} == {mode}
+    for vendor, fused in zip(results["vendor"], results["fused"], strict=True):
+        # a max-pool of values that rounding has made equal may choose another of them
+        assert (fused - vendor).float().norm() <= 0.1 * vendor.float().norm() + 1e-6
 
 
 @pytest.mark.cuda

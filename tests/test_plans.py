@@ -330,6 +330,22 @@ def test_nothing_is_measured_while_torch_compile_traces(gpu):
     assert len(gpu.measuring.layers) == 1
 
 
+def test_torch_compile_follows_the_rule_by_which_layers_defer(gpu):
+    def defers(x):
+        return x + plans.may_defer(x)
+
+    compiled = torch.compile(defers, backend="eager", fullgraph=True)
+    x = torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16)
+    assert compiled(x).max() == 1
+    plans.set_mode("vendor")
+    assert compiled(x).max() == 0
+    plans.set_mode("auto")
+    torch._dynamo.reset()
+    torch.use_deterministic_algorithms(True)
+    assert compiled(x).max() == 0
+    torch._dynamo.reset()
+
+
 # what is said
 
 
