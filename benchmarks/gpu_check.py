@@ -380,9 +380,9 @@ STAGES: dict[str, tuple[Callable[[Check, float], Result], float]] = {
     "loaders": (loaders, 90),
     "time-to-accuracy": (time_to_accuracy, 300),
     "conv-tests": (conv_tests, 100),
-    "conv-layers": (conv_layers, 150),
-    "conv-steps": (conv_steps, 160),
-    "conv-inference": (conv_inference, 80),
+    "conv-layers": (conv_layers, 140),
+    "conv-steps": (conv_steps, 165),
+    "conv-inference": (conv_inference, 90),
 }
 GROUPS = {"conv": [name for name in STAGES if name.startswith("conv-")]}
 # the time of all others; time-to-accuracy needs CIFAR-10 as well
