@@ -126,3 +126,14 @@ def gradients(case, call, tensors, dy="dy"):
     y = call(t)
     found = torch.autograd.grad(y, [t[name] for name in names], t[dy])
     return {"y": y.detach()} | {f"d{n}": g for n, g in zip(names, found, strict=True)}
+
+
+class Noted:
+    """The library's ops; notes which were called."""
+
+    def __init__(self):
+        self.called = []
+
+    def __getattr__(self, name):
+        self.called.append(name)
+        return getattr(torch.ops.fastcnn, name)

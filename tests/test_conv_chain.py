@@ -16,7 +16,7 @@ from fastcnn.archs import NETWORKS
 from fastcnn.archs.init import initialise
 from fastcnn.archs.layers import ConvNormAct, ResidualBlock
 from fastcnn.archs.spec import build
-from fastcnn.ops import plans
+from fastcnn.ops import conv_library, plans
 from fastcnn.ops.plans import FUSED, VENDOR, Plan
 from fastcnn.train.half import half_network
 
@@ -169,6 +169,23 @@ def test_evaluation_is_torchs(name, no_grad, chained):
     layers = [m for m in fused.modules() if isinstance(m, ConvNormAct)]
     whole = [m for m in layers if m.pool in (None, (2, 2, 0))]
     assert called["conv_affine_act"] == (len(whole) if no_grad else 0)
+
+
+def test_a_chain_is_traced_without_breaks(chained, monkeypatch):
+    def any_number(x):  # of rows of partial statistics, as on a GPU
+        return torch.library.get_ctx().new_dynamic_size()
+
+    monkeypatch.setattr(conv_library, "_partial_rows", any_number)
+    (fused, _), x = twins("vgg11", torch.float32)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager", dynamic=False)
+    found = []
+    for call in (fused, compiled):
+        torch.manual_seed(1)  # dropout
+        logits = call(x)
+        gradients = torch.autograd.grad(logits.square().mean(), list(fused.parameters()))
+        found.append([logits.detach(), *gradients])
+    torch._dynamo.reset()
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
 def kept_bytes(model, x):
