@@ -1,6 +1,7 @@
 """`fastcnn bench --inference`: the same function under every backend, and a wrong one is seen."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,6 +77,13 @@ def test_half_precision_is_judged_by_eagers_own(library):
     assert [why_wrong(bench, backend) for backend in BACKENDS] == [""] * 3
     fused = bench.variant("fused", augment=False)
     assert next(fused.model.parameters()).dtype is torch.bfloat16
+
+
+def test_eager_judges_even_where_it_is_not_timed(library):
+    task = Task("mao-default", 4, "resident", ("eager-fp32",), half="bf16", images=16)
+    found = Steps(replace(task, inference=True))
+    assert found.wrong == {}
+    assert found.variants == ["eager-fp32"]
 
 
 def test_sets_lie_normalised_and_take_turns(bench):

@@ -1,9 +1,12 @@
 """Whole runs on a GPU: every precision, no waiting inside an epoch, resumption, same bits."""
 
+import copy
+
 import pytest
 import torch
 
 from fastcnn.archs import NETWORKS
+from fastcnn.archs.fold import Folded, fold
 from fastcnn.archs.init import initialise
 from fastcnn.archs.spec import build
 from fastcnn.config import AugmentConfig, DataConfig, OptimConfig, PlaceConfig
@@ -176,6 +179,37 @@ def test_evaluation_by_graphs_gives_the_same_figures():
         assert one.figures.top1 == plain.figures.top1
         assert torch.equal(one.confusion, plain.confusion)
         assert one.figures.loss == pytest.approx(plain.figures.loss, rel=1e-3)
+
+
+def test_graphs_of_evaluation_follow_the_weights():
+    loader = loader_of(torch.bfloat16, samples=300)
+    model = step_of(loader, torch.bfloat16, "off", "vgg16").model
+    precision = Precision(torch.bfloat16)
+    evaluator = Evaluator(model, loader, 10, precision, GPU, False, recorder_for(GPU, "on"))
+    for number in range(6):
+        found, fresh = evaluator(), evaluate(model, loader, 10, precision, GPU)
+        assert found.figures.loss == pytest.approx(fresh.figures.loss, rel=1e-3)
+        with torch.no_grad():
+            model.conv3.norm.running_mean.add_(number)
+            model.conv3.norm.running_var.mul_(1.5)
+            model.conv3.conv.weight.mul_(0.9)
+    assert evaluator.replay.captured == 2
+
+
+def test_a_fold_is_refreshed_without_waiting():
+    model = step_of(loader_of(torch.bfloat16), torch.bfloat16, "off", "vgg16").model
+    folded = Folded(model, torch.bfloat16)
+    with torch.no_grad():
+        model.conv2.norm.running_var.mul_(2)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        folded.refresh()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    wanted = fold(copy.deepcopy(model).cpu(), torch.bfloat16).state_dict()
+    for name, tensor in folded.network.state_dict().items():
+        torch.testing.assert_close(tensor.cpu(), wanted[name], rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("graph", ["on", "off"])

@@ -5,6 +5,7 @@ import torch
 from graph_twin import CpuTwin
 from small_runs import assert_same, final_state, start
 from test_fold import RARE, changed, images_for, model_of
+from test_graph import resident_bytes
 from torch.nn import functional as F
 
 from fastcnn.archs.layers import ConvNormAct, LinearNormAct
@@ -72,6 +73,17 @@ def test_every_evaluation_takes_the_weights_as_they_are(name, recorder):
             model.conv1.norm.running_mean.add_(len(seen))
     assert len(set(seen)) == 4
     assert evaluator.replay.captured == (2 if recorder else 0)
+
+
+def test_evaluations_do_not_grow():
+    model, batches = model_of(RARE, "fused"), batches_of()
+    evaluator = Evaluator(model, batches, 10, PRECISIONS["bf16"], CPU)
+    sizes = []
+    for _ in range(150):
+        evaluator()
+        sizes.append(resident_bytes())
+    # its weights, 90 kB, kept once an evaluation would be 9 MB
+    assert max(sizes[50:]) - max(sizes[:50]) < 2 * 2**20
 
 
 def test_the_model_is_read_and_no_more():

@@ -59,7 +59,7 @@ class Folded:
     def refresh(self) -> None:
         """Fold and round the model's weights as they are now, in place.
 
-        A launch for each folded layer and about fifteen for all of them, and the host waits for
+        A launch for each folded layer and about twenty for all of them, and the host waits for
         none. Computed in fp64, then rounded once (to a half dtype by torch, by way of fp32). A NaN
         among the statistics goes on into the weights.
         """

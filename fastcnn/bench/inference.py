@@ -39,7 +39,8 @@ class InferenceBench(Workbench):
             for ending, draw in DRAWN.items():
                 if name.endswith(ending):
                     draw(tensor, generator)
-        dtypes = {self.half(backend) or torch.float32 for backend in task.backends}
+        backends = (judge.EAGER, *task.backends)  # by eager all are judged
+        dtypes = {self.half(backend) or torch.float32 for backend in backends}
         batch_bytes = task.batch * 3 * self.size**2 * min(dtype.itemsize for dtype in dtypes)
         wanted, _ = sets_and_calls(batch_bytes, self.device.type, cache_bytes(self.device))
         self.count = max(1, min(wanted, task.images // task.batch))

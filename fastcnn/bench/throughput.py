@@ -1,4 +1,4 @@
-"""Training steps under several backends, in interleaved rounds: what `fastcnn bench` does first.
+"""Steps under several backends, in interleaved rounds: training steps, or passes of inference.
 
 On a GPU one process times every variant of a task by device events. On a CPU two processes do, one
 with the allocator as Python sets it up ("plain") and one as the command does ("tuned"), and only
