@@ -49,7 +49,7 @@ struct LaunchConfiguration {
 std::vector<LaunchConfiguration> launch_configuration(const std::string& op, const Sizes& sizes,
                                                       Dtype dtype, const Pool& pool);
 
-// Every kernel as compiled for the current GPU; blocks_per_sm at 256 threads and the most shared
+// Every kernel as compiled for the current GPU; blocks_per_sm at the threads and the most shared
 // memory that a launch of it takes. Throws std::runtime_error without a GPU.
 struct Occupancy {
   std::string kernel;

@@ -182,6 +182,10 @@ def test_more_tiles_than_blocks(conv):
     check_forward(conv, LARGE, torch.bfloat16, NORM, Epilogue(bias=True, stats_slope=0.1))
 
 
+def test_most_channels_of_a_pending_input(conv):
+    check_forward(conv, Shape(1, 1, 1, 640, 72, (1, 1), 1, NONE), torch.float16, NORM, INFERENCE)
+
+
 def test_statistics_of_values_far_from_zero(conv):
     """A mean of a thousand deviations costs no digits."""
     data = make(shape := Shape(4, 12, 12, 3, 24), torch.float16, Pending(), epilogue := RAW)
@@ -377,8 +381,12 @@ def test_what_is_refused(kernels):
         assert kernels.conv(dtype=dtype, pool=False, **given) == 1
         assert kernels.conv_data_gradient(dtype=dtype, batch_stats=False, **given) == 1
         assert kernels.conv_weight_gradient(dtype=dtype, **given) == 1
-    assert kernels.conv(dtype="float16", pool=True, partials=16, **given) == 1
-    assert kernels.conv(dtype="float16", pool=True, residual=16, **given) == 1
+    half = {**given, "dtype": "float16"}
+    assert kernels.conv(pool=True, partials=16, **half) == 1
+    assert kernels.conv(pool=True, residual=16, **half) == 1
+    # a pending input's vectors must fit into shared memory
+    many = {**half, "shape": Shape(1, 1, 1, 641, 8, (1, 1), 1, NONE).fields, "in_bias": 16}
+    assert kernels.conv(pool=False, **many) == 1
 
 
 def test_the_two_gradients_of_plain_torch_agree():

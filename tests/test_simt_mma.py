@@ -106,7 +106,7 @@ def test_instructions_that_are_compiled(tmp_path, target):
         r"HMMA\.16816\.F32\.BF16 ",
         r"LDSM\.16\.M88\.4 ",
         r"LDSM\.16\.MT88\.4 ",
-        r"LDGSTS\.E\.BYPASS\.128",
+        r"LDGSTS\.E\.128 ",
         r"LDGDEPBAR",
         r"DEPBAR\.LE SB0, 0x2",
     ):

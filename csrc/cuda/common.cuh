@@ -274,10 +274,17 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, c
 #endif
 }
 
-// for tables: "bn_act_kernel<bf16, 8, 1>", the template's arguments, and where the kernel is
+// for tables: "bn_act_kernel<bf16, 8, 1>", the template's arguments, and where the kernel is; what a
+// launch of it takes, where that is not as for most kernels (introspection.cu)
 struct Kernel {
   std::string name;
   const void* address;
+  int threads = 0;    // 0: as for most
+  size_t shared = 0;  // bytes, at most
+
+  Kernel taking(int block_threads, size_t most_shared) const {
+    return {name, address, block_threads, most_shared};
+  }
 };
 
 template <typename... P>

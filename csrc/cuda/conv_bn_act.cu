@@ -268,9 +268,11 @@ std::vector<Kernel> conv_bn_act_kernels() {
   std::vector<Kernel> kernels;
   const auto add = [&](auto number, const std::string& type) {
     for_all([&](auto filters, auto taps) {
-      kernels.push_back(named<filters.value, static_cast<int>(taps.value)>(
+      const Kernel kernel = named<filters.value, static_cast<int>(taps.value)>(
           "conv_bn_act_kernel", type,
-          conv_bn_act_kernel<decltype(number), filters.value, taps.value>));
+          conv_bn_act_kernel<decltype(number), filters.value, taps.value>);
+      const int pending = taps.value == Taps::copied ? 0 : kPendingChannels;
+      kernels.push_back(kernel.taking(kConvThreads, ConvShared<filters.value>::bytes(pending)));
     });
   };
   add(__half{}, "f16");

@@ -119,6 +119,7 @@ __global__ void __launch_bounds__(kConvThreads, conv_resident(kTileFilters, kTap
 // of one place of the filter through shared memory, so that both sides are read and written in rows.
 constexpr int kTurn = 32;
 constexpr int kTurnRows = 8;
+constexpr size_t kTurnBytes = sizeof(float) * kTurn * (kTurn + 1);
 
 template <typename T>
 __global__ void __launch_bounds__(kTurn* kTurnRows)
@@ -151,10 +152,9 @@ cudaError_t turn_filters(const ConvShape& shape, const void* filters, void* turn
   const int places = shape.r * shape.s;
   const dim3 grid(blocks_for(shape.k, kTurn) * static_cast<unsigned>(places),
                   blocks_for(shape.c, kTurn));
-  return launch(conv_turn_filters_kernel<T>, grid, kTurn * kTurnRows,
-                sizeof(float) * kTurn * (kTurn + 1), stream, static_cast<const T*>(filters),
-                static_cast<T*>(turned), static_cast<int>(shape.k), places,
-                static_cast<int>(shape.c));
+  return launch(conv_turn_filters_kernel<T>, grid, kTurn * kTurnRows, kTurnBytes, stream,
+                static_cast<const T*>(filters), static_cast<T*>(turned),
+                static_cast<int>(shape.k), places, static_cast<int>(shape.c));
 }
 
 int64_t input_pixels(const ConvShape& shape) { return shape.n * shape.h * shape.w; }
@@ -268,11 +268,13 @@ std::vector<Kernel> conv_data_gradient_kernels() {
   std::vector<Kernel> kernels;
   const auto add = [&](auto number, const std::string& type) {
     using T = decltype(number);
-    kernels.push_back(named("conv_turn_filters_kernel<" + type + ">", conv_turn_filters_kernel<T>));
+    kernels.push_back(named("conv_turn_filters_kernel<" + type + ">", conv_turn_filters_kernel<T>)
+                          .taking(kTurn * kTurnRows, kTurnBytes));
     for_all([&](auto channels, auto taps) {
-      kernels.push_back(named<channels.value, static_cast<int>(taps.value)>(
+      const Kernel kernel = named<channels.value, static_cast<int>(taps.value)>(
           "conv_data_gradient_kernel", type,
-          conv_data_gradient_kernel<T, channels.value, taps.value>));
+          conv_data_gradient_kernel<T, channels.value, taps.value>);
+      kernels.push_back(kernel.taking(kConvThreads, ConvShared<channels.value>::bytes(0)));
     });
   };
   add(__half{}, "f16");

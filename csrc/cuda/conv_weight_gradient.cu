@@ -354,10 +354,12 @@ std::vector<Kernel> conv_weight_gradient_kernels() {
   const auto add = [&](auto number, const std::string& type) {
     using T = decltype(number);
     const std::string name = "conv_weight_gradient_kernel";
-    kernels.push_back(named<false>(name, type, conv_weight_gradient_kernel<T, false>));
-    kernels.push_back(named<true>(name, type, conv_weight_gradient_kernel<T, true>));
+    for (const Kernel& kernel : {named<false>(name, type, conv_weight_gradient_kernel<T, false>),
+                                 named<true>(name, type, conv_weight_gradient_kernel<T, true>)})
+      kernels.push_back(kernel.taking(kConvThreads, WeightGradientShared::kBytes));
     kernels.push_back(
-        named("conv_weight_gradient_sum_kernel<" + type + ">", conv_weight_gradient_sum_kernel<T>));
+        named("conv_weight_gradient_sum_kernel<" + type + ">", conv_weight_gradient_sum_kernel<T>)
+            .taking(kConvThreads, 0));
   };
   add(__half{}, "f16");
   add(__nv_bfloat16{}, "bf16");

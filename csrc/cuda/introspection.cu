@@ -107,7 +107,9 @@ std::string name_of(const void* address) {
 }
 
 // of a launch that reduces: bn_stats takes the most, 3 V + 1 floats a thread
-size_t most_shared(const std::string& name) {
+size_t most_shared(const Kernel& kernel) {
+  if (kernel.threads) return kernel.shared;
+  const std::string& name = kernel.name;
   const bool reduces = name.find("stats") != std::string::npos ||
                        name.find("backward") != std::string::npos;
   const int width = name.find(", 8") != std::string::npos ? 8 : 4;
@@ -141,9 +143,10 @@ std::vector<Occupancy> occupancy() {
   for (const Kernel& kernel : all_kernels()) {
     cudaFuncAttributes attributes;
     check(cudaFuncGetAttributes(&attributes, kernel.address));
-    const size_t shared = most_shared(kernel.name);
+    const size_t shared = most_shared(kernel);
+    const int threads = kernel.threads ? kernel.threads : kThreads;
     int blocks = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.address, kThreads, shared));
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.address, threads, shared));
     table.push_back({kernel.name, attributes.numRegs, attributes.localSizeBytes,
                      attributes.sharedSizeBytes + shared, blocks});
   }

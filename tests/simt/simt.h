@@ -63,7 +63,11 @@ Product begin_product(int rows, int columns);
 // comes back when the whole warp is here, with d
 void finish_product();
 
-void check_aligned(const void* address);  // 16 bytes; ends the process
+[[noreturn]] void fail_misaligned(const void* address);
+// 16 bytes; else ends the process
+inline void check_aligned(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16) fail_misaligned(address);
+}
 
 // An asynchronous copy of 16 bytes, or of zeros. It reads and writes when its thread waits for it;
 // until then its target holds NaN. A thread that ends with a copy that it has not waited for ends

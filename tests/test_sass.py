@@ -1,0 +1,58 @@
+"""The machine code of the built library: tensor cores and 16-byte accesses where they are meant."""
+
+import re
+
+import pytest
+import sass
+from test_ptxas import ARCHS, TARGETS, conv_kernels, kernel_name
+
+from fastcnn.ops import build, toolchain
+
+# the tensor cores; of Hopper's own instruction as well
+PRODUCT = r"\b(HMMA\.16816\.F32|HGMMA)"
+FROM_SHARED = r"\bLDSM\.16\.M"
+TURNED_FROM_SHARED = r"\bLDSM\.16\.MT88\.4"
+# global memory, 16 bytes: copied to shared memory, loaded, stored
+COPY, LOAD, STORE = r"\bLDGSTS\.E\S*\.128", r"\bLDG\.E\S*\.128", r"\bSTG\.E\S*\.128"
+SPILL = r"\b(LDL|STL)\b"
+
+
+@pytest.fixture(scope="module")
+def code():
+    """Instructions by target and kernel."""
+    if toolchain.find_cuda() is None or (reason := build.available(ARCHS)):
+        pytest.skip(reason if toolchain.find_cuda() else toolchain.no_cuda())
+    built = build.ensure(ARCHS, quiet=True)
+    found = sass.disassemble(built.path)
+    return {
+        target: {kernel_name(name): text for name, text in found[target].items()}
+        for target in TARGETS
+    }
+
+
+def wanted(kernel: str) -> list[str]:
+    """What a kernel is to contain."""
+    if "_sum_" in kernel or "turn_filters" in kernel:
+        return []
+    if kernel.startswith("conv_weight_gradient"):
+        pending = kernel.endswith(", 1>")
+        return [PRODUCT, TURNED_FROM_SHARED, COPY, *([LOAD] if pending else [])]
+    *_, taps = kernel.rstrip(">").split(", ")
+    reads = {"0": [COPY], "1": [COPY, LOAD], "2": []}[taps]
+    return [PRODUCT, FROM_SHARED, STORE, *reads]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_convolutions_use_tensor_cores_and_16_bytes(code, target):
+    for kernel in sorted(conv_kernels()):
+        for instruction in wanted(kernel):
+            assert re.search(instruction, code[target][kernel]), (kernel, instruction)
+        assert not re.search(SPILL, code[target][kernel]), kernel
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_behind_a_layer_use_16_bytes(code, target):
+    for kernel in ("bn_act_kernel<bf16, 8, 1>", "bn_act_backward_kernel<f16, 8, 1>"):
+        for instruction in (LOAD, STORE):
+            assert re.search(instruction, code[target][kernel]), (kernel, instruction)
+        assert not re.search(PRODUCT, code[target][kernel])
