@@ -4,6 +4,8 @@
     python benchmarks/gpu_check.py --stages build,tests
     python benchmarks/gpu_check.py --stages build,bench-small,loaders   # the reports' batch sizes
     python benchmarks/gpu_check.py --stages build,time-to-accuracy      # needs CIFAR-10
+    python benchmarks/gpu_check.py --stages build,conv  # the fused convolution: tests, layers,
+                                                        # steps, inference
     python benchmarks/gpu_check.py --device cpu     # the same steps without a GPU, to try them
 
 Runs from a bare source tree and needs torch, numpy, ninja, pytest, pytest-benchmark and a CUDA
@@ -17,6 +19,7 @@ Exit codes: 0 all passed, 1 a stage did not, 2 no GPU.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import re
@@ -32,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import conv_stages
 import torch
 from report import REPOSITORY
 
@@ -131,9 +135,18 @@ def build(check: Check, budget_s: float) -> Result:
 
 def tests(check: Check, budget_s: float) -> Result:
     """Run the tests marked `cuda`, from those files that can be imported here."""
+    return _tests(check, budget_s, ["tests"])
+
+
+def conv_tests(check: Check, budget_s: float) -> Result:
+    """Those of the fused convolution alone."""
+    return _tests(check, budget_s, conv_stages.test_files(REPOSITORY))
+
+
+def _tests(check: Check, budget_s: float, where: list[str]) -> Result:
     start = time.monotonic()
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "cuda"]
-    collect = [*pytest, "tests", "--collect-only", "-q", "--continue-on-collection-errors"]
+    collect = [*pytest, *where, "--collect-only", "-q", "--continue-on-collection-errors"]
     check.run(collect, "tests.log", budget_s / 2)
     files, errors = collected((check.output / "tests.log").read_text("utf-8", "replace"))
     result: Result = {"state": "failed", "seconds": 0.0, "files": files, "not_collected": errors}
@@ -298,6 +311,27 @@ def time_to_accuracy(check: Check, budget_s: float) -> Result:
     return _fastcnn_bench(check, "time-to-accuracy", budget_s, words)
 
 
+def conv_layers(check: Check, budget_s: float) -> Result:
+    """Each convolution by every implementation, with the plan that a run takes."""
+    result = _fastcnn_bench(check, "conv-layers", budget_s, conv_stages.layer_words(check.on_gpu))
+    wrong = conv_stages.wrong_layers(result["content"])
+    return result | ({"state": "failed", "reason": "; ".join(wrong)} if wrong else {})
+
+
+def conv_steps(check: Check, budget_s: float) -> Result:
+    """Whole training steps under each rule that convolutions are chosen by."""
+    bench = functools.partial(_fastcnn_bench, check)
+    words = conv_stages.step_words(check.on_gpu)
+    return conv_stages.under_each_rule(bench, "conv-steps", budget_s, words, check.on_gpu)
+
+
+def conv_inference(check: Check, budget_s: float) -> Result:
+    """The same of inference."""
+    bench = functools.partial(_fastcnn_bench, check)
+    words = conv_stages.inference_words(check.on_gpu)
+    return conv_stages.under_each_rule(bench, "conv-inference", budget_s, words, check.on_gpu)
+
+
 def _fastcnn_bench(check: Check, name: str, budget_s: float, words: list[str]) -> Result:
     written = check.scratch / f"{name}.json"
     left = min(budget_s, check.deadline - time.monotonic())
@@ -345,9 +379,14 @@ STAGES: dict[str, tuple[Callable[[Check, float], Result], float]] = {
     "bench-small": (bench_small, 330),
     "loaders": (loaders, 90),
     "time-to-accuracy": (time_to_accuracy, 300),
+    "conv-tests": (conv_tests, 100),
+    "conv-layers": (conv_layers, 140),
+    "conv-steps": (conv_steps, 165),
+    "conv-inference": (conv_inference, 90),
 }
+GROUPS = {"conv": [name for name in STAGES if name.startswith("conv-")]}
 # the time of all others; time-to-accuracy needs CIFAR-10 as well
-NAMED_ALONE = ("bench-small", "loaders", "time-to-accuracy")
+NAMED_ALONE = ("bench-small", "loaders", "time-to-accuracy", *GROUPS["conv"])
 UNASKED = [name for name in STAGES if name not in NAMED_ALONE]
 NEED_THE_LIBRARY = [name for name in STAGES if name not in ("build", "tests")]
 
@@ -392,6 +431,8 @@ def line_of(name: str, result: Result) -> str:
     words += [f"{tool} {one['state']}" for tool, one in result.get("tools", {}).items()]
     if content := result.get("content"):
         words += timed(content)
+    ratios = result.get("ratios", {}).items()
+    words += [f"{name}: {ratio:.2f} times as fast as --conv vendor" for name, ratio in ratios]
     return "; ".join(words)
 
 
@@ -410,12 +451,12 @@ def timed(content: dict[str, Any]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    named = f"default: %(default)s; also {', '.join(NAMED_ALONE)}"
+    named = f"default: %(default)s; also {', '.join((*NAMED_ALONE, *GROUPS))}"
     parser.add_argument("--stages", default=",".join(UNASKED), help=named)
     parser.add_argument("--output", type=Path, help="folder of the JSON file and the logs")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds (%(default)g)")
     options = parser.parse_args()
-    names = options.stages.split(",")
+    names = [n for word in options.stages.split(",") for n in GROUPS.get(word, [word])]
     if unknown := [name for name in names if name not in STAGES]:
         parser.error(f"--stages: no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -47,6 +47,7 @@ EVAL_SHARED = (
     "test_flip",
     "device",
     "backend",
+    "conv",
     "amp",
     "amp_dtype",
     "threads",

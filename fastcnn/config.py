@@ -168,6 +168,12 @@ class RunConfig:
         "auto",
         "fused: the native library's kernels; torch: plain torch; auto: fused where it can be had",
     )
+    conv: Literal["auto", "fused", "vendor"] = option(
+        "auto",
+        "convolutions, in half precision on a GPU: fused: the native library's; vendor: cuDNN's; "
+        "auto: for each layer the faster one, by a measurement in its first step (kept in the "
+        "cache), and cuDNN's with --deterministic, where no timing may decide",
+    )
     amp: bool = option(False, "mixed precision, where the hardware has it")
     amp_dtype: Literal["bf16", "fp16"] = option("bf16", "half precision of --amp")
     graph: Literal["auto", "on", "off"] = option(

@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from small_runs import start
+from small_runs import SMALL, resume, start
 
 from fastcnn import ops
 from fastcnn.archs import NETWORKS
 from fastcnn.archs.init import initialise
 from fastcnn.archs.layers import ConvNormAct
 from fastcnn.archs.spec import Conv, build
+from fastcnn.config import PlaceConfig
 from fastcnn.data import Normalization, load_dataset, make_loader
 from fastcnn.errors import BuildError
-from fastcnn.ops import backend, reference
+from fastcnn.ops import backend, plans, reference
 from fastcnn.recipes import resolve
 from fastcnn.train import run
 from fastcnn.train.precision import Precision
@@ -82,6 +83,98 @@ def test_library_without_code_for_the_gpu(monkeypatch, library):
     monkeypatch.setattr(ops, "has_kernels", lambda device_type: False)
     with pytest.raises(BuildError, match="no CUDA kernels"):
         backend.choose_backend("fused", gpu, None)
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def mode():
+    yield lambda: plans._mode
+    plans.set_mode("auto")
+
+
+@pytest.fixture
+def with_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+
+
+def test_convolutions_by_measurement_or_the_vendors_are_a_choice_everywhere(mode):
+    for chosen in ("vendor", "auto"):
+        backend.choose_convolution(chosen, "torch", CPU, None)
+        assert mode() == chosen
+
+
+def test_fused_convolutions_where_there_are_kernels(mode, with_kernels):
+    backend.choose_convolution("fused", "fused", GPU, torch.bfloat16)
+    assert mode() == "fused"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "device", "dtype", "says"),
+    [
+        ("torch", GPU, torch.bfloat16, "needs --backend fused.*; use --conv auto"),
+        ("fused", CPU, torch.bfloat16, "CPU: oneDNN's convolution; use --conv auto"),
+        ("fused", GPU, None, "float32: .* half precision's; add --amp, or use --conv auto"),
+    ],
+)
+def test_fused_convolutions_that_cannot_be_had(mode, with_kernels, chosen, device, dtype, says):
+    with pytest.raises(BuildError, match=f"--conv fused: {says}"):
+        backend.choose_convolution("fused", chosen, device, dtype)
+    assert mode() == "auto"
+
+
+def test_fused_convolutions_need_a_gpu_and_a_library_that_have_them(
+    mode, with_kernels, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(BuildError, match=r"capability 7\.5: the fused kernels need 8\.0; use"):
+        backend.choose_convolution("fused", "fused", GPU, torch.float16)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
+    with pytest.raises(BuildError, match="no CUDA kernels; `fastcnn doctor` says why; use --conv"):
+        backend.choose_convolution("fused", "fused", GPU, torch.float16)
+
+
+def test_a_run_and_an_evaluation_choose_their_convolutions(tmp_path, mode):
+    with pytest.raises(BuildError, match="--conv fused: CPU"):
+        start(tmp_path, epochs=1, conv="fused")
+    folder = start(tmp_path, epochs=1, conv="vendor").folder.path
+    assert mode() == "vendor"
+    assert "conv: vendor" in (folder / "config.yaml").read_text()
+    run.evaluate_run(str(folder))
+    assert mode() == "auto"
+    with pytest.raises(BuildError, match="--conv fused: CPU"):
+        run.evaluate_run(str(folder), overrides={"conv": "fused"})
+
+
+def test_a_resumed_run_keeps_its_choice_or_takes_another(tmp_path, mode, monkeypatch):
+    folder = start(tmp_path, epochs=1, conv="vendor").folder.path
+    (folder / "summary.json").unlink()
+    plans.set_mode("auto")
+    resume(folder)
+    assert mode() == "vendor"
+    (folder / "summary.json").unlink()
+    resume(folder, conv="auto")  # without --allow-changes
+    assert mode() == "auto"
+
+
+def test_the_plans_of_a_run_are_said_once_after_its_first_step(tmp_path, monkeypatch, capsys):
+    steps = []
+    work = TrainStep._work
+
+    def plan_and_work(self, images, labels):
+        steps.append(None)
+        for taken in plans._noting:
+            taken.extend([plans.FUSED, plans.VENDOR])
+        work(self, images, labels)
+
+    monkeypatch.setattr(TrainStep, "_work", plan_and_work)
+    place = PlaceConfig(output=str(tmp_path), name="run")
+    run.start(resolve(SMALL), place, ["test"])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "convolutions" in line]
+    assert lines == ["convolutions: 1 of 2 fused (measured; `fastcnn bench --layers` shows why)"]
+    assert len(steps) > 1
 
 
 def test_unknown_backend():

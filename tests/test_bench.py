@@ -50,7 +50,8 @@ def command(capsys, *words):
         ("--seeds 2", "--seeds: goes with --time-to-accuracy alone"),
         ("--time-to-accuracy 0.9 --rounds 9", "--rounds: means nothing to --time-to-accuracy"),
         ("--time-to-accuracy 94", "--time-to-accuracy: must be at most 1"),
-        ("--layers --backends fused", "--backends: means nothing to --layers"),
+        ("--layers --backends fused", "--backends fused: --layers takes eager compile"),
+        ("--data-only --backends fused", "--backends: means nothing to --data-only"),
         ("--layers --loader torch", "--loader: means nothing to --layers"),
         ("--data-only --plot x.png", "--plot: there is no chart of --data-only"),
         ("--json .", "--json .: expected a file that can be written"),
@@ -340,6 +341,16 @@ def test_every_part_of_every_layer_is_told(library, capsys, tmp_path):
         assert sum(r["share_of_step"][backend] for r in rows) == pytest.approx(1, abs=0.01)
     assert "time_us" not in json.dumps(rows)
     assert "of fused's step" in out
+    products = [r for r in rows if r["part"] in layers.PRODUCTS]
+    assert {r["layer"] for r in products if "plan" in r} == {"conv1", "conv2", "conv3", "conv4"}
+    assert {r["plan_reason"] for r in products if "plan" in r} == {"CPU: oneDNN's convolution"}
+    assert "vendor (CPU: oneDNN's convolution)" in out
+
+
+def test_rivals_of_fused_convolutions_are_named_where_there_are_such(library, capsys):
+    code, _, err = command(capsys, *SMALL, "--layers", "--backends", "eager")
+    assert code == 2
+    assert "--backends: means nothing to --layers here (CPU: oneDNN's convolution)" in err
 
 
 def test_a_layers_floor_is_the_larger_of_its_two():

@@ -49,6 +49,10 @@ def test_every_default_passes_its_own_check_and_has_a_help_text():
         ({"optimizer": "adamw", "decay": "l2"}, "use --optimizer adam"),
         ({"warmup_epochs": 60}, "--warmup-epochs: must be less than --epochs"),
         ({"resized_crop": 0.5}, "add --crop-padding 0"),
+        (
+            {"conv": "fusd"},
+            "--conv: 'fusd' is not one of auto, fused, vendor; did you mean 'fused'?",
+        ),
         ({"arch": None}, "--arch: expected a text"),
     ],
 )
@@ -94,3 +98,9 @@ def test_lists_of_words_and_numbers(kind, value, says):
         return
     with pytest.raises(UsageError, match=re.escape(says)):
         option.parse(value)
+
+
+def test_a_configuration_saved_before_there_was_a_choice_of_convolutions_still_loads():
+    saved = Config.from_flat({"arch": "cnn-a"}).flat()
+    assert saved.pop("conv") == "auto"
+    assert Config.from_flat(saved).run.conv == "auto"

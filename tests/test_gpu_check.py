@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import conv_stages
 import gpu_check
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -145,6 +146,89 @@ def test_all_stages_fit_into_ten_minutes():
     assert sum(budgets) <= gpu_check.BUDGET_S < 600
     assert "time-to-accuracy" not in gpu_check.UNASKED
     assert "bench-step" in gpu_check.UNASKED
+    assert not set(gpu_check.GROUPS["conv"]) & set(gpu_check.UNASKED)
+
+
+def test_the_convolution_and_its_build_fit_into_ten_minutes():
+    names = ["build", *gpu_check.GROUPS["conv"]]
+    assert names[1] == "conv-tests"  # before anything is timed
+    assert sum(gpu_check.STAGES[name][1] for name in names) <= gpu_check.BUDGET_S
+
+
+def test_the_convolutions_tests_are_found():
+    files = conv_stages.test_files(REPOSITORY)
+    assert {"tests/test_plan_measure.py", "tests/test_bench_conv_layers.py"} <= set(files)
+    assert all((REPOSITORY / file).exists() for file in files)
+
+
+def rates_of(**images_per_s):
+    rows = [
+        {"network": "n", "batch": 8, "backend": name, "images_per_s": {"median": rate}}
+        for name, rate in images_per_s.items()
+    ]
+    return {"mode": "throughput", "left_out": [], "rows": rows}
+
+
+def test_rules_are_held_against_the_vendors_convolutions():
+    contents = {
+        "auto": rates_of(eager=9.0, fused=3.0, graph=4.0),
+        "fused": rates_of(fused=1.0),
+        "vendor": rates_of(eager=1.0, fused=2.0),
+    }
+    assert conv_stages.ratios(contents) == {"n 8 fused auto": 1.5, "n 8 fused fused": 0.5}
+    assert conv_stages.ratios({"auto": {}, "vendor": {}}) == {}
+
+
+@pytest.mark.parametrize("failing", [None, "fused"])
+def test_every_rule_is_run_and_one_that_fails_is_named(failing):
+    told = []
+
+    def bench(name, budget_s, words):
+        told.append((name, budget_s, words[-1]))
+        state = "failed" if words[-1] == failing else "passed"
+        return {"state": state, "seconds": 2.0, "content": rates_of(fused=1.0)}
+
+    result = conv_stages.under_each_rule(bench, "conv-steps", 30.0, [], on_gpu=True)
+    assert told == [(f"conv-steps-{rule}", 10.0, rule) for rule in ("auto", "fused", "vendor")]
+    assert result["seconds"] == 6.0
+    assert result["state"] == ("failed" if failing else "passed")
+    assert result["reason"] == ("--conv fused failed" if failing else "")
+    assert "n 8 fused auto: 1.00 times as fast as --conv vendor" in gpu_check.line_of(
+        "conv-steps", result
+    )
+
+
+def test_a_layer_that_is_wrong_fails_its_stage(check, monkeypatch):
+    def run(self, command, log, budget_s):
+        path = Path(command[command.index("--json") + 1])
+        good = {"network": "n", "batch": 1, "layer": "conv1", "part": "inference"}
+        bad = {"network": "n", "batch": 1, "layer": "conv2", "backend": "plan_parts", "why": "off"}
+        path.write_text(json.dumps({"mode": "layers", "rows": [good, bad], "left_out": []}))
+        return "passed", 1.0
+
+    monkeypatch.setattr(gpu_check.Check, "run", run)
+    result = gpu_check.conv_layers(check, 60)
+    assert (result["state"], result["reason"]) == ("failed", "n conv2 plan_parts: off")
+
+
+def test_layers_are_told_without_a_gpu(check, library):
+    result = gpu_check.conv_layers(check, 60)
+    assert result["state"] == "passed"
+    assert {"product", "chain forward"} <= {row["part"] for row in result["content"]["rows"]}
+
+
+def test_a_group_of_stages_is_named_by_one_word(tmp_path, monkeypatch):
+    told = []
+
+    def run_stages(check, names, scale):
+        told.extend(names)
+        return {"passed": True}
+
+    monkeypatch.setattr(gpu_check, "run_stages", run_stages)
+    words = ["--device", "cpu", "--stages", "build,conv", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *words])
+    assert gpu_check.main() == 0
+    assert told == ["build", "conv-tests", "conv-layers", "conv-steps", "conv-inference"]
 
 
 def test_steps_are_compared_without_a_gpu(check, library):
@@ -207,7 +291,10 @@ def test_the_words_of_each_comparison_are_options(check, monkeypatch, device):
     gpu_check.bench_small(check, 60)
     gpu_check.loaders(check, 60)
     gpu_check.time_to_accuracy(check, 60)
-    steps, small, rates, times = (
+    gpu_check.conv_layers(check, 60)
+    gpu_check.conv_steps(check, 60)
+    gpu_check.conv_inference(check, 60)
+    steps, small, rates, times, layers, *ruled = (
         settings_of(parse(["bench", *["modern" if w == "fast" else w for w in command[3:]]])[1])
         for command in told
     )
@@ -215,4 +302,8 @@ def test_the_words_of_each_comparison_are_options(check, monkeypatch, device):
     assert small.own.budget == pytest.approx(60 - gpu_check.RESERVE_S, abs=1)
     assert rates.own.data_only
     assert times.own.time_to_accuracy
+    assert layers.own.layers
+    rules = ["auto", "fused", "vendor"] if device == "cuda" else ["auto", "vendor"]
+    assert [one.config.run.conv for one in ruled] == rules * 2
+    assert [one.own.inference for one in ruled] == sorted([False, True] * len(rules))
     assert steps.config.run.device == device

@@ -1,8 +1,9 @@
 """Each layer of a network by itself: its product, the gradients of it, and what follows.
 
-A product (convolution or linear layer) is torch's own under every backend and timed once; what
-follows it is timed under eager torch and fused. The parts are timed in turn over inputs larger
-together than the cache; repeated layers are measured once.
+A product (convolution or linear layer) of torch is timed once; what follows it is timed under eager
+torch and fused. The parts are timed in turn over inputs larger together than the cache; repeated
+layers are measured once. On a GPU in half precision, where a convolution may be fused with what is
+around it, its implementations are compared as well (conv_layers.py).
 """
 
 import math
@@ -17,9 +18,10 @@ from torch import Tensor
 from fastcnn import ops
 from fastcnn.archs import get_network
 from fastcnn.bench.cases import Layer, backward_bytes, forward_bytes, function_of, layers_of
+from fastcnn.bench.conv_layers import RIVALS, rows_of_convolutions
 from fastcnn.bench.timing import Phases, Time, cache_bytes, ratios, sets_and_calls, spread
 from fastcnn.bench.turns import WARMUP_ROUNDS, Turns, check
-from fastcnn.ops import reference
+from fastcnn.ops import plans, reference
 
 Row = dict[str, Any]
 Seconds = dict[str, list[float]]  # a round each, by variant
@@ -35,8 +37,10 @@ def rows_of_network(
     device: torch.device,
     rounds: int,
     limits: Mapping[str, float],
+    rivals: tuple[str, ...] = RIVALS,
 ) -> list[Row]:
-    """Measure every layer; a row for each part of each. limits: see Run.limits."""
+    """Measure every layer; a row for each part of each. limits: see Run.limits; rivals: of the
+    fused convolutions."""
     layers = layers_of(get_network(name), batch)
     measured: dict[Any, tuple[dict[str, Seconds], dict[str, str]]] = {}
     rows, times = [], []
@@ -55,7 +59,16 @@ def rows_of_network(
             for v, why in wrong.items()
         ]
     _add_shares([row for row in rows if "part" in row], times)
-    return rows
+    if why := plans.why_vendor(device, dtype):
+        convolutions = {layer.name for layer in layers if len(layer.x) == 4}
+        for row in rows:
+            if row["layer"] in convolutions and row.get("part") in PRODUCTS:
+                row |= {"plan": list(plans.VENDOR), "plan_reason": why}
+        return rows
+    figures = partial(_figures_of_part, limits=limits)
+    return rows + rows_of_convolutions(
+        get_network(name), batch, dtype, device, rounds, figures, rivals
+    )
 
 
 def _measured(
@@ -152,7 +165,10 @@ def bytes_and_flop(layer: Layer, part: str, itemsize: int) -> tuple[int, int]:
 def _figures(
     layer: Layer, part: str, seconds: Seconds, dtype: torch.dtype, limits: Mapping[str, float]
 ) -> Row:
-    moved, flop = bytes_and_flop(layer, part, dtype.itemsize)
+    return _figures_of_part(*bytes_and_flop(layer, part, dtype.itemsize), seconds, limits)
+
+
+def _figures_of_part(moved: int, flop: int, seconds: Seconds, limits: Mapping[str, float]) -> Row:
     row: Row = {"bytes": moved, "flop": flop, "variants": {}}
     for variant, samples in seconds.items():
         figures: dict[str, Any] = {}
@@ -164,8 +180,10 @@ def _figures(
             figures["tflop_per_s"] = round(flop / median / 1e12, 2)
             figures["floor_share"] = round(floor / median, 4)
         row["variants"][variant] = figures
-    if seconds.keys() >= {"eager", "fused"}:
-        row["times_as_fast_as"] = {"eager": ratios(seconds["eager"], seconds["fused"])}
+    rivals = [variant for variant in seconds if variant != "fused"]
+    if "fused" in seconds and rivals:
+        own = seconds["fused"]
+        row["times_as_fast_as"] = {rival: ratios(seconds[rival], own) for rival in rivals}
     return row
 
 

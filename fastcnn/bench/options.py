@@ -24,12 +24,13 @@ Backend = Literal[
 RIVALS = ("eager", "eager-fp32", "compile", "reduce-overhead", "max-autotune")  # plain PyTorch
 CUDA_BACKENDS = (*RIVALS, "fused-compile", "fused", "graph")
 CPU_BACKENDS = ("eager", "fused")
+LAYER_BACKENDS = ("eager", "compile")  # of --layers, beside what is ours
 LOADERS = ("resident", "torch")  # of --data-only, unless it names them
 BATCHES = {"cuda": (1024, 128), "cpu": (256, 64)}
 # options of a training run that a throughput has too
 # what a run does beside training, which a trial does not
 OF_A_RUN = ("fast_dev_run", "checkpoint_steps", "early_stop", "restore_best", "best_metric")
-SHARED = ("device", "threads", "workers", "amp_dtype", "seed")
+SHARED = ("device", "threads", "workers", "amp_dtype", "seed", "conv")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class BenchOptions:
         "what a step runs under: plain PyTorch eager (in fp32, or as --amp says) or under "
         "torch.compile (compile is its default mode), fastcnn's ops, the whole step as a CUDA "
         "graph, torch.compile of the fused network; default: all on a GPU, eager and fused on a "
-        "CPU",
+        "CPU; with --layers, rivals of the fused convolutions: eager, compile",
     )
     batch_size: list[int] = option([], "images a step; default: 1024 128 on a GPU, 256 64 on a CPU")
     loader: list[Literal["resident", "torch"]] = option(["resident"], "where the images come from")
@@ -121,9 +122,11 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
     else:
         _refuse(own.keys() & {"backends", "rounds"}, "means nothing to --time-to-accuracy")
         _refuse(train.keys() & set(OF_A_RUN), "means nothing to --time-to-accuracy")
-    for name, mode in (("layers", "--layers"), ("data_only", "--data-only")):
-        if getattr(options, name):
-            _refuse(own.keys() & {"backends"}, f"means nothing to {mode}")
+    if options.data_only:
+        _refuse(own.keys() & {"backends"}, "means nothing to --data-only")
+    strange = [word for word in options.backends if word not in LAYER_BACKENDS]
+    if options.layers and strange:
+        raise UsageError(f"--backends {strange[0]}: --layers takes {' '.join(LAYER_BACKENDS)}")
     for name, mode in (("inference", "--inference"), ("layers", "--layers")):
         if getattr(options, name):
             _refuse(own.keys() & {"loader"}, f"means nothing to {mode}")

@@ -20,6 +20,8 @@ from fastcnn.bench.options import BATCHES, CPU_BACKENDS, CUDA_BACKENDS, LOADERS,
 from fastcnn.bench.timing import copy_bandwidth, matmul_rate
 from fastcnn.bench.variants import HALVES, Task
 from fastcnn.errors import UsageError
+from fastcnn.ops import plans
+from fastcnn.ops.backend import choose_backend, choose_convolution
 from fastcnn.train.host import tune_process
 from fastcnn.train.precision import choose_device, choose_precision
 
@@ -49,7 +51,10 @@ class Run:
             "command": shown_command(command),
             "precision": self.precision.name,
             "library_sources": ops.load().sources,
+            "conv": config.run.conv,
         }
+        backend, _ = choose_backend("auto", self.device, self.precision.dtype)
+        choose_convolution(config.run.conv, backend, self.device, self.precision.dtype)
 
     @property
     def batches(self) -> list[int]:
@@ -181,15 +186,19 @@ def compare(run: Run, mode: str, limits: dict[str, float]) -> None:
 
 def layers(run: Run) -> None:
     """Each layer's parts."""
+    from fastcnn.bench.conv_layers import RIVALS
     from fastcnn.bench.layers import rows_of_network
 
     run.set(mode="layers", rounds=run.options.rounds, rows=[], left_out=[])
     limits, dtype = run.limits(), run.precision.dtype or torch.float32
+    if run.options.backends and (why := plans.why_vendor(run.device, dtype)):
+        raise UsageError(f"--backends: means nothing to --layers here ({why})")
+    rivals = tuple(b for b in RIVALS if b in (run.options.backends or RIVALS))
     for name, batch in itertools.product(run.options.arch, run.batches):
         if run.has_time_for(f"{name} batch {batch}"):
             log.info("%s batch %d: every layer", name, batch)
-            found = rows_of_network(name, batch, dtype, run.device, run.options.rounds, limits)
-            run.add("rows", *found)
+            given = (batch, dtype, run.device, run.options.rounds, limits, rivals)
+            run.add("rows", *rows_of_network(name, *given))
 
 
 def data_only(run: Run) -> None:

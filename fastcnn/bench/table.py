@@ -8,7 +8,9 @@ from fastcnn.bench.throughput import ONE, PAIRS
 
 Content = dict[str, Any]
 Cells = tuple[str, ...]
-WIDTH = 170  # of a line that no terminal shows
+WIDTH = 200  # of a line that no terminal shows
+# of a layer's part: torch's own product, the layer by eager torch, ...
+VARIANTS = ("torch", "eager", "compile", "vendor", "cudnn", "fused")
 
 
 def print_report(content: Content) -> None:
@@ -122,7 +124,8 @@ def told_ratios(row: Any) -> dict[str, Any]:
 
 def _of_layers(rows: list[Any], on_gpu: bool) -> tuple[Cells, list[Cells]]:
     heads: Cells = ("network", "layer", "part", "batch", "of eager's step", "of fused's step")
-    heads += ("us eager", "us fused", "GB/s", "TFLOP/s", "of floor") if on_gpu else ()
+    if on_gpu:
+        heads += (*[f"us {variant}" for variant in VARIANTS], "GB/s", "TFLOP/s", "of floor")
     cells = []
     for row in rows:
         variants, shares = row["variants"], row.get("share_of_step", {})
@@ -130,13 +133,28 @@ def _of_layers(rows: list[Any], on_gpu: bool) -> tuple[Cells, list[Cells]]:
         cell: Cells = (row["network"], row["layer"], row["part"], str(row["batch"]), *told)
         if on_gpu:
             last = variants.get("fused") or next(iter(variants.values()))
-            eager = variants.get("eager") or last
-            cell += (f"{eager['time_us']['median']:,.1f}", f"{last['time_us']['median']:,.1f}")
+            cell += tuple(_time_us(variants.get(variant)) for variant in VARIANTS)
             cell += (f"{last['gb_per_s']:,.0f}", f"{last['tflop_per_s']:,.1f}")
             cell += (f"{last['floor_share']:.0%}",)
-        ratio = row.get("times_as_fast_as", {}).get("eager")
-        cells.append((*cell, with_spread(ratio) if ratio else ""))
-    return (*heads, "x eager"), cells
+        ratio = row.get("times_as_fast_as", {})
+        cell += tuple(with_spread(ratio[r]) if r in ratio else "" for r in ("vendor", "eager"))
+        cells.append((*cell, _plan_of(row)))
+    return (*heads, "x vendor", "x eager", "plan"), cells
+
+
+def _time_us(figures: dict[str, Any] | None) -> str:
+    return f"{figures['time_us']['median']:,.1f}" if figures else ""
+
+
+def _plan_of(row: Any) -> str:
+    """What the part of a convolution is given to, and why where no measurement has said so."""
+    if "plan" not in row:
+        return ""
+    forward, data, weight = row["plan"]
+    chosen = {"conv data gradient": data, "conv weight gradient": weight}
+    chosen |= {"layer backward": f"{data}, {weight}"}
+    word, reason = chosen.get(row["part"], forward), row["plan_reason"]
+    return word if reason == "measured" else f"{word} ({reason})"
 
 
 def _of_loaders(rows: list[Any], on_gpu: bool) -> tuple[Cells, list[Cells]]:

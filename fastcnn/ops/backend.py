@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastcnn import ops
 from fastcnn.errors import BuildError, FastcnnError
-from fastcnn.ops import build, reference
+from fastcnn.ops import build, plans, reference
 
 Backend = Literal["auto", "fused", "torch"]
 BACKENDS: tuple[Backend, ...] = ("auto", "fused", "torch")
@@ -45,6 +45,31 @@ def choose_backend(
             raise BuildError(f"--backend fused: {error}") from error
         return "torch", f"backend torch: {error}"
     return "fused", ""
+
+
+def choose_convolution(
+    mode: plans.Mode, backend: str, device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """Make `mode` the one by which this process chooses convolutions (`plans.set_mode`).
+
+    backend: as `choose_backend` has chosen; dtype: of autocast, or None for fp32.
+    Raises BuildError where "fused" is asked for and cannot be had.
+    """
+    if mode == "fused":
+        if backend != "fused":
+            raise BuildError(
+                "--conv fused: needs --backend fused, which cannot be had here or was "
+                "not asked for; use --conv auto"
+            )
+        if reason := plans.why_vendor(device, dtype or torch.float32):
+            raise BuildError(f"--conv fused: {reason}; {_remedy(device, dtype)}")
+    plans.set_mode(mode)
+
+
+def _remedy(device: torch.device, dtype: torch.dtype | None) -> str:
+    if device.type == "cuda" and dtype is None:
+        return "add --amp, or use --conv auto"
+    return "use --conv auto"
 
 
 def _require_fused(device: torch.device, dtype: torch.dtype | None) -> None:

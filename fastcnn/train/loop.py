@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from fastcnn.archs.spec import parameters
 from fastcnn.errors import CheckpointError, NumbersError, UsageError
+from fastcnn.ops import plans
 from fastcnn.train import checkpoint
 from fastcnn.train.evaluate import Evaluation, Evaluator
 from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
@@ -17,6 +19,8 @@ from fastcnn.train.progress import Progress, format_seconds
 from fastcnn.train.rundir import RunFolder, versions
 from fastcnn.train.setup import Setup, load_trained
 from fastcnn.train.step import TrainStep
+
+DONE = object()
 
 
 @dataclass
@@ -70,6 +74,7 @@ class Training:
         self.progress = Progress(self.epochs, len(setup.train_loader), quiet)
         self.step = new_step(setup)
         self._evaluators: dict[int, Evaluator] = {}
+        self._told_plans = False
         self.at = Progressed()
 
     def train(self) -> dict[str, Any]:
@@ -97,7 +102,7 @@ class Training:
         batch_size = setup.config.data.batch_size
         before, start = self.at.seconds, time.perf_counter()
         with self.progress.epoch(self.at.epoch + 1, steps_done, batch_size) as shown:
-            for _ in self.step.epoch(setup.train_loader):
+            for _ in self._telling_plans(self.step.epoch(setup.train_loader)):
                 shown.update(self.step.metrics)
                 self.at.seconds = before + time.perf_counter() - start
                 stop.check()
@@ -108,6 +113,18 @@ class Training:
         self.step.metrics.read()
         self.at.seconds = before + time.perf_counter() - start
         self.at.trained = True
+
+    def _telling_plans(self, steps: Iterator[None]) -> Iterator[None]:
+        """The steps; after the first of the run, say how many of its convolutions are fused."""
+        if not self._told_plans:
+            with plans.noted() as taken:
+                if next(steps, DONE) is DONE:
+                    return
+            self._told_plans = True
+            if line := plans.summary(taken):
+                self.progress.say(line)
+            yield
+        yield from steps
 
     def _finish_epoch(self, stop: StopAtStepEdge) -> Evaluation:
         """Evaluate the epoch just trained, record it, save."""

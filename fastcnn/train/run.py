@@ -9,7 +9,7 @@ from typing import Any
 
 from fastcnn.config import Config, PlaceConfig
 from fastcnn.errors import CheckpointError, NumbersError, UsageError
-from fastcnn.ops.backend import choose_backend
+from fastcnn.ops.backend import choose_backend, choose_convolution
 from fastcnn.train import checkpoint
 from fastcnn.train.evaluate import evaluate
 from fastcnn.train.host import tune_process
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 NEUTRAL_ON_RESUME = {
     "device",
     "backend",
+    "conv",
     "graph",
     "threads",
     "workers",
@@ -173,6 +174,7 @@ def evaluate_run(
     backend, why_torch = choose_backend(wanted, device, precision.dtype)
     if why_torch:
         log.warning("note: %s", why_torch)
+    choose_convolution(options.get("conv", "auto"), backend, device, precision.dtype)
     data_options = {k: v for k, v in options.items() if hasattr(trained.config.data, k)}
     dataset, images = evaluation_data(trained, data, split_name, data_options)
     if data is None and dataset.digest != trained.data.get("digest"):

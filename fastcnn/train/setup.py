@@ -16,7 +16,7 @@ from fastcnn.config import Config
 from fastcnn.data import Dataset, Images, Normalization, load_dataset, make_loader, split
 from fastcnn.data.draws import generator
 from fastcnn.errors import CheckpointError, DataError, UsageError
-from fastcnn.ops.backend import choose_backend
+from fastcnn.ops.backend import choose_backend, choose_convolution
 from fastcnn.train import checkpoint
 from fastcnn.train.host import make_deterministic
 from fastcnn.train.precision import Precision, choose_device, choose_precision
@@ -89,6 +89,7 @@ def prepare(config: Config) -> Setup:
     normalization = Normalization.fit(dataset.train, config.augment.normalize)
     # last of what can be refused: a mistake must not wait for a library to be built
     backend, why_torch = choose_backend(config.run.backend, device, precision.dtype)
+    choose_convolution(config.run.conv, backend, device, precision.dtype)
     notes = [note for note in (precision.note, why_torch) if note]
     drop_last = drops_last(len(dataset.train), network, config, notes)
     train_loader = make_loader(
