@@ -30,23 +30,25 @@ def code():
     }
 
 
-def wanted(kernel: str) -> list[str]:
-    """What a kernel is to contain."""
+def wanted(kernel: str) -> dict[str, int]:
+    """How many of which instructions a kernel is to contain at least."""
     if "_sum_" in kernel or "turn_filters" in kernel:
-        return []
-    if kernel.startswith("conv_weight_gradient"):
-        pending = kernel.endswith(", 1>")
-        return [PRODUCT, TURNED_FROM_SHARED, COPY, *([LOAD] if pending else [])]
+        return {}
     *_, taps = kernel.rstrip(">").split(", ")
-    reads = {"0": [COPY], "1": [COPY, LOAD], "2": []}[taps]
-    return [PRODUCT, FROM_SHARED, STORE, *reads]
+    if kernel.startswith("conv_weight_gradient"):
+        # sums leave value by value: a row of the result is as long as there are taps
+        return {PRODUCT: 16, TURNED_FROM_SHARED: 8, COPY: 2, LOAD: 2 * int(taps)}
+    # copied, pending, single values; a residual, or x of a gradient, is one more load
+    copies, loads = {"0": (6, 0), "1": (2, 4), "2": (0, 0)}[taps]
+    return {PRODUCT: 16, FROM_SHARED: 8, STORE: 1, COPY: copies, LOAD: loads + 1}
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_convolutions_use_tensor_cores_and_16_bytes(code, target):
     for kernel in sorted(conv_kernels()):
-        for instruction in wanted(kernel):
-            assert re.search(instruction, code[target][kernel]), (kernel, instruction)
+        for instruction, least in wanted(kernel).items():
+            found = len(re.findall(instruction, code[target][kernel]))
+            assert found >= least, (kernel, instruction, found)
         assert not re.search(SPILL, code[target][kernel]), kernel
 
 

@@ -338,12 +338,16 @@ def sanitized_run(path):
 def test_sanitizers_find_nothing_but_a_planted_overrun(sanitized, tmp_path):
     done = sanitized_run(sanitized)
     assert done.returncode == 0, done.stderr[-3000:]
-    plant = harness.Plant(
-        sanitized.parent, "bn_act.cu", "bn_act.cu", "walk.step >= at.end", "walk.step > at.end"
-    )
-    done = sanitized_run(harness.compile_module(tmp_path, harness.SANITIZE, plant))
-    assert done.returncode != 0
-    assert "heap-buffer-overflow" in done.stderr
+    rows = "min(kTilePixels, args.operands.gather.pixels - first);\n    for (int row"
+    for file, old, new in (
+        ("bn_act.cu", "walk.step >= at.end", "walk.step > at.end"),
+        ("conv_bn_act.cu", rows, "kTilePixels;\n    for (int row"),
+    ):
+        plant = harness.Plant(sanitized.parent, file, file, old, new)
+        (tmp_path / file).mkdir()
+        done = sanitized_run(harness.compile_module(tmp_path / file, harness.SANITIZE, plant))
+        assert done.returncode != 0
+        assert "heap-buffer-overflow" in done.stderr
 
 
 def test_a_barrier_that_is_missing_is_seen(compiled, tmp_path):

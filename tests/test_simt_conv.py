@@ -1,6 +1,7 @@
 """The convolution's CUDA kernels, compiled for the CPU, against plain torch in fp64."""
 
 import ast
+import mmap
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -26,7 +27,8 @@ from torch.nn import functional as F
 from fastcnn.archs import NETWORKS, spec
 from fastcnn.ops import toolchain
 
-HALVES = [torch.float16, torch.bfloat16]
+BF16 = torch.bfloat16
+HALVES = [torch.float16, BF16]
 NORM = Pending(norm=True, bias=True, post_slope=0.0)
 PENDING = [
     NORM,
@@ -82,10 +84,21 @@ SMALL = [Shape(2, 5, 7, 24, 40), Shape(1, 4, 5, 3, 17, (2, 2), 2, (0, 1, 0, 1))]
 PADDED = Shape(1, 6, 6, 8, 8, (3, 3), 1, (0, 2, 2, 0))
 
 
+MAP_NORESERVE = 0x4000
+MANY = 2**28 + 3  # pixels of 8 channels
+
+
+def sparse(pixels):
+    """(pixels, 8) zeros in bf16 that take memory only where they are written."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    return torch.frombuffer(mmap.mmap(-1, pixels * 16, flags), dtype=BF16).view(-1, 8)
+
+
 @pytest.fixture
 def conv(kernels):
     yield ConvChain(kernels)
     kernels.descending(False)
+    kernels.only_blocks(0, -1)
 
 
 def judge(name, found, true, plain, size=0.0):
@@ -184,6 +197,23 @@ def test_more_tiles_than_blocks(conv):
 
 def test_most_channels_of_a_pending_input(conv):
     check_forward(conv, Shape(1, 1, 1, 640, 72, (1, 1), 1, NONE), torch.float16, NORM, INFERENCE)
+
+
+def test_more_than_2_31_elements(conv, kernels):
+    """The last pixels, by the block that has them; the others do not run."""
+    shape = Shape(1, 1, MANY, 8, 8, (1, 1), 1, NONE)
+    x, y = sparse(MANY), sparse(MANY)
+    x[-3:] = torch.arange(24).view(3, 8)
+    filters = torch.eye(8, dtype=BF16)
+    slopes = {"in_pre_slope": 1.0, "in_post_slope": 1.0, "pre_slope": 1.0, "post_slope": 1.0}
+    blocks = kernels.conv_partial_rows(shape.fields)
+    last = (MANY - 1) // 128 % blocks
+    kernels.only_blocks(last, last + 1)
+    settings = {"pool": False, "stats_slope": 1.0, **slopes}
+    conv.launch("conv", BF16, shape=shape.fields, x=x, filter=filters, y=y, **settings)
+    assert torch.equal(y[-3:], x[-3:])
+    # no offset has wrapped to the front
+    assert not y[:4096].any()
 
 
 def test_statistics_of_values_far_from_zero(conv):
@@ -416,7 +446,6 @@ class Planted(NamedTuple):
     check: str
 
 
-BF16 = torch.bfloat16
 FORWARD, DATA, WEIGHT = "conv_bn_act.cu", "conv_data_gradient.cu", "conv_weight_gradient.cu"
 CONV = "conv.cuh"
 PLANTED = {

@@ -274,8 +274,8 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, c
 #endif
 }
 
-// for tables: "bn_act_kernel<bf16, 8, 1>", the template's arguments, and where the kernel is; what a
-// launch of it takes, where that is not as for most kernels (introspection.cu)
+// for tables: "bn_act_kernel<bf16, 8, 1>", the template's arguments, and where the kernel is; what
+// a launch of it takes, where that is not as for most kernels (introspection.cu)
 struct Kernel {
   std::string name;
   const void* address;

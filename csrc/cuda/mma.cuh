@@ -72,7 +72,8 @@ __device__ inline void warp_mma(float (&d)[kRows][kColumns][4], const uint32_t (
 
 // out[i] ← this thread's two values of 8 x 8 matrix i of four: those of row lane / 4 at the columns
 // 2 (lane % 4) and the next; of the transposed matrix if kTranspose. Row j of matrix i lies at
-// address(8 i + j) in shared memory, 8 values of 16 bits, 16-byte aligned. The whole warp, converged.
+// address(8 i + j) in shared memory, 8 values of 16 bits, 16-byte aligned. The whole warp,
+// converged.
 template <bool kTranspose, typename Address>
 __device__ inline void load_matrices(uint32_t (&out)[4], Address address) {
 #ifdef __CUDACC__

@@ -1,13 +1,13 @@
 // CUDA kernels on the CPU: what a .cu file of csrc/cuda needs to be compiled by g++, unchanged.
 //
 // Included before everything else (-include simt.h). Blocks run one after the other; the threads of
-// a block are fibers. A warp runs alone, its threads one after the other from one warp barrier to the
-// next, until all of them have come to __syncthreads or have ended; then the next warp runs: warps
-// are as far apart as barriers let them be. Shared memory is filled with NaN before each block.
-// Warps and their threads run in ascending or descending order: a kernel whose result needs a
-// barrier that is not there differs between the two, or reads NaN. A barrier that not all threads of
-// a block, or of a warp, reach ends the process. An asynchronous copy leaves NaN until it is waited
-// for. It cannot show races within an order that happens to be right, nor what the GPU's memory
+// a block are fibers. A warp runs alone, its threads one after the other from one warp barrier to
+// the next, until all of them have come to __syncthreads or have ended; then the next warp runs:
+// warps are as far apart as barriers let them be. Shared memory is filled with NaN before each
+// block. Warps and their threads run in ascending or descending order: a kernel whose result needs
+// a barrier that is not there differs between the two, or reads NaN. A barrier that not all threads
+// of a block, or of a warp, reach ends the process. An asynchronous copy leaves NaN until it is
+// waited for. It cannot show races within an order that happens to be right, nor what the GPU's memory
 // model allows beyond any order, nor speed.
 #pragma once
 
