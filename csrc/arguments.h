@@ -151,8 +151,8 @@ struct ConvInput {
 // pool: y, code (N, P/2, Q/2, K) ← max-pool of that, 2 x 2, stride 2, sizes floor; code may be null
 // (inference); no residual then. The first of equal values wins, a NaN wins over all before it.
 // partials: (3, rows, K) fp32, rows = conv_partial_rows(shape): mean, squared deviations from it
-// and count of activate(y, stats_slope) as rounded to dtype, for BnMerge; null: not wanted; no pool.
-// f16, bf16.
+// and count of activate(y, stats_slope) as rounded to dtype, for BnMerge; null: not wanted; no
+// pool. f16, bf16.
 struct Conv {
   Dtype dtype;
   ConvShape shape;

@@ -1,5 +1,5 @@
-// The main loop of an implicit-GEMM convolution, shared by the forward (conv_bn_act.cu) and the data
-// gradient (conv_data_gradient.cu), which is a convolution of dy with the filters turned round.
+// The main loop of an implicit-GEMM convolution, shared by the forward (conv_bn_act.cu) and the
+// data gradient (conv_data_gradient.cu), a convolution of dy with the filters turned round.
 //
 // Product of a matrix (result pixels x taps) and a matrix (taps x filters); a tap is a place of the
 // filter and a channel, channels fastest, so that 8 neighbouring taps are 16 bytes of NHWC memory.
@@ -7,18 +7,18 @@
 // shared memory, three stages deep, while its warps multiply the stage before with mma m16n8k16.
 //
 // How taps reach shared memory (Taps): copied 16 bytes at a time without passing a register
-// (cp.async); or, where the input is pending, loaded, normalised and activated in registers and then
-// stored; or one value at a time, where channels are no multiple of 8 or memory is not 16-byte
+// (cp.async); or, where the input is pending, loaded, normalised and activated in registers and
+// then stored; or one value at a time, where channels are no multiple of 8 or memory is not 16-byte
 // aligned.
 //
-// A block takes tile after tile of pixels, so that what an epilogue sums stays in registers and
+// A block takes tile after tile of pixels, so that what an epilogue sums stays in the block and
 // leaves few partial results. Which tiles are whose follows from the shape alone.
 #pragma once
 
 #include <algorithm>
 #include <climits>
 
-#include "common.cuh"
+#include "conv_input.cuh"
 #include "mma.cuh"
 
 namespace fastcnn::cuda {
@@ -26,22 +26,11 @@ namespace fastcnn::cuda {
 // None of the constants has been measured on a GPU yet.
 constexpr int kConvThreads = 128;
 constexpr int kConvWarps = kConvThreads / 32;
-// threadIdx.x read anew, so that what follows from it is not computed ahead of the main loop, whose
-// sums need the registers
-__device__ inline int thread_anew() {
-#ifdef __CUDA_ARCH__
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-#else
-  return static_cast<int>(threadIdx.x);
-#endif
-}
 
 enum class Taps { copied, pending, single };
 
-// blocks a multiprocessor must be able to hold: leaves a thread 128 registers, 64 of which are sums;
-// beside these, values on their way through registers do not fit
+// blocks a multiprocessor must be able to hold: leaves a thread 128 registers, 64 of which are
+// sums; beside these, values on their way through registers do not fit
 constexpr int kConvResident = 4;
 constexpr int conv_resident(int tile_filters, Taps taps) {
   return tile_filters == 64 && taps != Taps::copied ? 3 : kConvResident;
@@ -51,179 +40,14 @@ constexpr int64_t kConvBlocks = 132 * kConvResident;
 constexpr int kTilePixels = 128;
 constexpr int kTileTaps = 32;
 constexpr int kStages = 3;
-constexpr int kChunk = 8;                            // values of 16 bytes
 constexpr int kChunks = kTileTaps / kChunk;          // a row of a stage
 constexpr int kRowsAtOnce = kConvThreads / kChunks;  // of a stage, when every thread has a chunk
-
-// Which pixels of which tensor a result pixel sees. The tensor is (n, height, width, channels), its
-// pixels `spread` apart with zeros between them (the data gradient of a stride); the result (n, p,
-// q), read from (row · step - top, column · step - left) on.
-struct Gather {
-  int height, width, channels;
-  int r, s, step, spread, top, left;
-  int p, q;
-  int pixels;    // of the result that are computed
-  int taps;      // r · s · channels
-  bool windows;  // pixels are numbered window by window of 2 x 2, those in no window are left out
-};
-
-// of a result pixel: the first pixel of its image (-1: there is no such result), and where its
-// first tap lies
-struct alignas(16) Origin {
-  int image, row, column, unused;
-};
-
-__device__ inline Origin origin_of(const Gather& g, int pixel) {
-  if (pixel >= g.pixels) return {-1, 0, 0, 0};
-  int columns = g.q, rows = g.p, place = 0;
-  if (g.windows) {
-    place = pixel % 4;
-    pixel /= 4;
-    columns /= 2;
-    rows /= 2;
-  }
-  const int line = pixel / columns, n = line / rows;
-  int p = line - n * rows, q = pixel - line * columns;
-  if (g.windows) {
-    p = 2 * p + place / 2;
-    q = 2 * q + place % 2;
-  }
-  return {n * g.height * g.width, p * g.step - g.top, q * g.step - g.left, 0};
-}
-
-// the pixel of the tensor at a tap, or -1 outside it and between its pixels
-__device__ inline int pixel_at(const Gather& g, const Origin& origin, int r, int s) {
-  int row = origin.row + r, column = origin.column + s;
-  if (origin.image < 0 || row < 0 || column < 0) return -1;
-  if (g.spread > 1) {
-    const int inner_row = row / g.spread, inner_column = column / g.spread;
-    if (inner_row * g.spread != row || inner_column * g.spread != column) return -1;
-    row = inner_row;
-    column = inner_column;
-  }
-  return row < g.height && column < g.width ? origin.image + row * g.width + column : -1;
-}
-
-// a place of the filter and a channel
-struct Tap {
-  int c, r, s;
-
-  __device__ Tap(const Gather& g, int tap) {
-    const int place = tap / g.channels;
-    c = tap - place * g.channels;
-    r = place / g.s;
-    s = place - r * g.s;
-  }
-
-  __device__ void advance(const Gather& g, int taps) {
-    for (c += taps; c >= g.channels; c -= g.channels)
-      if (++s == g.s) {
-        s = 0;
-        ++r;
-      }
-  }
-
-  __device__ bool exists(const Gather& g) const { return r < g.r; }
-};
 
 // Rows of 32 taps, 64 bytes. The chunks of a row change places so that the 8 rows which a matrix
 // load reads at once lie in different banks.
 __device__ inline char* chunk_at(char* stage, int row, int chunk) {
   return stage + row * kTileTaps * 2 + (chunk ^ (row >> 1 & 3)) * 16;
 }
-
-// to shared memory; in PTX as in store() of common.cuh
-template <typename T>
-__device__ inline void store_shared(void* target, const Packed<T, kChunk>& packed) {
-#ifdef __CUDA_ARCH__
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(packed.words[0]),
-               "r"(packed.words[1]), "r"(packed.words[2]), "r"(packed.words[3])
-               : "memory");
-#else
-  *static_cast<Packed<T, kChunk>*>(target) = packed;
-#endif
-}
-
-// -------------------------------------------------------------------------- the pending input
-
-// how an input is made from what lies in memory
-struct PendingInput {
-  Parameters parameters;
-  float pre_slope, post_slope;
-
-  explicit PendingInput(const ConvInput& input)
-      : parameters(input.affine),
-        pre_slope(static_cast<float>(input.pre_slope)),
-        post_slope(static_cast<float>(input.post_slope)) {}
-
-  __device__ float mean(int c) const { return parameters.mean ? parameters.mean[c] : 0.f; }
-  __device__ float bias(int c) const { return parameters.bias ? parameters.bias[c] : 0.f; }
-  __device__ float scale(int c) const {
-    const float rstd = parameters.rstd ? parameters.rstd[c] : 1.f;
-    return parameters.weight ? rstd * parameters.weight[c] : rstd;
-  }
-
-  __device__ float made(float value, float mean, float scale, float bias) const {
-    return activate(normalise(value, pre_slope, mean, scale, bias), post_slope);
-  }
-};
-
-// of V channels
-template <int V>
-struct PendingChannels {
-  float mean[V], scale[V], bias[V];
-
-  __device__ float made(const PendingInput& input, float value, int i) const {
-    return input.made(value, mean[i], scale[i], bias[i]);
-  }
-
-  template <typename T>
-  __device__ Packed<T, V> made(const PendingInput& input, Packed<T, V> raw) const {
-    Packed<T, V> packed;
-#pragma unroll
-    for (int pair = 0; pair < V / 2; ++pair) {
-      const float values[2] = {made(input, raw[2 * pair], 2 * pair),
-                               made(input, raw[2 * pair + 1], 2 * pair + 1)};
-      packed.set(pair, values);
-    }
-    return packed;
-  }
-};
-
-// Mean, scale and bias in shared memory, `count` values each: of every channel, or of the channels
-// of a tile's taps.
-struct PendingVectors {
-  float* data;
-  int count;
-
-  __device__ void set(int at, const PendingInput& input, int c) const {
-    data[at] = input.mean(c);
-    data[count + at] = input.scale(c);
-    data[2 * count + at] = input.bias(c);
-  }
-
-  __device__ PendingChannels<1> single(int at) const {
-    return {{data[at]}, {data[count + at]}, {data[2 * count + at]}};
-  }
-
-  // of 8 from `at` on; both `at` and `count` are multiples of 8
-  __device__ PendingChannels<kChunk> chunk(int at) const {
-    PendingChannels<kChunk> found;
-    float* const targets[3] = {found.mean, found.scale, found.bias};
-#pragma unroll
-    for (int v = 0; v < 3; ++v)
-#pragma unroll
-      for (int i = 0; i < kChunk; i += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(data + v * count + at + i);
-        targets[v][i] = four.x, targets[v][i + 1] = four.y;
-        targets[v][i + 2] = four.z, targets[v][i + 3] = four.w;
-      }
-    return found;
-  }
-};
-
-// --------------------------------------------------------------------------------- main loop
 
 template <typename T>
 struct Operands {
@@ -244,7 +68,7 @@ struct ConvShared {
   static constexpr int kStageBytes = kRows * kTileTaps * 2;
   static constexpr int kPitch = kTileFilters + 4;  // floats a row of sums: keeps banks apart
   static constexpr int kSumBytes = kTilePixels * kPitch * 4;
-  static constexpr int kFront = kSumBytes > kStages * kStageBytes ? kSumBytes : kStages * kStageBytes;
+  static constexpr int kFront = std::max(kSumBytes, kStages * kStageBytes);
   static constexpr int kKept = kFront + kTilePixels * static_cast<int>(sizeof(Origin));
   static constexpr int kVectors = kKept + kConvThreads * static_cast<int>(sizeof(float4));
 
@@ -307,8 +131,8 @@ struct Loader {
       const int filter = first_filter + row + i * kRowsAtOnce;
       const bool valid = exists && filter < operands.count;
       const int64_t at = static_cast<int64_t>(filter) * g.taps + step * kTileTaps + chunk * kChunk;
-      copy_async(chunk_at(target, row + i * kRowsAtOnce, chunk), operands.filters + (valid ? at : 0),
-                 valid);
+      copy_async(chunk_at(target, row + i * kRowsAtOnce, chunk),
+                 operands.filters + (valid ? at : 0), valid);
     }
     target = shared.pixels(step);
     inside = 0;
@@ -460,7 +284,6 @@ __device__ inline void conv_tiles(const Operands<T>& operands, Epilogue& epilogu
   const int steps = (g.taps + kTileTaps - 1) / kTileTaps;
   const int tiles = (g.pixels + kTilePixels - 1) / kTilePixels;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    __syncthreads();
     shared.origins()[threadIdx.x] =
         origin_of(g, tile * kTilePixels + static_cast<int>(threadIdx.x));
     __syncthreads();

@@ -6,8 +6,8 @@
 // convolution and the kernels that follow it (bn_stats, bn_act, bn_act_pool): in training with
 // batch norm the statistics (a read of N·P·Q·K elements) and, with a pending input, the normalised
 // tensor of the layer before (a write and a read); without batch norm and in inference the bias,
-// activation and pool (a read and a write of N·P·Q·K). The sums are fp32 until y is rounded; winners
-// of a pool are chosen before.
+// activation and pool (a read and a write of N·P·Q·K). The sums are fp32 until y is rounded;
+// winners of a pool are chosen before.
 //
 // Statistics are those of the rounded y, as bn_stats would find them: mean and squared deviations a
 // block, merged over its tiles and over blocks by launch_bn_merge, in an order that the

@@ -4,13 +4,13 @@
 // Layout: dy NPQK, filters (K, R, S, C), x, dx NHWC, fp16 or bf16; vectors fp32. dz, the transposed
 // convolution of dy, is a convolution of dy with the filters turned round and their two channel
 // dimensions exchanged (a small launch of its own, into the workspace). Fused, against that
-// convolution and bn_act_backward: the pass that reduces (reads of dz and x, 2·N·H·W·C elements, for
-// one of x here). With batch statistics g goes to memory and dx is made of it in place, once the
-// sums are known; else dx leaves the epilogue.
+// convolution and bn_act_backward: the pass that reduces (reads of dz and x, 2·N·H·W·C elements,
+// for one of x here). With batch statistics g goes to memory and dx is made of it in place, once
+// the sums are known; else dx leaves the epilogue.
 //
 // Sums: each thread of its rows, each block of its threads and tiles, then over blocks by
-// bn_act_backward_finalise, in an order that the shape alone decides. No atomics. Registers: table in
-// csrc/README.md. Shared memory a block: 40 KB with 64 channels, 34 KB with 32.
+// bn_act_backward_finalise, in an order that the shape alone decides. No atomics. Registers: table
+// in csrc/README.md. Shared memory a block: 40 KB with 64 channels, 34 KB with 32.
 #include "backward.cuh"
 #include "conv.cuh"
 
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kConvThreads, conv_resident(kTileFilters, kTap
 }
 
 // turned (C, R, S, K) ← filters (K, R, S, C) at R - 1 - r, S - 1 - s. A block turns 32 x 32 values
-// of one place of the filter through shared memory, so that both sides are read and written in rows.
+// of one place of the filter through shared memory, so that both sides go by rows.
 constexpr int kTurn = 32;
 constexpr int kTurnRows = 8;
 constexpr size_t kTurnBytes = sizeof(float) * kTurn * (kTurn + 1);

@@ -1,4 +1,4 @@
-"""The convolution's kernels, compiled for the CPU, in the place of the library's ops for the CPU."""
+"""The convolution's kernels, compiled for the CPU, in place of the library's ops for the CPU."""
 
 import contextlib
 from collections.abc import Iterator
