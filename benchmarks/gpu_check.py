@@ -4,8 +4,8 @@
     python benchmarks/gpu_check.py --stages build,tests
     python benchmarks/gpu_check.py --stages build,bench-small,loaders   # the reports' batch sizes
     python benchmarks/gpu_check.py --stages build,time-to-accuracy      # needs CIFAR-10
-    python benchmarks/gpu_check.py --stages build,conv  # the fused convolution: tests, layers,
-                                                        # steps, inference
+    python benchmarks/gpu_check.py --stages build,conv  # the fused convolution: tests, sanitizers,
+                                                        # layers, steps, inference
     python benchmarks/gpu_check.py --device cpu     # the same steps without a GPU, to try them
 
 Runs from a bare source tree and needs torch, numpy, ninja, pytest, pytest-benchmark and a CUDA
@@ -134,8 +134,10 @@ def build(check: Check, budget_s: float) -> Result:
 
 
 def tests(check: Check, budget_s: float) -> Result:
-    """Run the tests marked `cuda`, from those files that can be imported here."""
-    return _tests(check, budget_s, ["tests"])
+    """Run the tests marked `cuda`, from those files that can be imported here; those of the fused
+    convolution have a stage of their own."""
+    apart = [f"--ignore={name}" for name in conv_stages.test_files(REPOSITORY)]
+    return _tests(check, budget_s, ["tests", *apart])
 
 
 def conv_tests(check: Check, budget_s: float) -> Result:
@@ -200,7 +202,16 @@ def counted(report: Path) -> dict[str, Any]:
 
 def sanitizers(check: Check, budget_s: float) -> Result:
     """Run sanitize_ops.py by itself, then under each tool of compute-sanitizer, all at once."""
-    script = [sys.executable, str(REPOSITORY / "benchmarks" / "sanitize_ops.py"), check.device]
+    return _sanitizers(check, budget_s, "sanitize_ops.py")
+
+
+def conv_sanitizers(check: Check, budget_s: float) -> Result:
+    """The same with sanitize_conv.py."""
+    return _sanitizers(check, budget_s, "sanitize_conv.py")
+
+
+def _sanitizers(check: Check, budget_s: float, name: str) -> Result:
+    script = [sys.executable, str(REPOSITORY / "benchmarks" / name), check.device]
     start = time.monotonic()
     state, seconds = check.run(script, "sanitizers.log", budget_s / 2)
     result: Result = {"without_tool": {"state": state, "seconds": seconds}}
@@ -380,9 +391,10 @@ STAGES: dict[str, tuple[Callable[[Check, float], Result], float]] = {
     "loaders": (loaders, 90),
     "time-to-accuracy": (time_to_accuracy, 300),
     "conv-tests": (conv_tests, 100),
-    "conv-layers": (conv_layers, 140),
-    "conv-steps": (conv_steps, 165),
-    "conv-inference": (conv_inference, 90),
+    "conv-sanitizers": (conv_sanitizers, 75),
+    "conv-layers": (conv_layers, 115),
+    "conv-steps": (conv_steps, 130),
+    "conv-inference": (conv_inference, 75),
 }
 GROUPS = {"conv": [name for name in STAGES if name.startswith("conv-")]}
 # the time of all others; time-to-accuracy needs CIFAR-10 as well

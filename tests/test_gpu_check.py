@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import conv_stages
 import gpu_check
+import sanitize_conv
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COLLECTED = """\
@@ -228,7 +229,14 @@ def test_a_group_of_stages_is_named_by_one_word(tmp_path, monkeypatch):
     words = ["--device", "cpu", "--stages", "build,conv", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", *words])
     assert gpu_check.main() == 0
-    assert told == ["build", "conv-tests", "conv-layers", "conv-steps", "conv-inference"]
+    assert told == [
+        "build",
+        "conv-tests",
+        "conv-sanitizers",
+        "conv-layers",
+        "conv-steps",
+        "conv-inference",
+    ]
 
 
 def test_steps_are_compared_without_a_gpu(check, library):
@@ -307,3 +315,25 @@ def test_the_words_of_each_comparison_are_options(check, monkeypatch, device):
     assert [one.config.run.conv for one in ruled] == rules * 2
     assert [one.own.inference for one in ruled] == sorted([False, True] * len(rules))
     assert steps.config.run.device == device
+
+
+def test_the_convolutions_tests_run_in_their_own_stage_alone(check, monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpu_check, "_tests", lambda check, budget_s, where: asked.append(where))
+    gpu_check.tests(check, 1)
+    gpu_check.conv_tests(check, 1)
+    assert "--ignore=tests/test_conv_cuda.py" in asked[0]
+    assert "tests/test_conv_cuda.py" in asked[1]
+
+
+def test_the_convolutions_script_for_sanitizers_judges_its_results(library, monkeypatch):
+    monkeypatch.setattr(sanitize_conv, "CASES", sanitize_conv.CASES[:6])
+    assert sanitize_conv.main("cpu") == 0
+    right = sanitize_conv.torchs
+
+    def wrong(case, t):
+        y, *rest = right(case, t)
+        return (y * 1.3, *rest)
+
+    monkeypatch.setattr(sanitize_conv, "torchs", wrong)
+    assert sanitize_conv.main("cpu") == 1
