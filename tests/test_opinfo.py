@@ -1,10 +1,13 @@
-"""torch's own sample inputs for batch_norm, max_pool2d, relu and leaky_relu, through our ops."""
+"""torch's own sample inputs for conv2d, batch_norm, max_pool2d, relu and leaky_relu, through our
+ops."""
 
 import pytest
 import torch
+from simt.conv_ops import as_ops
 from torch.nn import functional as F
 
 from fastcnn import ops
+from fastcnn.ops.plans import FUSED, VENDOR
 
 DTYPES = ops.DTYPES["cpu"]
 # reference fp32, since torch computes a sum in another order
@@ -75,6 +78,50 @@ def test_batch_norm(operators, dtype):
         torch.testing.assert_close(statistics, (mean, var), rtol=CLOSE[dtype], atol=1e-5)
         count += 1
     assert count == 20
+
+
+def geometry_of(sample):
+    """Stride and pads of a sample as our convolution has them, or None if it has no such thing."""
+    options = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | sample.kwargs
+    strides = torch.nn.modules.utils._pair(options["stride"])
+    if options["dilation"] != 1 or options["groups"] != 1 or strides[0] != strides[1]:
+        return None
+    padding = 0 if options["padding"] == "valid" else options["padding"]
+    return strides[0], (padding,) * 4
+
+
+def check_conv2d(operators, dtype, plan):
+    count = 0
+    for sample in samples(operators, "conv2d", dtype):
+        geometry = geometry_of(sample)
+        if sample.input.dim() != 4 or geometry is None:
+            continue  # groups, dilation and unequal strides are no part of our convolutions
+        filters, bias = (None if t is None else t.detach() for t in sample.args)
+        x, plain = channels_last(sample.input), sample.input.detach().clone().requires_grad_()
+        torchs = F.conv2d(plain, filters, bias, **sample.kwargs)
+        given = channels_last(filters).detach(), None if bias is None else bias.to(wide_of(dtype))
+        ours = ops.conv_bias_act(x, *given, 1.0, *geometry, plan=plan)
+        assert_same(ours, torchs, x, plain, dtype)
+        count += 1
+    assert count == 4
+
+
+def wide_of(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("plan", [VENDOR, FUSED], ids=["vendor", "fused"])
+def test_conv2d(operators, dtype, plan):
+    check_conv2d(operators, dtype, plan)
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+def test_conv2d_by_the_kernels(operators, kernels):
+    with as_ops(kernels) as calls:
+        check_conv2d(operators, torch.bfloat16, FUSED)
+    assert calls["conv"] + calls["conv_bias_act_pool"] > 0
+    assert calls["conv_data_gradient"] == 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
