@@ -528,7 +528,7 @@ PLANTED = {
     ),
     "the gradient of a stride between its pixels": Planted(
         DATA,
-        CONV,
+        "conv_input.cuh",
         "if (inner_row * g.spread != row || inner_column * g.spread != column) return -1;",
         "",
         "check_data_gradient(conv, SMALL[1], BF16, Pending())",
