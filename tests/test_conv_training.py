@@ -37,10 +37,10 @@ def narrow(name):
     return replace(network, layers=tuple(map(thin, network.layers)))
 
 
-def digits(batch, side):
-    """Images (BATCH, 3, side, side) in bf16 and labels of one batch, different at each step."""
+def digits(number, side):
+    """Images (BATCH, 3, side, side) in bf16 and labels of one batch, different for each number."""
     pixels, labels = datasets.load_digits(return_X_y=True)
-    chosen = torch.arange(batch * BATCH, (batch + 1) * BATCH) % len(labels)
+    chosen = torch.arange(number * BATCH, (number + 1) * BATCH) % len(labels)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8)[chosen] / 8 - 1
     images = F.interpolate(images, size=side, mode="bilinear").expand(-1, 3, -1, -1)
     images = images.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
