@@ -46,7 +46,10 @@ def _own_cache(tmp_path_factory):
     # the user's cache would make a second run of the tests another one than the first; a script
     # that has built the library just now hands its own over
     given = os.environ.get("FASTCNN_TEST_CACHE")
-    os.environ["FASTCNN_CACHE"] = given or str(tmp_path_factory.mktemp("cache"))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # the workers' own: the library is built once
+    os.environ["FASTCNN_CACHE"] = given or str(folder / "cache")
 
 
 @pytest.fixture(scope="session")
