@@ -154,7 +154,7 @@ def test_50_steps_leave_fp32_by_what_rounding_to_bf16_does(name, library, chaine
 
 
 def accuracy(name, seed, backend, size=16, held_out=360):
-    """The share of held-out digits that the folded network knows after three epochs (vgg16: two)."""
+    """The share of held-out digits that the folded network knows after 3 epochs (vgg16: 2)."""
     order = torch.randperm(1797, generator=torch.Generator().manual_seed(99))
     test, rest = order[:held_out], order[held_out:]
     trainee = Trainee(name, seed, torch.bfloat16, backend)
