@@ -130,18 +130,18 @@ def test_layers_of_different_plans_are_chained(name, chained, monkeypatch):
     assert_close(step(fused, x), step(plain, x), **DOUBLE)
 
 
-# what the first layer of a network has, and what of its convolution is frozen: a norm (all that
-# --freeze-first freezes is its filter), a norm and a bias, a bias alone
-FROZEN = [
-    ({"norm": True, "post_slope": 0.0}, ["weight"]),
-    ({"norm": True, "bias": True, "pre_slope": 0.1}, ["weight", "bias"]),
-    ({"post_slope": 0.1}, ["weight"]),
-]
+# what the first layer has, and what of it is frozen; --freeze-first freezes its convolution
+FROZEN = {
+    "norm": ({"norm": True, "post_slope": 0.0}, ["conv.weight"]),
+    "norm's weight": ({"norm": True, "post_slope": 0.0}, ["conv.weight", "norm.bias"]),
+    "norm, bias": ({"norm": True, "bias": True, "pre_slope": 0.1}, ["conv.weight", "conv.bias"]),
+    "bias": ({"post_slope": 0.1}, ["conv.weight"]),
+}
 FUSED_PLANS = [FUSED, Plan("fused", "vendor", "fused"), Plan("fused", "fused", "vendor")]
 
 
 @pytest.mark.parametrize("pool", [None, Pool()], ids=["", "pool"])
-@pytest.mark.parametrize(("first", "frozen"), FROZEN, ids=["norm", "norm, bias", "bias"])
+@pytest.mark.parametrize(("first", "frozen"), FROZEN.values(), ids=FROZEN)
 @pytest.mark.parametrize("second", FUSED_PLANS, ids=str)
 def test_a_frozen_first_layer_leaves_the_other_gradients(
     first, frozen, second, pool, chained, monkeypatch
@@ -156,9 +156,9 @@ def test_a_frozen_first_layer_leaves_the_other_gradients(
         for model in models:
             assert model.conv1.defers
             for name in frozen:
-                getattr(model.conv1.conv, name).requires_grad_(False)
+                model.conv1.get_parameter(name).requires_grad_(False)
         found, wanted = (step(model, x) for model in models)
-        assert {"conv1.norm.bias", "conv1.conv.bias"} & wanted.keys()
+        assert {"conv1.norm.weight", "conv1.conv.bias"} & wanted.keys()
         assert "conv1.conv.weight" not in wanted
         assert_close(found, wanted, **DOUBLE)
 
