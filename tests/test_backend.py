@@ -14,7 +14,7 @@ from fastcnn.data import Normalization, load_dataset, make_loader
 from fastcnn.errors import BuildError
 from fastcnn.ops import backend, plans, reference
 from fastcnn.recipes import resolve
-from fastcnn.train import run
+from fastcnn.train import checkpoint, run
 from fastcnn.train.precision import Precision
 from fastcnn.train.step import TrainStep
 
@@ -142,10 +142,39 @@ def test_a_run_and_an_evaluation_choose_their_convolutions(tmp_path, mode):
     folder = start(tmp_path, epochs=1, conv="vendor").folder.path
     assert mode() == "vendor"
     assert "conv: vendor" in (folder / "config.yaml").read_text()
+    plans.set_mode("auto")
     run.evaluate_run(str(folder))
+    assert mode() == "vendor"
+    run.evaluate_run(str(folder), overrides={"conv": "auto"})
     assert mode() == "auto"
     with pytest.raises(BuildError, match="--conv fused: CPU"):
         run.evaluate_run(str(folder), overrides={"conv": "fused"})
+    # of a machine with such kernels
+    state = checkpoint.load(folder / "last.pt")
+    for deterministic, wanted in ((True, "vendor"), (False, "auto")):
+        state["config"] |= {"conv": "fused", "deterministic": deterministic}
+        checkpoint.save(state, folder / "last.pt")
+        run.evaluate_run(str(folder))
+        assert mode() == wanted
+
+
+@pytest.mark.parametrize(
+    ("conv", "deterministic", "wanted"),
+    [
+        ("auto", False, "auto"),
+        ("auto", True, "vendor"),
+        ("vendor", False, "vendor"),
+        ("fused", False, "fused"),
+        ("fused", True, "fused"),
+    ],
+)
+def test_an_evaluation_follows_its_run(with_kernels, conv, deterministic, wanted):
+    here = ("fused", GPU, torch.bfloat16)
+    assert backend.convolution_of_run(conv, deterministic, *here) == wanted
+    without = "auto" if conv == "fused" else conv
+    for there in (("torch", GPU, torch.bfloat16), ("fused", GPU, None), ("fused", CPU, None)):
+        found = backend.convolution_of_run(conv, deterministic, *there)
+        assert found == ("vendor" if without == "auto" and deterministic else without)
 
 
 def test_a_resumed_run_keeps_its_choice_or_takes_another(tmp_path, mode, monkeypatch):

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastcnn.archs import NETWORKS
 from fastcnn.archs.init import initialise
 from fastcnn.archs.layers import ConvNormAct, ResidualBlock
-from fastcnn.archs.spec import build
+from fastcnn.archs.spec import Conv, Linear, Network, Pool, build
 from fastcnn.ops import conv_library, plans
 from fastcnn.ops.plans import FUSED, VENDOR, Plan
 from fastcnn.train.half import half_network
@@ -55,7 +55,7 @@ class Called(TorchDispatchMode):
 
 def twins(name, dtype=torch.float64):
     """The network with backend fused and torch, the same weights, and images for it."""
-    network = NETWORKS[name]
+    network = NETWORKS[name] if isinstance(name, str) else name
     size = network.image_sizes[0]
     models = [build(network, size, 10, backend).to(dtype) for backend in ("fused", "torch")]
     initialise(models[0], "he", torch.Generator().manual_seed(0))
@@ -65,15 +65,16 @@ def twins(name, dtype=torch.float64):
 
 
 def step(model, x):
-    """Logits, loss, gradients of all parameters and running statistics of a training step."""
+    """Logits, loss, gradients of what is trained and running statistics of a training step."""
     torch.manual_seed(1)  # dropout
     logits = model(x)
     loss = F.cross_entropy(logits.float() if x.dtype == torch.bfloat16 else logits, LABELS)
-    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, list(trained.values()))
     return {
         "logits": logits.detach(),
         "loss": loss.detach(),
-        **{n: g for (n, _), g in zip(model.named_parameters(), gradients, strict=True)},
+        **dict(zip(trained, gradients, strict=True)),
         **{n: b.clone() for n, b in model.named_buffers()},
     }
 
@@ -127,6 +128,39 @@ def test_layers_of_different_plans_are_chained(name, chained, monkeypatch):
     monkeypatch.setattr(plans, "plan_for", lambda *a, **k: next(plan))
     (fused, plain), x = twins(name)
     assert_close(step(fused, x), step(plain, x), **DOUBLE)
+
+
+# what the first layer has, and what of it is frozen; --freeze-first freezes its convolution
+FROZEN = {
+    "norm": ({"norm": True, "post_slope": 0.0}, ["conv.weight"]),
+    "norm's weight": ({"norm": True, "post_slope": 0.0}, ["conv.weight", "norm.bias"]),
+    "norm, bias": ({"norm": True, "bias": True, "pre_slope": 0.1}, ["conv.weight", "conv.bias"]),
+    "bias": ({"post_slope": 0.1}, ["conv.weight"]),
+}
+FUSED_PLANS = [FUSED, Plan("fused", "vendor", "fused"), Plan("fused", "fused", "vendor")]
+
+
+@pytest.mark.parametrize("pool", [None, Pool()], ids=["", "pool"])
+@pytest.mark.parametrize(("first", "frozen"), FROZEN.values(), ids=FROZEN)
+@pytest.mark.parametrize("second", FUSED_PLANS, ids=str)
+def test_a_frozen_first_layer_leaves_the_other_gradients(
+    first, frozen, second, pool, chained, monkeypatch
+):
+    # its product has no gradient, but what is pending of it, in the second layer's input, has
+    middle = Conv(6, post_slope=0.0, pool=pool)
+    layers = (Conv(4, **first), middle, Conv(5, norm=True, post_slope=0.0), Linear())
+    for around in (FUSED, VENDOR):
+        plan = itertools.cycle([around, second, around])
+        monkeypatch.setattr(plans, "plan_for", lambda *a, plan=plan, **k: next(plan))
+        models, x = twins(Network("small", "", (9,), 10, layers))
+        for model in models:
+            assert model.conv1.defers
+            for name in frozen:
+                model.conv1.get_parameter(name).requires_grad_(False)
+        found, wanted = (step(model, x) for model in models)
+        assert {"conv1.norm.weight", "conv1.conv.bias"} & wanted.keys()
+        assert "conv1.conv.weight" not in wanted
+        assert_close(found, wanted, **DOUBLE)
 
 
 @pytest.mark.parametrize("name", ["mao-batchnorm", "tiny-d", "cnn-b"])

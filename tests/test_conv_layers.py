@@ -118,6 +118,16 @@ def test_inference_defers_nothing(plan):
     assert isinstance(conv_bias_act(ops, case, t, defer=True, plan=plan), ops.Pending)
 
 
+@pytest.mark.parametrize("plan", PLANS[:2], ids=str)
+def test_a_bias_that_is_left_to_the_next_layer_is_added_once(plan):
+    for case in LAYERS:
+        t = layer_tensors(case)
+        left = conv_bias_act(ops, case, t, slope=1.0, defer=True, plan=plan)
+        assert isinstance(left, ops.Pending)
+        wanted = conv_bias_act(reference, case, t, slope=1.0)
+        torch.testing.assert_close(left.applied(), wanted, **CLOSE)
+
+
 def test_inference_is_one_kernel(monkeypatch):
     noted = Noted()
     monkeypatch.setattr("fastcnn.ops.convolution._ops", noted)

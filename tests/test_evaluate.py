@@ -8,9 +8,10 @@ from test_fold import RARE, changed, images_for, model_of
 from test_graph import resident_bytes
 from torch.nn import functional as F
 
+from fastcnn.archs.fold import fold
 from fastcnn.archs.layers import ConvNormAct, LinearNormAct
 from fastcnn.train import loop, run
-from fastcnn.train.evaluate import Evaluator, evaluate
+from fastcnn.train.evaluate import Evaluator, evaluate, predict
 from fastcnn.train.half import half_network
 from fastcnn.train.precision import Precision
 
@@ -54,6 +55,18 @@ def test_no_norm_is_left_to_compute(monkeypatch):
         monkeypatch.setattr(kind, "forward", forward)
     evaluate(model_of(RARE), batches_of(), 10, Precision(), CPU)
     assert ran == [None] * 7 * 3
+
+
+@torch.no_grad()
+def test_the_mean_of_both_directions_is_not_rounded_to_half_precision():
+    model = fold(model_of(RARE), torch.bfloat16)
+    images = images_for(None, RARE, 24).bfloat16()
+    parts = [model(given) for given in (images, images.flip(-1))]
+    wanted = sum(part.float() for part in parts) / 2
+    found = predict(model, images, True)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted)
+    assert not torch.equal(sum(parts).float() / 2, wanted)
 
 
 @pytest.mark.parametrize("recorder", [None, CpuTwin()], ids=["eager", "graph"])

@@ -89,6 +89,14 @@ def test_in_fp64_the_logits_are_the_same(name):
         assert relative(found, logits_of(model, images)) < 1e-12
 
 
+def test_each_norms_own_eps_counts():
+    model = model_of(RARE).double()
+    for number, norm in enumerate(norms_of(model), 1):
+        norm.eps = number / 10
+    images = images_for(model, RARE, 2, torch.float64)
+    assert relative(logits_of(fold(model), images), logits_of(model, images)) < 1e-12
+
+
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("name", [*WITH_NORM, RARE], ids=[*WITH_NORM, "rare"])
 def test_rounding_is_that_of_the_unfolded_network(name, dtype):

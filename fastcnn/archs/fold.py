@@ -7,9 +7,9 @@ convolution or linear layer with nothing in between it is that layer with other 
     weight' = weight · scale (by filter),  bias' = norm.bias + (bias − running_mean) · scale
 
 So a layer costs its product, its bias and its activation: no read of four vectors by channel beside
-every value, no launch that prepares them. In half precision the folded weights are rounded once,
-where those that train are rounded as well. A layer with an activation between product and norm
-keeps its norm. Known as conv-bn fusion: torch.nn.utils.fusion.fuse_conv_bn_eval.
+every value, no launch that prepares them. In half precision the folded weights are rounded, as
+those that train are. A layer with an activation between product and norm keeps its norm. Known as
+conv-bn fusion: torch.nn.utils.fusion.fuse_conv_bn_eval.
 """
 
 import copy

@@ -252,6 +252,9 @@ def build(network: Network, image_size: int, classes: int, backend: str = "auto"
 
     Submodules: conv1, conv2, … block1, … avgpool, flatten, fc1, …: `LayerRow.layer`.
     Input: (N, 3, image_size, image_size), channels-last; output: logits (N, classes).
+    On a GPU in half precision, with the library's convolutions, a forward hook or who calls a
+    submodule alone may get an `ops.Pending` (see `ConvNormAct`); `.applied()` makes a tensor of it.
+    Backend "torch" never defers.
     Raises UsageError for an image too small for the network.
     """
     # torch takes seconds to import, and listing networks must not wait for it

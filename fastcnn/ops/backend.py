@@ -55,15 +55,35 @@ def choose_convolution(
     backend: as `choose_backend` has chosen; dtype: of autocast, or None for fp32.
     Raises BuildError where "fused" is asked for and cannot be had.
     """
-    if mode == "fused":
-        if backend != "fused":
-            raise BuildError(
-                "--conv fused: needs --backend fused, which cannot be had here or was "
-                "not asked for; use --conv auto"
-            )
-        if reason := plans.why_vendor(device, dtype or torch.float32):
-            raise BuildError(f"--conv fused: {reason}; {_remedy(device, dtype)}")
+    if mode == "fused" and (reason := _why_not_fused(backend, device, dtype)):
+        raise BuildError(f"--conv fused: {reason}")
     plans.set_mode(mode)
+
+
+def convolution_of_run(
+    mode: plans.Mode,
+    deterministic: bool,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> plans.Mode:
+    """Return the mode by which the network of a run with such options is evaluated: the run's own.
+
+    "auto" where its "fused" cannot be had here, "vendor" for the "auto" of a deterministic run.
+    backend, dtype: as in `choose_convolution`, of the evaluation.
+    """
+    if mode == "fused" and _why_not_fused(backend, device, dtype):
+        mode = "auto"
+    return "vendor" if mode == "auto" and deterministic else mode
+
+
+def _why_not_fused(backend: str, device: torch.device, dtype: torch.dtype | None) -> str:
+    if backend != "fused":
+        return (
+            "needs --backend fused, which cannot be had here or was not asked for; use --conv auto"
+        )
+    reason = plans.why_vendor(device, dtype or torch.float32)
+    return reason and f"{reason}; {_remedy(device, dtype)}"
 
 
 def _remedy(device: torch.device, dtype: torch.dtype | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastcnn.config import Config, PlaceConfig
 from fastcnn.errors import CheckpointError, NumbersError, UsageError
-from fastcnn.ops.backend import choose_backend, choose_convolution
+from fastcnn.ops.backend import choose_backend, choose_convolution, convolution_of_run
 from fastcnn.train import checkpoint
 from fastcnn.train.evaluate import evaluate
 from fastcnn.train.host import tune_process
@@ -174,7 +174,9 @@ def evaluate_run(
     backend, why_torch = choose_backend(wanted, device, precision.dtype)
     if why_torch:
         log.warning("note: %s", why_torch)
-    choose_convolution(options.get("conv", "auto"), backend, device, precision.dtype)
+    where = (backend, device, precision.dtype)
+    own = convolution_of_run(run.conv, run.deterministic, *where)
+    choose_convolution(options.get("conv", own), *where)
     data_options = {k: v for k, v in options.items() if hasattr(trained.config.data, k)}
     dataset, images = evaluation_data(trained, data, split_name, data_options)
     if data is None and dataset.digest != trained.data.get("digest"):
