@@ -148,6 +148,18 @@ def test_what_a_part_moves_and_computes():
         assert conv_layers.bytes_and_flop(met, part) == (2 * values, computed), part
 
 
+def test_a_residual_is_moved_where_it_is_added():
+    layers = met_layers(get_network("resnet18"), 128, BF16)
+    met = next(met for met in layers if met.name == "block1.conv2")
+    plain = met._replace(residual=None)
+    residual = 2 * 128 * 32 * 32 * 64  # bytes
+    added = {
+        part: conv_layers.bytes_and_flop(met, part)[0] - conv_layers.bytes_and_flop(plain, part)[0]
+        for part in ("conv forward", "layer forward", "inference")
+    }
+    assert added == {"conv forward": 0, "layer forward": residual, "inference": residual}
+
+
 def test_the_rows_of_a_gpu_are_in_the_table():
     seconds = {"vendor": [2e-4] * 7, "fused": [1e-4] * 7, "recomputed": [3e-4] * 7}
     row = {"network": "n", "batch": 1, "layer": "conv2", "part": "conv weight gradient"}
