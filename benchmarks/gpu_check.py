@@ -35,9 +35,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import conv_stages
 import torch
 from report import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY))  # of a bare source tree, and before another that is installed
+
+import conv_stages
 
 from fastcnn.bench.environment import environment
 from fastcnn.bench.steps import NO_TIME

@@ -1,6 +1,7 @@
 """benchmarks/gpu_check.py: stages that fail, hang or find nothing; what it reads from logs."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -50,6 +51,15 @@ def test_without_a_gpu_it_says_so():
     assert done.returncode == 2
     assert len(done.stdout.splitlines()) == 1
     assert "no GPU" in done.stdout
+
+
+def test_the_tree_that_it_lies_in_is_checked(tmp_path):
+    code = "import gpu_check, fastcnn; print(fastcnn.__file__)"
+    code = f"import sys; sys.path.insert(0, {str(REPOSITORY / 'benchmarks')!r}); {code}"
+    bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True, text=True)
+    assert done.stdout.strip() == str(REPOSITORY / "fastcnn" / "__init__.py"), done.stderr
 
 
 def test_commands_are_logged_and_ended(check):
