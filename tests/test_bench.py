@@ -15,8 +15,9 @@ from fastcnn.bench.cases import layers_of
 from fastcnn.bench.options import settings_of
 from fastcnn.bench.variants import Task
 from fastcnn.bench.worker import Worker
-from fastcnn.cli import main
-from fastcnn.errors import FastcnnError, UsageError
+from fastcnn.cli import main, parse
+from fastcnn.errors import BuildError, FastcnnError, UsageError
+from fastcnn.ops import plans
 from fastcnn.recipes import resolve
 
 SMALL = ["--arch", "cnn-a", "--batch-size", "4", "--threads", "1", "--device", "cpu"]
@@ -116,6 +117,31 @@ def test_backends_and_defaults_of_a_device(monkeypatch):
     assert [task.batch for task in named] == [256, 64] * 2
     assert bench_options.CUDA_BACKENDS[-1] == "graph"
     assert set(bench_options.CUDA_BACKENDS) == set(bench_options.own_options()[1].choices)
+
+
+def test_fused_convolutions_are_refused_on_a_cpu(library, capsys, tmp_path):
+    path = tmp_path / "bench.json"
+    code, out, err = command(capsys, *SMALL, "--conv", "fused", "--json", str(path))
+    assert (code, out) == (BuildError.exit_code, "")
+    assert err == "fastcnn: --conv fused: CPU: oneDNN's convolution; use --conv auto\n"
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("rule", plans.MODES)
+def test_the_rule_of_convolutions_is_the_one_that_is_measured_under(library, monkeypatch, rule):
+    monkeypatch.setattr(plans, "_mode", "vendor" if rule == "auto" else "auto")
+    monkeypatch.setattr(plans, "why_vendor", lambda *_: "")
+    met = []
+
+    def compare(run, mode, limits):
+        met.append((mode, plans.mode()))
+        run.set(rows=[], left_out=["all"])
+
+    monkeypatch.setattr(run, "compare", compare)
+    for words in (SMALL, [*SMALL, "--inference"]):
+        given = parse(["bench", *words, "--conv", rule])[1]
+        assert run.measure(settings_of(given), ["bench"])["conv"] == rule
+    assert met == [("throughput", rule), ("inference", rule)]
 
 
 def test_shown_commands_hold_no_paths():

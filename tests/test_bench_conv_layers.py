@@ -132,6 +132,60 @@ def test_numbers_that_are_off_are_named_and_not_timed(quick, monkeypatch):
     assert parts == {"layer forward", "layer backward"}
 
 
+def broken(*_, **__):
+    raise RuntimeError("no compiler")
+
+
+@pytest.mark.parametrize("when", ["made", "called"])
+def test_a_rival_that_raises_is_named_and_ours_are_timed(quick, monkeypatch, when):
+    monkeypatch.setattr(torch, "compile", broken if when == "made" else lambda *_, **__: broken)
+    rows = rows_of("cnn-a+norm", rivals=("eager", "compile"))
+    wrong = [row for row in rows if "why" in row]
+    assert {(row["layer"], row["view"]) for row in wrong} == {
+        (f"conv{i}", view) for i in range(1, 5) for view in ("module_parts", "inference_part")
+    }
+    assert {(row["backend"], row["why"]) for row in wrong} == {
+        ("compile", "RuntimeError: no compiler")
+    }
+    views = ("layer forward", "layer backward", "inference")
+    timed = [row for row in rows if row.get("part") in views]
+    assert len(timed) == 4 * len(views)
+    assert all(row["seconds"].keys() == {"eager", "vendor", "fused"} for row in timed)
+
+
+def test_a_rival_that_raises_in_its_backward_is_named(quick, monkeypatch):
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        backward = broken
+
+    def compiled(module, **_):
+        return lambda *given: Broken.apply(module(*given))
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    rows = rows_of("mao-default", batch=1, rivals=("compile",))
+    wrong = {(row["backend"], row["view"]) for row in rows if "why" in row}
+    assert wrong == {("compile", "module_parts")}
+    backward = [row for row in rows if row.get("part") == "layer backward"]
+    assert all(row["seconds"].keys() == {"vendor", "fused"} for row in backward)
+
+
+def test_a_shape_that_cudnns_own_fusion_refuses_costs_no_other():
+    calls = {"vendor": broken, "fused": broken, "cudnn": broken, "eager": lambda: None}
+    wrong = conv_layers._refused(calls, lambda name: calls[name]())
+    assert wrong == {"cudnn": "RuntimeError: no compiler"}
+    assert list(calls) == ["vendor", "fused", "eager"]
+
+
+def test_ours_that_raises_is_no_rivals_fault(quick, monkeypatch):
+    monkeypatch.setattr(conv_layers, "_under", broken)
+    rows = rows_of("mao-default", batch=1, rivals=("eager",))
+    wrong = {row["backend"]: row["why"] for row in rows if "why" in row}
+    assert wrong == {"module_parts": "RuntimeError: no compiler"}
+
+
 def test_what_a_part_moves_and_computes():
     met = met_layers(get_network("vgg16"), 1024, BF16)[1]  # 64 to 64 channels, 32x32
     image, taps = 1024 * 32 * 32 * 64, 64 * 64 * 9
@@ -146,6 +200,18 @@ def test_what_a_part_moves_and_computes():
     }
     for part, (values, computed) in expected.items():
         assert conv_layers.bytes_and_flop(met, part) == (2 * values, computed), part
+
+
+def test_a_residual_is_moved_where_it_is_added():
+    layers = met_layers(get_network("resnet18"), 128, BF16)
+    met = next(met for met in layers if met.name == "block1.conv2")
+    plain = met._replace(residual=None)
+    residual = 2 * 128 * 32 * 32 * 64  # bytes
+    added = {
+        part: conv_layers.bytes_and_flop(met, part)[0] - conv_layers.bytes_and_flop(plain, part)[0]
+        for part in ("conv forward", "layer forward", "inference")
+    }
+    assert added == {"conv forward": 0, "layer forward": residual, "inference": residual}
 
 
 def test_the_rows_of_a_gpu_are_in_the_table():
@@ -168,6 +234,9 @@ def test_the_rows_of_a_gpu_are_in_the_table():
 def test_on_a_gpu_every_part_has_its_variants():
     gpu = torch.device("cuda", 0)
     rows = layers.rows_of_network("cnn-a", 64, BF16, gpu, 7, LIMITS, ("eager",))
-    assert all("why" not in row for row in rows)
-    inference = [row for row in rows if row["part"] == "inference"]
-    assert all({"vendor", "fused", "cudnn", "eager"} == row["variants"].keys() for row in inference)
+    # cuDNN's own fusion may refuse a shape
+    assert {row["backend"] for row in rows if "why" in row} <= {"cudnn"}
+    inference = [row for row in rows if row.get("part") == "inference"]
+    assert len(inference) == 4
+    for row in inference:
+        assert row["variants"].keys() - {"cudnn"} == {"vendor", "fused", "eager"}

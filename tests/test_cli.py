@@ -15,6 +15,7 @@ import torch
 from fastcnn import doctor
 from fastcnn.cli import main
 from fastcnn.config import options_by_name
+from fastcnn.errors import BuildError
 from fastcnn.ops import build, library
 from fastcnn.train import checkpoint
 
@@ -99,6 +100,14 @@ def test_an_error_is_one_line_with_its_exit_code(
     assert err.startswith("fastcnn: ")
     assert err.count("\n") == 1
     assert expected in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fused_convolutions_on_a_cpu_are_refused_in_one_line(library, capsys, tmp_path):
+    where = ["--device", "cpu", "--output", str(tmp_path)]
+    code, out, err = run(capsys, *SMALL, *where, "--conv", "fused")
+    assert (code, out) == (BuildError.exit_code, "")
+    assert err == "fastcnn: --conv fused: CPU: oneDNN's convolution; use --conv auto\n"
     assert list(tmp_path.iterdir()) == []
 
 

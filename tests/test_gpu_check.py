@@ -1,6 +1,7 @@
 """benchmarks/gpu_check.py: stages that fail, hang or find nothing; what it reads from logs."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -50,6 +51,15 @@ def test_without_a_gpu_it_says_so():
     assert done.returncode == 2
     assert len(done.stdout.splitlines()) == 1
     assert "no GPU" in done.stdout
+
+
+def test_the_tree_that_it_lies_in_is_checked(tmp_path):
+    code = "import gpu_check, fastcnn; print(fastcnn.__file__)"
+    code = f"import sys; sys.path.insert(0, {str(REPOSITORY / 'benchmarks')!r}); {code}"
+    bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True, text=True)
+    assert done.stdout.strip() == str(REPOSITORY / "fastcnn" / "__init__.py"), done.stderr
 
 
 def test_commands_are_logged_and_ended(check):
@@ -190,10 +200,15 @@ def test_every_rule_is_run_and_one_that_fails_is_named(failing):
         return {"state": state, "seconds": 2.0, "content": rates_of(fused=1.0)}
 
     result = conv_stages.under_each_rule(bench, "conv-steps", 30.0, [], on_gpu=True)
-    assert told == [(f"conv-steps-{rule}", 10.0, rule) for rule in ("auto", "fused", "vendor")]
+    # what a rule leaves of its time is the others'
+    assert told == [
+        ("conv-steps-auto", 10.0, "auto"),
+        ("conv-steps-fused", 14.0, "fused"),
+        ("conv-steps-vendor", 26.0, "vendor"),
+    ]
     assert result["seconds"] == 6.0
     assert result["state"] == ("failed" if failing else "passed")
-    assert result["reason"] == ("--conv fused failed" if failing else "")
+    assert result["reason"] == ("--conv fused: failed" if failing else "")
     assert "n 8 fused auto: 1.00 times as fast as --conv vendor" in gpu_check.line_of(
         "conv-steps", result
     )
@@ -209,7 +224,126 @@ def test_a_layer_that_is_wrong_fails_its_stage(check, monkeypatch):
 
     monkeypatch.setattr(gpu_check.Check, "run", run)
     result = gpu_check.conv_layers(check, 60)
-    assert (result["state"], result["reason"]) == ("failed", "n conv2 plan_parts: off")
+    assert (result["state"], result["reason"]) == ("failed", "n 1 conv2 plan_parts: off")
+
+
+def test_a_layers_rival_that_fails_is_named_and_no_fault(check, monkeypatch):
+    def run(self, command, log, budget_s):
+        path = Path(command[command.index("--json") + 1])
+        named = {"network": "n", "batch": 1, "layer": "conv1"}
+        wrong = [
+            {**named, "backend": rival, "view": "inference_part", "why": "refused"}
+            for rival in ("eager", "compile", "cudnn")
+        ]
+        rows = [{**named, "part": "inference"}, *wrong]
+        path.write_text(json.dumps({"mode": "layers", "rows": rows, "left_out": []}))
+        return "passed", 1.0
+
+    monkeypatch.setattr(gpu_check.Check, "run", run)
+    check.device = "cuda"
+    result = gpu_check.conv_layers(check, 60)
+    assert (result["state"], result["reason"]) == ("passed", "")
+    line = gpu_check.line_of("conv-layers", result)
+    assert "not timed: n 1 conv1 cudnn inference_part" in line
+    assert "with compile: not timed: n 1 conv1 compile inference_part" in line
+
+
+@pytest.mark.parametrize("compiling", ["failed", "timeout"])
+def test_layers_whose_compilation_does_not_end_fail_their_stage(compiling):
+    told = []
+
+    def bench(name, budget_s, words):
+        told.append((name, budget_s, words))
+        state = compiling if "compile" in words else "passed"
+        return {"state": state, "seconds": 20.0, "content": {}}
+
+    result = conv_stages.layers(bench, 100.0, on_gpu=True)
+    assert (result["state"], result["reason"]) == ("failed", f"with compile: {compiling}")
+    assert result["seconds"] == 40.0
+    assert [(name, budget_s) for name, budget_s, _ in told] == [
+        ("conv-layers", 60.0),
+        ("conv-layers-compile", 80.0),  # and what the first has left
+    ]
+    first, second = (words[words.index("--backends") + 1 :] for _, _, words in told)
+    assert (first[:2], second[:3]) == (["eager", "--arch"], ["eager", "compile", "--arch"])
+    assert set(second[3:]) == {"cnn-a+norm", "--batch-size", "1024"}
+
+
+@pytest.mark.parametrize("stage", ["conv_layers", "conv_steps", "conv_inference"])
+@pytest.mark.parametrize("how", ["left out", "eager", "graph"])
+def test_what_there_was_no_time_for_fails_a_stage_of_the_convolution(
+    check, monkeypatch, stage, how
+):
+    def run(self, command, log, budget_s):
+        path = Path(command[command.index("--json") + 1])
+        named = {"network": "n", "batch": 8}
+        rows = [
+            {**named, "backend": backend} | ({"why": gpu_check.NO_TIME} if how == backend else {})
+            for backend in ("eager", "graph")
+        ]
+        left_out = ["n batch 8 graph"] * (how == "left out")
+        path.write_text(json.dumps({"mode": "throughput", "rows": rows, "left_out": left_out}))
+        return "passed", 1.0
+
+    monkeypatch.setattr(gpu_check.Check, "run", run)
+    result = getattr(gpu_check, stage)(check, 60)
+    assert result["state"] == "failed"
+    name = "n batch 8 graph" if how == "left out" else f"n 8 {how}"
+    assert f"{name}: no time was left" in result["reason"]
+
+
+def test_many_that_were_not_timed_are_counted():
+    content = {"left_out": [f"n{i}" for i in range(8)]}
+    named = [f"n{i}: no time was left" for i in range(5)]
+    assert conv_stages.untimed(content) == [*named, "3 more"]
+
+
+def test_ratios_to_eager_are_of_one_process_and_told_beside_the_target():
+    def bench(name, budget_s, words):
+        rows = [
+            {"network": "n", "batch": 8, "backend": "eager", "times_as_fast_as": {}},
+            {
+                **{"network": "n", "batch": 8, "backend": "graph"},
+                "times_as_fast_as": {"eager": {"one process": {"median": 1.62}}},
+            },
+        ]
+        content = {"mode": "inference", "left_out": [], "rows": rows}
+        return {"state": "passed", "seconds": 2.0, "content": content}
+
+    for words, target in ((["--inference"], " (target 1.5)"), ([], "")):
+        result = conv_stages.under_each_rule(bench, "conv", 30.0, words, on_gpu=True)
+        assert result["to_eager"] == dict.fromkeys(
+            ("n 8 graph auto", "n 8 graph fused", "n 8 graph vendor"), 1.62
+        )
+        told = gpu_check.line_of("conv", result).split("; ")
+        assert f"n 8 graph fused: 1.62 times as fast as eager{target}" in told
+
+
+@pytest.mark.parametrize("stage", ["conv-layers", "conv-steps", "conv-inference"])
+def test_short_stages_of_the_convolution_have_time_to_begin(check, monkeypatch, stage):
+    begun = []
+
+    def run(self, command, log, budget_s):
+        begun.append(float(command[command.index("--budget") + 1]))
+        return "passed", budget_s
+
+    monkeypatch.setattr(gpu_check.Check, "run", run)
+    check.device, check.deadline = "cuda", time.monotonic() + 600
+    function, budget_s = gpu_check.STAGES[stage]
+    function(check, budget_s)
+    assert min(begun) >= 25
+    assert sum(begun) == pytest.approx(0.8 * budget_s, rel=0.05)
+
+
+def test_the_convolutions_steps_are_few_enough():
+    for words, networks in (
+        (conv_stages.step_words(True), ["vgg16", "cnn-a+norm"]),
+        (conv_stages.inference_words(True), ["vgg16", "cnn-a"]),
+    ):
+        text = " ".join(words)
+        assert f"--arch {' '.join(networks)} --batch-size 1024" in text
+        assert text.endswith("1024")
+        assert "--backends eager graph --" in text
 
 
 def test_layers_are_told_without_a_gpu(check, library):
@@ -302,15 +436,18 @@ def test_the_words_of_each_comparison_are_options(check, monkeypatch, device):
     gpu_check.conv_layers(check, 60)
     gpu_check.conv_steps(check, 60)
     gpu_check.conv_inference(check, 60)
-    steps, small, rates, times, layers, *ruled = (
+    steps, small, rates, times, layers, *rest = (
         settings_of(parse(["bench", *["modern" if w == "fast" else w for w in command[3:]]])[1])
         for command in told
     )
-    assert steps.own.budget == pytest.approx(60 - gpu_check.RESERVE_S, abs=1)
-    assert small.own.budget == pytest.approx(60 - gpu_check.RESERVE_S, abs=1)
+    assert steps.own.budget == pytest.approx(0.8 * 60, abs=1)
+    assert small.own.budget == pytest.approx(0.8 * 60, abs=1)
     assert rates.own.data_only
     assert times.own.time_to_accuracy
     assert layers.own.layers
+    compiled = rest[: device == "cuda"]
+    assert [one.own.backends for one in compiled] == [["eager", "compile"]] * len(compiled)
+    ruled = rest[len(compiled) :]
     rules = ["auto", "fused", "vendor"] if device == "cuda" else ["auto", "vendor"]
     assert [one.config.run.conv for one in ruled] == rules * 2
     assert [one.own.inference for one in ruled] == sorted([False, True] * len(rules))

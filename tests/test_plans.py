@@ -173,6 +173,17 @@ def test_figures_that_are_none_are_not_taken(path, value):
     assert Planner(CPU, path, KEY).known(LAYER) is None
 
 
+def test_a_pending_layers_entry_without_the_recomputed_gradient_is_measured_again(path):
+    times = FAST | {"weight_gradient": {"vendor": 2.0, "fused": 1.0}}
+    plain = LAYER._replace(pending=False)
+    assert plan_cache.add(path, KEY, {str(layer): {"times": times} for layer in (LAYER, plain)})
+    planner = Planner(CPU, path, KEY, Measuring())
+    assert planner.known(LAYER) is None
+    assert planner.known(plain).plan == FUSED
+    assert planner.decide(LAYER).times == FAST
+    assert Planner(CPU, path, KEY).known(LAYER).times == FAST
+
+
 def test_a_file_that_cannot_be_read_or_written_costs_no_more_than_the_figures(path, caplog):
     path.parent.write_text("a file where the folder should be")
     measuring = Measuring()

@@ -19,7 +19,7 @@ One set of inputs, as a plan is measured: those of a small batch stay in a GPU's
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -40,12 +40,14 @@ from fastcnn.ops.reference import split_pads
 from fastcnn.train.half import half_network
 
 Seconds = dict[str, list[float]]  # a round each, by variant
+Wrong = dict[str, str]  # why a variant was not timed
 PARTS = {
     "forward": "conv forward",
     "data_gradient": "conv data gradient",
     "weight_gradient": "conv weight gradient",
 }
 RIVALS = ("eager", "compile")
+PLAIN = (*RIVALS, "cudnn")  # what is not ours; one that raises is named, and the others go on
 
 
 class Met(NamedTuple):
@@ -118,11 +120,21 @@ class Modules:
         if "eager" in rivals:
             calls["eager"] = plain
         if "compile" in rivals:
-            torch._dynamo.reset()  # its limit of compilations is that of a module's code
-            calls["compile"] = torch.compile(plain, dynamic=False)
+            calls["compile"] = _compiled(plain)
         for mode in ("vendor", "fused"):
             calls[mode] = partial(_under, mode, own)
         return calls
+
+
+def _compiled(module: nn.Module) -> Callable[..., Tensor]:
+    """The module by torch.compile, made at the first call: what it raises is the call's."""
+
+    @cache
+    def made() -> Callable[..., Tensor]:
+        torch._dynamo.reset()  # its limit of compilations is that of a module's code
+        return torch.compile(module, dynamic=False)
+
+    return lambda *given: made()(*given)
 
 
 def _under(mode: plans.Mode, module: nn.Module, *given: Tensor) -> Tensor:
@@ -147,31 +159,47 @@ def measured_parts(
     device: torch.device,
     rounds: int,
     rivals: tuple[str, ...] = RIVALS,
-) -> tuple[dict[str, Seconds], dict[str, Decision], dict[str, str]]:
-    """Return the seconds of each part by variant, the decisions of training and inference, and why
-    a variant was not timed."""
+) -> tuple[dict[str, Seconds], dict[str, Decision], list[dict[str, str]]]:
+    """Return the seconds of each part by variant, the decisions of training and inference, and what
+    was not timed: a rival ("backend", in a "view") or a view as a whole ("backend"), and "why"."""
     decisions = {
         "training": plans.decision_for(met.training, device),
         "inference": plans.decision_for(met.inference, device),
     }
     parts: dict[str, Seconds] = {}
-    wrong: dict[str, str] = {}
+    wrong: list[dict[str, str]] = []
     for measuring in (_plan_parts, _module_parts, _inference_part):
+        view = measuring.__name__.removeprefix("_")
         try:
-            parts |= measuring(met, modules, device, rounds, rivals)
-        except Exception as error:  # too little memory, a missing compiler: the others go on
-            wrong[measuring.__name__.removeprefix("_")] = reason_of(error)
+            found, refused = measuring(met, modules, device, rounds, rivals)
+        except Exception as error:  # too little memory, numbers that are off: the others go on
+            wrong.append({"backend": view, "why": reason_of(error)})
+        else:
+            parts |= found
+            wrong += [{"backend": n, "view": view, "why": why} for n, why in refused.items()]
     return parts, decisions, wrong
+
+
+def _refused(calls: dict[str, Callable[..., Any]], trial: Callable[[str], Any]) -> Wrong:
+    """Try each rival by itself; take those that raise out of the calls and return why."""
+    wrong: Wrong = {}
+    for name in [name for name in calls if name in PLAIN]:
+        try:
+            trial(name)
+        except Exception as error:  # a missing compiler, a shape that is not taken
+            del calls[name]
+            wrong[name] = reason_of(error)
+    return wrong
 
 
 def _plan_parts(
     met: Met, _: Modules, device: torch.device, rounds: int, __: tuple[str, ...]
-) -> dict[str, Seconds]:
+) -> tuple[dict[str, Seconds], Wrong]:
     with plan_measure.alone(device):
         variants = plan_measure.variants_of(met.training, plan_measure.draw(met.training, device))
         _require_agreement(variants, met.training.dtype)
         found = plan_measure.samples_of(variants, plan_measure.clock_of(device), rounds)
-    return {PARTS[part]: seconds for part, seconds in found.items()}
+    return {PARTS[part]: seconds for part, seconds in found.items()}, {}
 
 
 def _require_agreement(variants: Variants, dtype: torch.dtype) -> None:
@@ -181,25 +209,28 @@ def _require_agreement(variants: Variants, dtype: torch.dtype) -> None:
 
 def _module_parts(
     met: Met, modules: Modules, device: torch.device, rounds: int, rivals: tuple[str, ...]
-) -> dict[str, Seconds]:
+) -> tuple[dict[str, Seconds], Wrong]:
     calls = modules.variants(met.name, rivals)
     given = _inputs(met, device)
-    parameters = {name: _parameters(modules, met.name, name) for name in calls}
-    results = {name: call(*given) for name, call in calls.items()}
-    dy = torch.randn_like(next(iter(results.values())))
-    del results
+    dy = torch.randn_like(calls["vendor"](*given))
+    own = [t for t in given if t.requires_grad]
+    wanted = {name: [*own, *_parameters(modules, met.name, name)] for name in calls}
+
+    def trial(name: str) -> None:
+        _backward(wanted[name], dy, _forward(calls[name], given, 1))
+
+    wrong = _refused(calls, trial)
     per_round = sets_and_calls(max(t.nbytes for t in (*given, dy)), device.type, 1)[1]
     phases = Phases(device)
     found: dict[str, Seconds] = {"layer forward": {}, "layer backward": {}}
     for at in range(WARMUP_ROUNDS + rounds):
         for name, call in calls.items():
-            wanted = [*(t for t in given if t.requires_grad), *parameters[name]]
             forward = partial(_forward, call, given, per_round)
-            time = phases.time(forward, partial(_backward, wanted, dy), per_round)
+            time = phases.time(forward, partial(_backward, wanted[name], dy), per_round)
             if at >= WARMUP_ROUNDS:
                 found["layer forward"].setdefault(name, []).append(time.forward)
                 found["layer backward"].setdefault(name, []).append(time.backward)
-    return found
+    return found, wrong
 
 
 def _parameters(modules: Modules, name: str, variant: str) -> list[nn.Parameter]:
@@ -232,7 +263,7 @@ def _inputs(met: Met, device: torch.device) -> list[Tensor]:
 
 def _inference_part(
     met: Met, modules: Modules, device: torch.device, rounds: int, rivals: tuple[str, ...]
-) -> dict[str, Seconds]:
+) -> tuple[dict[str, Seconds], Wrong]:
     layer = met.inference
     with torch.no_grad(), plan_measure.alone(device):
         tensors = plan_measure.draw(layer, device)
@@ -248,12 +279,13 @@ def _inference_part(
         for model in models:
             model.eval()
         try:
+            wrong = _refused(calls, lambda name: calls[name]())
             clock = plan_measure.clock_of(device)
             found = plan_measure.samples_of({"inference": calls}, clock, rounds)
         finally:
             for model in models:
                 model.train()
-    return found
+    return found, wrong
 
 
 def _cudnn(layer: ConvLayer, t: Tensors) -> Tensor:
@@ -316,7 +348,7 @@ def rows_of_convolutions(
             decision = decisions["inference" if part == "inference" else "training"]
             row = {**named, "part": part, "n": rounds, **plan_entries(decision)}
             rows.append(row | dict(figures(*bytes_and_flop(met, part), seconds)))
-        rows += [{**named, "backend": view, "why": why} for view, why in wrong.items()]
+        rows += [{**named, **one} for one in wrong]
     return rows
 
 

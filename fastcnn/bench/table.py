@@ -214,4 +214,4 @@ def tail_lines(content: Content) -> list[str]:
 
 def _name(row: Any) -> str:
     parts = [row["network"], f"batch {row['batch']}"]
-    return " ".join([*parts, *[row[k] for k in ("loader", "layer", "backend") if k in row]])
+    return " ".join([*parts, *[row[k] for k in ("loader", "layer", "backend", "view") if k in row]])

@@ -298,8 +298,10 @@ def _times_of(entry: Mapping[str, Any], layer: ConvLayer) -> Times:
     parts |= {"data_gradient"} if layer.training and layer.wants_data_gradient else set()
     if not isinstance(times, dict) or times.keys() != parts:
         return {}
-    for found in times.values():
-        if not isinstance(found, dict) or not {"vendor", "fused"} <= found.keys():
+    recomputed = "weight_gradient" if layer.training and layer.pending else ""
+    for part, found in times.items():
+        needed = {"vendor", "fused", *["recomputed"] * (part == recomputed)}
+        if not isinstance(found, dict) or not needed <= found.keys():
             return {}
         if not all(isinstance(value, float) and value > 0 for value in found.values()):
             return {}
