@@ -85,13 +85,17 @@ PADDED = Shape(1, 6, 6, 8, 8, (3, 3), 1, (0, 2, 2, 0))
 
 
 MAP_NORESERVE = 0x4000
-MANY = 2**28 + 3  # pixels of 8 channels
+MANY = Shape(1, 1, 2**25 + 3, 64, 64, (1, 1), 1, NONE)
+LAST = slice(MANY.w - 3, MANY.w)
 
 
-def sparse(pixels):
-    """(pixels, 8) zeros in bf16 that take memory only where they are written."""
+def sparse(off=False):
+    """Zeros in bf16, of MANY's sizes, that take memory only where they are written; `off` 16
+    bytes."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-    return torch.frombuffer(mmap.mmap(-1, pixels * 16, flags), dtype=BF16).view(-1, 8)
+    count = MANY.w * MANY.c
+    memory = mmap.mmap(-1, 2 * count + 16, flags)
+    return torch.frombuffer(memory, dtype=BF16, count=count, offset=2 * off).view(-1, MANY.c)
 
 
 @pytest.fixture
@@ -199,21 +203,25 @@ def test_most_channels_of_a_pending_input(conv):
     check_forward(conv, Shape(1, 1, 1, 640, 72, (1, 1), 1, NONE), torch.float16, NORM, INFERENCE)
 
 
-def test_more_than_2_31_elements(conv, kernels):
-    """The last pixels, by the block that has them; the others do not run."""
-    shape = Shape(1, 1, MANY, 8, 8, (1, 1), 1, NONE)
-    x, y = sparse(MANY), sparse(MANY)
-    x[-3:] = torch.arange(24).view(3, 8)
-    filters = torch.eye(8, dtype=BF16)
-    slopes = {"in_pre_slope": 1.0, "in_post_slope": 1.0, "pre_slope": 1.0, "post_slope": 1.0}
-    blocks = kernels.conv_partial_rows(shape.fields)
-    last = (MANY - 1) // 128 % blocks
+def last_tile(kernels):
+    """Only the block of the last pixels is to run."""
+    blocks = kernels.conv_partial_rows(MANY.fields)
+    last = (MANY.w - 1) // 128 % blocks
     kernels.only_blocks(last, last + 1)
-    settings = {"pool": False, "stats_slope": 1.0, **slopes}
-    conv.launch("conv", BF16, shape=shape.fields, x=x, filter=filters, y=y, **settings)
-    assert torch.equal(y[-3:], x[-3:])
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_more_than_2_31_elements(conv, kernels, off):
+    """The last pixels, by the block that has them; off 16 bytes, by single values."""
+    x, y = sparse(off), sparse()
+    x[LAST] = torch.arange(192).view(3, 64)
+    last_tile(kernels)
+    settings = {"pool": False, "stats_slope": 1.0, "pre_slope": 1.0, "post_slope": 1.0}
+    settings |= {"in_pre_slope": 1.0, "in_post_slope": 1.0, "filter": torch.eye(64, dtype=BF16)}
+    conv.launch("conv", BF16, shape=MANY.fields, x=x, y=y, **settings)
+    assert torch.equal(y[LAST], x[LAST])
     # no offset has wrapped to the front
-    assert not y[:4096].any()
+    assert not y[:512].any()
 
 
 def test_statistics_of_values_far_from_zero(conv):
@@ -359,6 +367,34 @@ def test_gradients_of_no_images(conv):
     assert (found["dweight"] == 0).all()
     assert (found["dbias"] == 0).all()
     assert (conv.weight_gradient(shape, data, NORM) == 0).all()
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_data_gradient_of_more_than_2_31_elements(conv, kernels, off):
+    x, dy, dx = sparse(), sparse(off), sparse()
+    x[LAST], dy[LAST] = torch.randn(3, 64), torch.randn(3, 64)
+    workspace = conv.workspace("conv_data_gradient", MANY, BF16)
+    # the launch that turns the filters has no such block
+    workspace.view(BF16)[: 64 * 64] = torch.eye(64).flatten()
+    last_tile(kernels)
+    settings = {"in_pre_slope": 1.0, "in_post_slope": 0.5, "batch_stats": False}
+    given = {"x": x, "dy": dy, "dx": dx, "workspace": workspace, **settings}
+    conv.launch("conv_data_gradient", BF16, shape=MANY.fields, **given)
+    assert torch.equal(dx[LAST], torch.where(x[LAST] > 0, dy[LAST], dy[LAST] / 2))
+    assert not dx[:512].any()
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_weight_gradient_of_more_than_2_31_elements(conv, kernels, off):
+    """The partial result of the last range of pixels, whose sum with the others is not made."""
+    x, dy = sparse(off), sparse(off)
+    x[LAST], dy[LAST] = torch.randn(3, 64), torch.randn(3, 64)
+    workspace = conv.workspace("conv_weight_gradient", MANY, BF16)
+    partials = workspace.view(torch.float32).view(-1, 64, 64)
+    kernels.only_blocks(len(partials) - 1, len(partials))
+    settings = {"in_pre_slope": 1.0, "in_post_slope": 1.0, "workspace": workspace}
+    conv.launch("conv_weight_gradient", BF16, shape=MANY.fields, x=x, dy=dy, **settings)
+    torch.testing.assert_close(partials[-1], dy[LAST].float().t() @ x[LAST].float())
 
 
 # ------------------------------------------------------------------------- all the launchers
