@@ -8,12 +8,15 @@ from test_ptxas import ARCHS, TARGETS, conv_kernels, kernel_name
 
 from fastcnn.ops import build, toolchain
 
-# the tensor cores; of Hopper's own instruction as well
-PRODUCT = r"\b(HMMA\.16816\.F32|HGMMA)"
+# the tensor cores, of Hopper's own instruction as well: sums in fp32, of either type
+PRODUCT = r"\bHG?MMA\."
+PRODUCTS = {"f16": PRODUCT + r"\w+\.F32\s", "bf16": PRODUCT + r"\w+\.F32\.BF16\s"}
 FROM_SHARED = r"\bLDSM\.16\.M"
 TURNED_FROM_SHARED = r"\bLDSM\.16\.MT88\.4"
-# global memory, 16 bytes: copied to shared memory, loaded, stored
-COPY, LOAD, STORE = r"\bLDGSTS\.E\S*\.128", r"\bLDG\.E\S*\.128", r"\bSTG\.E\S*\.128"
+# global memory, 16 bytes: loaded, stored, copied to shared memory; a copy ends with the predicate
+# that writes zeros instead
+LOAD, STORE = r"\bLDG\.E\S*\.128", r"\bSTG\.E\S*\.128"
+COPY, ANY_COPY = r"\bLDGSTS\.E\S*\.128 [^;]*, !?U?P\d+ ;", r"\bLDGSTS\b"
 SPILL = r"\b(LDL|STL)\b"
 
 
@@ -34,13 +37,14 @@ def wanted(kernel: str) -> dict[str, int]:
     """How many of which instructions a kernel is to contain at least."""
     if "_sum_" in kernel or "turn_filters" in kernel:
         return {}
-    *_, taps = kernel.rstrip(">").split(", ")
+    name, *_, taps = kernel.rstrip(">").split(", ")
+    product = PRODUCTS[name.split("<")[1]]
     if kernel.startswith("conv_weight_gradient"):
         # sums leave value by value: a row of the result is as long as there are taps
-        return {PRODUCT: 16, TURNED_FROM_SHARED: 8, COPY: 2, LOAD: 2 * int(taps)}
+        return {product: 16, TURNED_FROM_SHARED: 8, COPY: 2, LOAD: 2 * int(taps)}
     # copied, pending, single values; a residual, or x of a gradient, is one more load
     copies, loads = {"0": (6, 0), "1": (2, 4), "2": (0, 0)}[taps]
-    return {PRODUCT: 16, FROM_SHARED: 8, STORE: 1, COPY: copies, LOAD: loads + 1}
+    return {product: 16, FROM_SHARED: 8, STORE: 1, COPY: copies, LOAD: loads + 1}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -49,6 +53,8 @@ def test_convolutions_use_tensor_cores_and_16_bytes(code, target):
         for instruction, least in wanted(kernel).items():
             found = len(re.findall(instruction, code[target][kernel]))
             assert found >= least, (kernel, instruction, found)
+        copies = re.findall(ANY_COPY, code[target][kernel])
+        assert len(copies) == len(re.findall(COPY, code[target][kernel])), kernel
         assert not re.search(SPILL, code[target][kernel]), kernel
 
 

@@ -85,13 +85,17 @@ PADDED = Shape(1, 6, 6, 8, 8, (3, 3), 1, (0, 2, 2, 0))
 
 
 MAP_NORESERVE = 0x4000
-MANY = 2**28 + 3  # pixels of 8 channels
+MANY = Shape(1, 1, 2**25 + 3, 64, 64, (1, 1), 1, NONE)
+LAST = slice(MANY.w - 3, MANY.w)
 
 
-def sparse(pixels):
-    """(pixels, 8) zeros in bf16 that take memory only where they are written."""
+def sparse(off=False):
+    """Zeros in bf16, of MANY's sizes, that take memory only where they are written; `off` 16
+    bytes."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-    return torch.frombuffer(mmap.mmap(-1, pixels * 16, flags), dtype=BF16).view(-1, 8)
+    count = MANY.w * MANY.c
+    memory = mmap.mmap(-1, 2 * count + 16, flags)
+    return torch.frombuffer(memory, dtype=BF16, count=count, offset=2 * off).view(-1, MANY.c)
 
 
 @pytest.fixture
@@ -199,21 +203,25 @@ def test_most_channels_of_a_pending_input(conv):
     check_forward(conv, Shape(1, 1, 1, 640, 72, (1, 1), 1, NONE), torch.float16, NORM, INFERENCE)
 
 
-def test_more_than_2_31_elements(conv, kernels):
-    """The last pixels, by the block that has them; the others do not run."""
-    shape = Shape(1, 1, MANY, 8, 8, (1, 1), 1, NONE)
-    x, y = sparse(MANY), sparse(MANY)
-    x[-3:] = torch.arange(24).view(3, 8)
-    filters = torch.eye(8, dtype=BF16)
-    slopes = {"in_pre_slope": 1.0, "in_post_slope": 1.0, "pre_slope": 1.0, "post_slope": 1.0}
-    blocks = kernels.conv_partial_rows(shape.fields)
-    last = (MANY - 1) // 128 % blocks
+def last_tile(kernels):
+    """Only the block of the last pixels is to run."""
+    blocks = kernels.conv_partial_rows(MANY.fields)
+    last = (MANY.w - 1) // 128 % blocks
     kernels.only_blocks(last, last + 1)
-    settings = {"pool": False, "stats_slope": 1.0, **slopes}
-    conv.launch("conv", BF16, shape=shape.fields, x=x, filter=filters, y=y, **settings)
-    assert torch.equal(y[-3:], x[-3:])
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_more_than_2_31_elements(conv, kernels, off):
+    """The last pixels, by the block that has them; off 16 bytes, by single values."""
+    x, y = sparse(off), sparse()
+    x[LAST] = torch.arange(192).view(3, 64)
+    last_tile(kernels)
+    settings = {"pool": False, "stats_slope": 1.0, "pre_slope": 1.0, "post_slope": 1.0}
+    settings |= {"in_pre_slope": 1.0, "in_post_slope": 1.0, "filter": torch.eye(64, dtype=BF16)}
+    conv.launch("conv", BF16, shape=MANY.fields, x=x, y=y, **settings)
+    assert torch.equal(y[LAST], x[LAST])
     # no offset has wrapped to the front
-    assert not y[:4096].any()
+    assert not y[:512].any()
 
 
 def test_statistics_of_values_far_from_zero(conv):
@@ -222,6 +230,48 @@ def test_statistics_of_values_far_from_zero(conv):
     data = data._replace(x=data.x / 64, of_result={"bias": torch.full((24,), 30.0)})
     found = conv.forward(shape, data, Pending(), epilogue)
     check_statistics(found, 1.0)
+
+
+def of_residual(conv, dtype, residual):
+    """Of a result that is the residual, its rows below each other."""
+    shape = Shape(1, 1, *residual.shape, residual.shape[1], (1, 1), 1, NONE)
+    epilogue = Epilogue(residual=True, stats_slope=1.0)
+    data = make(shape, dtype, Pending(), epilogue)
+    data = data._replace(x=data.x * 0, residual=residual.to(dtype).view(data.residual.shape))
+    return conv.forward(shape, data, Pending(), epilogue)
+
+
+def test_statistics_of_one_pixel_are_those_of_bn_stats(conv):
+    """Also where the first value, which all are compared with, is not finite."""
+    values = torch.tensor([[torch.inf, -torch.inf, torch.nan, 3e4, -2, 0, 1e-7, 1]])
+    found = of_residual(conv, torch.float16, values)
+    like = (None,) * 5 + (torch.zeros(8), torch.ones(8))
+    names = ("mean", "rstd", "running_mean", "running_var")
+    for name, true in zip(names, conv.statistics(found["y"], like, True, 1.0), strict=True):
+        assert torch.equal(found[name].nan_to_num(7), true.nan_to_num(7)), name
+    assert torch.equal(found["mean"][:2], values[0, :2])
+
+
+def test_statistics_of_a_few_values_that_are_not_finite(conv):
+    """One a channel, the first of a thread or another: no variance; nor is there one, but 0, of a
+    value that is always the same."""
+    values = torch.full((300, 16), 3e4)
+    for channel, row in enumerate([0, 5, 32, 128, 299]):
+        values[row, channel] = torch.inf
+        values[row, 5 + channel] = -torch.inf
+        values[row, 10 + channel] = torch.nan
+    found = of_residual(conv, torch.float16, values)
+    assert not found["mean"][:15].isfinite().any()
+    assert found["rstd"][:15].isnan().all()
+    assert found["mean"][15] == values.half()[0, 15]
+    assert found["rstd"][15] == 1 / torch.tensor(EPS).sqrt()
+
+
+def test_squares_are_not_negative(conv):
+    """The square of a deviation is below the smallest number, the product of sums is not."""
+    values = torch.full((128, 8), 2e-23)
+    values[::32] = 0
+    assert (of_residual(conv, BF16, values)["partials"][1] >= 0).all()
 
 
 def test_no_images(conv):
@@ -233,25 +283,32 @@ def test_no_images(conv):
 
 
 def test_nan_inf_and_ties_win_as_in_torch(conv):
-    """Index for index: the place in every code is that of max_pool2d's index."""
+    """Index for index: the place in every code is that of max_pool2d's index, the sign that of the
+    winner, also where all four are -inf."""
     shape = Shape(4, 9, 8, 1, 24, (1, 1), 1, NONE)
     x = torch.randint(-2, 3, (4, 9, 8, 1)).half()
     x[torch.rand(x.shape) < 0.1] = torch.nan
     x[torch.rand(x.shape) < 0.1] = torch.inf
     x[torch.rand(x.shape) < 0.2] = -torch.inf
+    x[0, :2, :2], x[1, :2, :2] = torch.inf, -torch.inf
     for slope in (0.0, 1.0, 0.1):
         epilogue = Epilogue(post_slope=slope, pool=True, code=True)
         data = make(shape, torch.float16, Pending(), epilogue)
         signs = torch.randint(0, 2, data.filter.shape).half() * 2 - 1
         data = data._replace(x=x, filter=signs)
         found = conv.forward(shape, data, Pending(), epilogue)
-        activated = activate(nchw(product(x.float(), signs.float(), shape)), slope)
+        result = nchw(product(x.float(), signs.float(), shape))
+        activated = activate(result, slope)
         pooled, index = F.max_pool2d(activated, 2, return_indices=True)
         torch.testing.assert_close(nchw(found["y"]), pooled.half(), equal_nan=True)
         place = nchw(found["code"]).long() & 0x7F
         rows, columns = (torch.arange(size // 2) * 2 for size in (9, 8))
         at = (rows.view(-1, 1) + place // 2) * 8 + columns + place % 2
         torch.testing.assert_close(at, index)
+        winner = result.flatten(2).gather(2, index.flatten(2)).view(index.shape)
+        negative = winner <= 0 if slope == 0 else ~(winner > 0)
+        assert torch.equal(nchw(found["code"]) >= 0x80, negative)
+        assert (nchw(found["y"]) == -torch.inf).any() == (slope > 0)
 
 
 def test_padding_is_0_behind_the_activation(conv):
@@ -359,6 +416,34 @@ def test_gradients_of_no_images(conv):
     assert (found["dweight"] == 0).all()
     assert (found["dbias"] == 0).all()
     assert (conv.weight_gradient(shape, data, NORM) == 0).all()
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_data_gradient_of_more_than_2_31_elements(conv, kernels, off):
+    x, dy, dx = sparse(), sparse(off), sparse()
+    x[LAST], dy[LAST] = torch.randn(3, 64), torch.randn(3, 64)
+    workspace = conv.workspace("conv_data_gradient", MANY, BF16)
+    # the launch that turns the filters has no such block
+    workspace.view(BF16)[: 64 * 64] = torch.eye(64).flatten()
+    last_tile(kernels)
+    settings = {"in_pre_slope": 1.0, "in_post_slope": 0.5, "batch_stats": False}
+    given = {"x": x, "dy": dy, "dx": dx, "workspace": workspace, **settings}
+    conv.launch("conv_data_gradient", BF16, shape=MANY.fields, **given)
+    assert torch.equal(dx[LAST], torch.where(x[LAST] > 0, dy[LAST], dy[LAST] / 2))
+    assert not dx[:512].any()
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_weight_gradient_of_more_than_2_31_elements(conv, kernels, off):
+    """The partial result of the last range of pixels, whose sum with the others is not made."""
+    x, dy = sparse(off), sparse(off)
+    x[LAST], dy[LAST] = torch.randn(3, 64), torch.randn(3, 64)
+    workspace = conv.workspace("conv_weight_gradient", MANY, BF16)
+    partials = workspace.view(torch.float32).view(-1, 64, 64)
+    kernels.only_blocks(len(partials) - 1, len(partials))
+    settings = {"in_pre_slope": 1.0, "in_post_slope": 1.0, "workspace": workspace}
+    conv.launch("conv_weight_gradient", BF16, shape=MANY.fields, x=x, dy=dy, **settings)
+    torch.testing.assert_close(partials[-1], dy[LAST].float().t() @ x[LAST].float())
 
 
 # ------------------------------------------------------------------------- all the launchers
