@@ -232,6 +232,48 @@ def test_statistics_of_values_far_from_zero(conv):
     check_statistics(found, 1.0)
 
 
+def of_residual(conv, dtype, residual):
+    """Of a result that is the residual, its rows below each other."""
+    shape = Shape(1, 1, *residual.shape, residual.shape[1], (1, 1), 1, NONE)
+    epilogue = Epilogue(residual=True, stats_slope=1.0)
+    data = make(shape, dtype, Pending(), epilogue)
+    data = data._replace(x=data.x * 0, residual=residual.to(dtype).view(data.residual.shape))
+    return conv.forward(shape, data, Pending(), epilogue)
+
+
+def test_statistics_of_one_pixel_are_those_of_bn_stats(conv):
+    """Also where the first value, which all are compared with, is not finite."""
+    values = torch.tensor([[torch.inf, -torch.inf, torch.nan, 3e4, -2, 0, 1e-7, 1]])
+    found = of_residual(conv, torch.float16, values)
+    like = (None,) * 5 + (torch.zeros(8), torch.ones(8))
+    names = ("mean", "rstd", "running_mean", "running_var")
+    for name, true in zip(names, conv.statistics(found["y"], like, True, 1.0), strict=True):
+        assert torch.equal(found[name].nan_to_num(7), true.nan_to_num(7)), name
+    assert torch.equal(found["mean"][:2], values[0, :2])
+
+
+def test_statistics_of_a_few_values_that_are_not_finite(conv):
+    """One a channel, the first of a thread or another: no variance; nor is there one, but 0, of a
+    value that is always the same."""
+    values = torch.full((300, 16), 3e4)
+    for channel, row in enumerate([0, 5, 32, 128, 299]):
+        values[row, channel] = torch.inf
+        values[row, 5 + channel] = -torch.inf
+        values[row, 10 + channel] = torch.nan
+    found = of_residual(conv, torch.float16, values)
+    assert not found["mean"][:15].isfinite().any()
+    assert found["rstd"][:15].isnan().all()
+    assert found["mean"][15] == values.half()[0, 15]
+    assert found["rstd"][15] == 1 / torch.tensor(EPS).sqrt()
+
+
+def test_squares_are_not_negative(conv):
+    """The square of a deviation is below the smallest number, the product of sums is not."""
+    values = torch.full((128, 8), 2e-23)
+    values[::32] = 0
+    assert (of_residual(conv, BF16, values)["partials"][1] >= 0).all()
+
+
 def test_no_images(conv):
     shape = Shape(0, 6, 5, 24, 8)
     found = conv.forward(shape, make(shape, torch.float16, NORM, RAW), NORM, RAW)
@@ -241,25 +283,32 @@ def test_no_images(conv):
 
 
 def test_nan_inf_and_ties_win_as_in_torch(conv):
-    """Index for index: the place in every code is that of max_pool2d's index."""
+    """Index for index: the place in every code is that of max_pool2d's index, the sign that of the
+    winner, also where all four are -inf."""
     shape = Shape(4, 9, 8, 1, 24, (1, 1), 1, NONE)
     x = torch.randint(-2, 3, (4, 9, 8, 1)).half()
     x[torch.rand(x.shape) < 0.1] = torch.nan
     x[torch.rand(x.shape) < 0.1] = torch.inf
     x[torch.rand(x.shape) < 0.2] = -torch.inf
+    x[0, :2, :2], x[1, :2, :2] = torch.inf, -torch.inf
     for slope in (0.0, 1.0, 0.1):
         epilogue = Epilogue(post_slope=slope, pool=True, code=True)
         data = make(shape, torch.float16, Pending(), epilogue)
         signs = torch.randint(0, 2, data.filter.shape).half() * 2 - 1
         data = data._replace(x=x, filter=signs)
         found = conv.forward(shape, data, Pending(), epilogue)
-        activated = activate(nchw(product(x.float(), signs.float(), shape)), slope)
+        result = nchw(product(x.float(), signs.float(), shape))
+        activated = activate(result, slope)
         pooled, index = F.max_pool2d(activated, 2, return_indices=True)
         torch.testing.assert_close(nchw(found["y"]), pooled.half(), equal_nan=True)
         place = nchw(found["code"]).long() & 0x7F
         rows, columns = (torch.arange(size // 2) * 2 for size in (9, 8))
         at = (rows.view(-1, 1) + place // 2) * 8 + columns + place % 2
         torch.testing.assert_close(at, index)
+        winner = result.flatten(2).gather(2, index.flatten(2)).view(index.shape)
+        negative = winner <= 0 if slope == 0 else ~(winner > 0)
+        assert torch.equal(nchw(found["code"]) >= 0x80, negative)
+        assert (nchw(found["y"]) == -torch.inf).any() == (slope > 0)
 
 
 def test_padding_is_0_behind_the_activation(conv):
