@@ -13,6 +13,9 @@
 //
 // A block takes tile after tile of pixels, so that what an epilogue sums stays in the block and
 // leaves few partial results. Which tiles are whose follows from the shape alone.
+//
+// Registers: as many as conv_resident() leaves a thread, table in csrc/README.md. Shared memory:
+// ConvShared, figures in the heads of the two files.
 #pragma once
 
 #include <algorithm>
@@ -66,7 +69,9 @@ template <int kTileFilters>
 struct ConvShared {
   static constexpr int kRows = kTilePixels + kTileFilters;
   static constexpr int kStageBytes = kRows * kTileTaps * 2;
-  static constexpr int kPitch = kTileFilters + 4;  // floats a row of sums: keeps banks apart
+  // floats a row of sums: the 8 rows that a warp stores into begin in different banks, yet of the
+  // pairs that it stores two meet in each
+  static constexpr int kPitch = kTileFilters + 4;
   static constexpr int kSumBytes = kTilePixels * kPitch * 4;
   static constexpr int kFront = std::max(kSumBytes, kStages * kStageBytes);
   static constexpr int kKept = kFront + kTilePixels * static_cast<int>(sizeof(Origin));

@@ -11,8 +11,9 @@
 //
 // Statistics are those of the rounded y, as bn_stats would find them: mean and squared deviations a
 // block, merged over its tiles and over blocks by launch_bn_merge, in an order that the
-// shape alone decides. Registers: table in csrc/README.md. Shared memory a block: 40 KB with 64
-// filters, 34 KB with 32, and 12 bytes a channel of a pending input.
+// shape alone decides. Registers: at most 128 a thread, 168 with 64 filters where taps are not
+// copied; table in csrc/README.md. Shared memory a block: 40 KB with 64 filters, 34 KB with 32, and
+// 12 bytes a channel of a pending input.
 #include "conv.cuh"
 #include "moments.cuh"
 

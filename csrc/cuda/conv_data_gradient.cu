@@ -9,8 +9,9 @@
 // the sums are known; else dx leaves the epilogue.
 //
 // Sums: each thread of its rows, each block of its threads and tiles, then over blocks by
-// bn_act_backward_finalise, in an order that the shape alone decides. No atomics. Registers: table
-// in csrc/README.md. Shared memory a block: 40 KB with 64 channels, 34 KB with 32.
+// bn_act_backward_finalise, in an order that the shape alone decides. No atomics. Registers: at most
+// 128 a thread, 168 with 64 channels and single values; table in csrc/README.md. Shared memory a
+// block: 40 KB with 64 channels, 34 KB with 32.
 #include "backward.cuh"
 #include "conv.cuh"
 

@@ -7,8 +7,8 @@
 // A block has 64 filters x 64 taps and a range of pixels, 32 of which are a stage of shared memory;
 // both matrices lie there pixel by pixel and are turned by the matrix loads. Few filters and taps
 // leave few such tiles, so the pixels are divided among as many blocks as fill a GPU; their partial
-// results, fp32, are added in order by a second launch. No atomics. Registers: table in
-// csrc/README.md. Shared memory a block: 26.75 KB.
+// results, fp32, are added in order by a second launch. No atomics. Registers: at most 128 a thread;
+// table in csrc/README.md. Shared memory a block: 26.25 KB.
 #include "conv.cuh"
 
 namespace fastcnn::cuda {
@@ -21,7 +21,9 @@ constexpr int kRowChunks = 64 / kChunk;                     // of a row of eithe
 constexpr int kRowStep = kConvThreads / kRowChunks;         // rows at once
 constexpr int kRowsEach = kStepPixels / kRowStep;           // a thread
 constexpr int kMatrixBytes = kStepPixels * 64 * 2;          // of a stage
-constexpr int kOriginRing = kStages + 1;                    // steps whose origins are kept
+// steps whose origins are kept: a step's are read when it starts, kStages - 1 steps ahead, and
+// written over the ones of kStages steps before, which a barrier has left behind
+constexpr int kOriginRing = kStages;
 // steps of a block at least, over which its first loads and its partial result are spread
 constexpr int64_t kLeastSteps = 16;
 
