@@ -1,7 +1,6 @@
 """Training through the convolution's kernels, compiled for the CPU, against torch's.
 
-`python tests/test_conv_training.py` trains longer and prints accuracies on held-out digits (an
-hour's half on one core).
+`python tests/test_conv_training.py` trains longer and prints accuracies on held-out digits.
 """
 
 import contextlib

@@ -183,25 +183,6 @@ __global__ void __launch_bounds__(kConvThreads, conv_resident(kTileFilters, kTap
   epilogue.finish(static_cast<int>(blockIdx.y) * kTileFilters);
 }
 
-Gather gather_of(const ConvShape& shape, bool windows) {
-  const int p = static_cast<int>(shape.p), q = static_cast<int>(shape.q);
-  const int64_t pixels = windows ? shape.n * (p / 2) * (q / 2) * 4 : shape.pixels();
-  return {static_cast<int>(shape.h),
-          static_cast<int>(shape.w),
-          static_cast<int>(shape.c),
-          shape.r,
-          shape.s,
-          shape.stride,
-          1,
-          shape.top,
-          shape.left,
-          p,
-          q,
-          static_cast<int>(pixels),
-          static_cast<int>(shape.taps()),
-          windows};
-}
-
 bool is_possible(const Conv& args) {
   const ConvShape& shape = args.shape;
   if (!is_countable(shape) || (args.pool && (args.residual || args.partials))) return false;

@@ -32,6 +32,26 @@ struct Gather {
   bool windows;  // pixels are numbered window by window of 2 x 2, those in no window are left out
 };
 
+// what a convolution reads, and so does the gradient of its filters
+inline Gather gather_of(const ConvShape& shape, bool windows) {
+  const int p = static_cast<int>(shape.p), q = static_cast<int>(shape.q);
+  const int64_t pixels = windows ? shape.n * (p / 2) * (q / 2) * 4 : shape.pixels();
+  return {static_cast<int>(shape.h),
+          static_cast<int>(shape.w),
+          static_cast<int>(shape.c),
+          shape.r,
+          shape.s,
+          shape.stride,
+          1,
+          shape.top,
+          shape.left,
+          p,
+          q,
+          static_cast<int>(pixels),
+          static_cast<int>(shape.taps()),
+          windows};
+}
+
 // of a result pixel: the first pixel of its image (-1: there is no such result), and where its
 // first tap lies
 struct alignas(16) Origin {

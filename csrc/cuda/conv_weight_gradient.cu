@@ -308,10 +308,7 @@ bool is_possible(const ConvWeightGradient& args) {
 template <typename T>
 WeightGradientArguments<T> arguments_of(const ConvWeightGradient& args, const Ranges& ranges) {
   const ConvShape& shape = args.shape;
-  return {{static_cast<int>(shape.h), static_cast<int>(shape.w), static_cast<int>(shape.c), shape.r,
-           shape.s, shape.stride, 1, shape.top, shape.left, static_cast<int>(shape.p),
-           static_cast<int>(shape.q), static_cast<int>(shape.pixels()),
-           static_cast<int>(shape.taps()), false},
+  return {gather_of(shape, false),
           static_cast<const T*>(args.input.x),
           static_cast<const T*>(args.dy),
           PendingInput(args.input),
