@@ -239,6 +239,7 @@ struct Augment {
   bool reflect;            // without the edge; else 0
   Flip flip;
   int cutout;
+  bool gathered;           // image i of the batch is images[i], whatever its sample number
   void* x;
   int64_t* y;
 };

@@ -68,8 +68,8 @@ void check_samples(const Augment& args, int64_t images) {
           args.at[0], " and ", args.at[1]);
   for (int64_t i = 0; i < args.count && i < args.length; ++i) {
     const int64_t sample = args.order[(args.at[1] % args.length + i) % args.length];
-    REQUIRE(sample >= 0 && sample < images, "order: expected samples 0 to ", images - 1, ", got ",
-            sample);
+    REQUIRE(sample >= 0 && (args.gathered || sample < images), "order: expected samples 0 to ",
+            images - 1, ", got ", sample);
   }
 }
 
@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor> augment(const Tensor& images, const Tensor& labels, c
                                    const Tensor& at, int64_t count, const Tensor& scale,
                                    const Tensor& bias, const Tensor& fill, int64_t seed,
                                    int64_t padding, bool reflect, int64_t flip, int64_t cutout,
-                                   ScalarType dtype) {
+                                   bool gathered, ScalarType dtype) {
   check_images(images);
   const int64_t samples = images.size(0), h = images.size(1), w = images.size(2);
   REQUIRE(order.dim() == 1 && order.numel() > 0, "order: expected int64 [L], got ",
@@ -109,6 +109,8 @@ std::tuple<Tensor, Tensor> augment(const Tensor& images, const Tensor& labels, c
   check_options(args, padding, cutout);
   args.padding = static_cast<int>(padding);
   args.cutout = static_cast<int>(cutout);
+  REQUIRE(!gathered || count <= samples, "images: expected at least ", count, ", got ", samples);
+  args.gathered = gathered;
   Tensor x = empty(images, {count, 3, h, w}, dtype), y = empty(images, {count}, ScalarType::Long);
   args.dtype = dtype_of(x);
   args.x = pointer(x);

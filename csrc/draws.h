@@ -84,4 +84,9 @@ constexpr int64_t sample_of(const Augment& args, int64_t i) {
   return args.order[place];
 }
 
+// where image and label i of the batch lie, which is of `sample`
+constexpr int64_t place_of(const Augment& args, int64_t i, int64_t sample) {
+  return args.gathered ? i : sample;
+}
+
 }  // namespace fastcnn

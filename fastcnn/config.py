@@ -14,7 +14,7 @@ from typing import Any, Literal
 from fastcnn.errors import UsageError, nearest
 from fastcnn.options import Option, option, options_of
 
-DATA_NAMES = ("cifar10", "digits")  # what --data may name beside a path
+DATA_NAMES = ("cifar10", "tiny-imagenet", "digits")  # what --data may name beside a path
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,30 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     data: str = option(
-        "cifar10", "cifar10, digits, or the path of an image folder or of a tar of one"
+        "cifar10",
+        "cifar10, tiny-imagenet, digits, or the path of an image folder or of a tar or zip of one",
     )
-    data_dir: str | None = option(None, "folder that holds (or receives) the CIFAR-10 archive")
+    data_dir: str | None = option(
+        None, "folder that holds (or receives) the archive of CIFAR-10 or Tiny ImageNet"
+    )
     image_size: int | None = option(
         None, "resize every image to this many pixels a side", low=8, high=1024
+    )
+    resize: Literal["stretch", "crop"] = option(
+        "stretch",
+        "how an image that is not square gets --image-size: stretched, or its middle square",
+    )
+    grayscale: Literal["rgb", "drop"] = option(
+        "rgb", "grey images of a folder: taken as RGB, or left out"
+    )
+    on_bad_image: Literal["refuse", "skip"] = option(
+        "refuse", "unreadable images of a folder: refuse to start, or leave them out and list them"
+    )
+    bad_limit: float = option(
+        0.05,
+        "with --on-bad-image skip: largest part of the images that may be unreadable",
+        low=0,
+        high=1,
     )
     train_subset: int | None = option(None, "train on this many images, drawn by the seed", low=1)
     test_subset: int | None = option(None, "test on this many images, drawn by the seed", low=1)
@@ -59,10 +78,16 @@ class DataConfig:
         open_low=True,
         open_high=True,
     )
-    loader: Literal["resident", "torch"] = option(
-        "resident",
-        "resident: images on the device, augmented in batches; "
-        "torch: DataLoader and torchvision transforms",
+    loader: Literal["auto", "resident", "dali", "torch"] = option(
+        "auto",
+        "resident: images on the device, augmented in batches; dali: decoded or streamed by NVIDIA "
+        "DALI ahead of the step; torch: DataLoader and torchvision transforms; auto: resident "
+        "where they fit, else dali, else torch",
+    )
+    store: Literal["auto", "packed", "files"] = option(
+        "auto",
+        "images of a folder: packed: decoded once into the cache; files: decoded every epoch; "
+        "auto: packed for the resident loader, files for the others",
     )
     workers: int = option(2, "worker processes of the torch loader", low=0, high=256)
     batch_size: int = option(128, "images a training step", low=1, high=1_000_000)

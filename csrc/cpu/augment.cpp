@@ -86,10 +86,11 @@ void make_batch(const Augment& args, const Parallel& parallel) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t sample = sample_of(args, i);
         const Choice choice = choose(args, sample, args.at[0]);
+        const int64_t place = place_of(args, i, sample);
         T* x = static_cast<T*>(args.x) + i * image_values;
-        make_image(args, choice, args.images + sample * image_values, columns, x, value);
+        make_image(args, choice, args.images + place * image_values, columns, x, value);
         if (args.cutout > 0) cut_out(args, choice, fill, x);
-        args.y[i] = args.labels[sample];
+        args.y[i] = args.labels[place];
       }
     });
   };

@@ -31,9 +31,10 @@ __global__ void __launch_bounds__(kImageThreads) augment_kernel(Augment args) {
   const int row_values = args.w * 3;
   const int columns = row_values / V;
   const int64_t image_values = static_cast<int64_t>(args.h) * row_values;
-  const uint8_t* image = args.images + sample * image_values;
+  const int64_t place = place_of(args, blockIdx.x, sample);
+  const uint8_t* image = args.images + place * image_values;
   T* x = static_cast<T*>(args.x) + blockIdx.x * image_values;
-  if (blockIdx.y == 0 && threadIdx.x == 0) args.y[blockIdx.x] = args.labels[sample];
+  if (blockIdx.y == 0 && threadIdx.x == 0) args.y[blockIdx.x] = args.labels[place];
 
   const int step = static_cast<int>(gridDim.y * blockDim.x);
   for (int vector = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);

@@ -5,6 +5,7 @@ A photograph is turned the way its EXIF orientation says. Of an animation, the f
 """
 
 import io
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,27 @@ EXTENSIONS = frozenset(
 )
 
 
+GREY_MODES = frozenset(("1", "L", "LA", "La", "I", "F"))
+# DALI's pixels are Pillow's own here (16-bit, CMYK, palette and turned ones included)
+PLAIN_FORMATS = frozenset(("JPEG", "PNG", "BMP", "PPM"))
+
+
 class BadImageError(ValueError):
     """One image that cannot be read; the message says why, the caller knows which."""
 
 
-def decode(data: bytes, image_size: int | None) -> np.ndarray:
-    """Return the image in `data` as uint8 (H, W, 3), stretched to `image_size` a side if given
-    (bilinear, antialiased).
+@dataclass(frozen=True)
+class Decoded:
+    """An image: pixels uint8 (H, W, 3), upright. grey: its file has no colours. plain: any decoder
+    gives these pixels, for nothing had to be decided (transparency) and the format is common."""
+
+    pixels: np.ndarray
+    grey: bool
+    plain: bool
+
+
+def decode(data: bytes) -> Decoded:
+    """Return the image in `data` in its own size.
 
     Raises BadImageError for an empty, cut, undecodable or too large (over MAX_PIXELS) image.
     """
@@ -34,10 +49,9 @@ def decode(data: bytes, image_size: int | None) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImageError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS}")
-            rgb = _to_rgb(image)
-            if image_size is not None and rgb.size != (image_size, image_size):
-                rgb = rgb.resize((image_size, image_size), Image.Resampling.BILINEAR)
-            return np.asarray(rgb)
+            grey = image.mode in GREY_MODES or image.mode.startswith("I;16")
+            plain = image.format in PLAIN_FORMATS and not _transparent(image)
+            return Decoded(np.asarray(_to_rgb(image)), grey, plain)
     except BadImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -59,11 +73,15 @@ def _to_rgb(image: Any) -> Any:
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise BadImageError("floating-point pixels; expected 8 or 16 bits")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if _transparent(image):
         image = image.convert("RGBA")
         page = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(page, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _transparent(image: Any) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
 
 
 def resize(pixels: np.ndarray, side: int) -> np.ndarray:

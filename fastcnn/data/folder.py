@@ -12,9 +12,11 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+import torch
 
 from fastcnn.config import DataConfig
 from fastcnn.data.decode import EXTENSIONS, BadImageError, decode
+from fastcnn.data.geometry import resize_box, whole_boxes
 from fastcnn.data.listing import Layout, find_layout
 from fastcnn.data.store import Block, Contents, Dataset, fingerprint, log, pack
 from fastcnn.errors import DataError
@@ -41,7 +43,7 @@ class Source:
     read: Callable[[], bytes]
 
 
-def load_folder(path: Path, config: DataConfig) -> Dataset:
+def load_folder(path: Path, config: DataConfig, device: torch.device) -> Dataset:
     """Read an image folder. Raises DataError for whatever listing.py refuses, for files that
     cannot be decoded (all are tried, the first few named) and for images of different sizes."""
     files, folders = list_folder(path)
@@ -236,7 +238,14 @@ def _decode_chunk(chunk: list[Source], image_size: int | None) -> list[np.ndarra
     images: list[np.ndarray | str] = []
     for source in chunk:
         try:
-            images.append(decode(source.read(), image_size))
+            images.append(_fitted(decode(source.read()).pixels, image_size))
         except BadImageError as error:
             images.append(str(error))
     return images
+
+
+def _fitted(pixels: np.ndarray, image_size: int | None) -> np.ndarray:
+    if image_size is None:
+        return pixels
+    box = whole_boxes(np.array([pixels.shape[:2]]), "stretch")[0]
+    return resize_box(pixels, box, (image_size, image_size))

@@ -7,6 +7,7 @@ for x, y in loader:     the rest of the current epoch; then the next epoch begin
 The same in parts, for whoever wants the batches made elsewhere (in a CUDA graph):
 
 for count in loader.begin():
+    loader.stage(count)
     x, y = loader.batch(count)
     loader.advance(count)
 loader.finish()
@@ -20,6 +21,8 @@ import torch
 
 from fastcnn.config import AugmentConfig, DataConfig
 from fastcnn.data import augment as augmentation
+from fastcnn.data.draws import epoch_order
+from fastcnn.data.files import Files
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.store import Images
 from fastcnn.errors import DataError, UsageError
@@ -30,13 +33,23 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 class Loader(abc.ABC):
     """The order of samples and the position in it; a subclass delivers the batches.
 
-    `samples` is the number of images, `epoch` and `position` (samples handed out of this epoch)
-    what `state_dict` saves. One iteration at a time.
+    Of `total` images a process of several (`rank` of `world`) has every world-th of the epoch's
+    order, `samples` in all. `epoch` and `position` (samples handed out of this epoch) are what
+    `state_dict` saves. One iteration at a time.
     """
 
     def __init__(
-        self, samples: int, *, batch_size: int, seed: int, shuffle: bool, drop_last: bool
+        self,
+        total: int,
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        drop_last: bool,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
+        samples = len(range(rank, total, world))
         if samples == 0:
             raise DataError("no images to load")
         if drop_last and samples < batch_size:
@@ -44,7 +57,8 @@ class Loader(abc.ABC):
                 f"--drop-last: {samples} images make no whole batch of {batch_size}; "
                 f"take --batch-size {samples} or less"
             )
-        self.samples = samples
+        self.total, self.samples = total, samples
+        self.rank, self.world = rank, world
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
@@ -59,6 +73,7 @@ class Loader(abc.ABC):
 
     def __iter__(self) -> Iterator[Batch]:
         for count in self.begin():
+            self.stage(count)
             batch = self.batch(count)
             self.advance(count)
             yield batch
@@ -72,6 +87,14 @@ class Loader(abc.ABC):
     @abc.abstractmethod
     def begin(self) -> list[int]:
         """Make ready for the rest of the current epoch; return the sizes of its batches."""
+
+    def epoch_samples(self) -> torch.Tensor:
+        """Return int64 (samples,): the numbers of this process's samples in the epoch's order."""
+        order = epoch_order(self.seed, self.epoch, self.total, self.shuffle)
+        return order[self.rank :: self.world]
+
+    def stage(self, count: int) -> None:  # noqa: B027 - the resident loader has nothing to bring
+        """Bring the data of the next `count` images to where `batch` takes them from."""
 
     @abc.abstractmethod
     def batch(self, count: int) -> Batch:
@@ -106,7 +129,7 @@ class Loader(abc.ABC):
 
 
 def make_loader(
-    images: Images,
+    images: Images | Files,
     data: DataConfig,
     augment: AugmentConfig | None,
     normalization: Normalization,
@@ -118,20 +141,23 @@ def make_loader(
     shuffle: bool,
     drop_last: bool,
     backend: str = "auto",
+    rank: int = 0,
+    world: int = 1,
 ) -> Loader:
-    """Return the loader that `data.loader` names; `augment` None is for evaluation.
+    """Return the loader that `data.loader` names ("auto": the resident one for packed images, of
+    files DALI's); `augment` None is for evaluation.
 
-    backend: what makes the resident loader's batches: "fused" (fastcnn.ops.augment), "torch" (plain
+    backend: what makes batches on the device: "fused" (fastcnn.ops.augment), "torch" (plain
     torch), "auto" (fused where a library is loaded that has kernels for `dtype`). All give the same
-    bits.
+    bits. rank, world: this process's part of the images, every world-th of the epoch's order.
 
     The order is a permutation by (seed, epoch), each sample once an epoch; what becomes of a sample
     depends on (seed, epoch, sample) alone. Raises DataError for no images, UsageError for a batch
-    larger than the set with `drop_last`, for padding that cannot be reflected and for --loader
-    torch without torchvision.
+    larger than the set with `drop_last`, for padding that cannot be reflected, for --loader
+    resident of files, and for a loader whose package is missing.
     """
     if augment is not None:
-        augmentation.check(augment, *images.pixels.shape[1:3])
+        augmentation.check(augment, *images.sides)
     options: dict[str, Any] = {
         "batch_size": batch_size,
         "device": device,
@@ -139,11 +165,19 @@ def make_loader(
         "seed": seed,
         "shuffle": shuffle,
         "drop_last": drop_last,
+        "rank": rank,
+        "world": world,
     }
     if data.loader == "torch":
         from fastcnn.data.torch_loader import TorchLoader
 
         return TorchLoader(images, augment, normalization, workers=data.workers, **options)
+    if data.loader == "dali" or (data.loader == "auto" and isinstance(images, Files)):
+        from fastcnn.data.dali import DaliLoader
+
+        return DaliLoader(images, augment, normalization, backend=backend, **options)
+    if isinstance(images, Files):
+        raise UsageError("--loader resident: needs packed images; leave --store files out")
     from fastcnn.data.resident import ResidentLoader
 
     return ResidentLoader(images, augment, normalization, backend=backend, **options)

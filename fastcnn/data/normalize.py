@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from fastcnn.data.files import Files
 from fastcnn.data.store import Images
 from fastcnn.ops.reference_augment import normalize
 
@@ -29,9 +30,9 @@ class Normalization:
     mean_image: list[list[list[float]]] | None = None
 
     @classmethod
-    def fit(cls, images: Images, mode: Mode) -> "Normalization":
+    def fit(cls, images: Images | Files, mode: Mode) -> "Normalization":
         """Measure the training images; a channel without variation gets std 1."""
-        sums, squares = _sums(images.pixels)
+        sums, squares = _sums(images.pixels_of(range(len(images))))
         values = len(images) * sums.shape[0] * sums.shape[1]
         mean = sums.sum((0, 1)) / values / 255
         variance = squares.sum((0, 1)) / values / 255**2 - mean**2

@@ -1,32 +1,21 @@
 """The resident loader: uint8 images stay on the device, a batch is gathered and augmented there.
 
-One kernel does it all (fastcnn.ops.augment), but for the rarer augmentations and without the native
-library, where tensor operations give the same bits. On the CPU the store's memory map itself is
-read, without a copy.
-
-What changes from epoch to epoch lies in buffers whose addresses never change, and the place in the
-epoch is on the device, so that `batch` can be captured in a CUDA graph and replayed.
+On the CPU they are a copy in memory, not the store's memory map: a file that is cut while it is
+mapped would kill the process.
 """
 
-import numpy as np
+from typing import Any
+
 import torch
 
-from fastcnn import ops
 from fastcnn.config import AugmentConfig
-from fastcnn.data import augment as augmentation
-from fastcnn.data.draws import epoch_order
-from fastcnn.data.loaders import Batch, Loader
+from fastcnn.data.device_loader import DeviceLoader
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.store import Images
-from fastcnn.data.upload import upload
-from fastcnn.ops import reference_augment
-from fastcnn.ops.backend import ops_for
-
-OFF = AugmentConfig(crop_padding=0, flip="none")
 
 
-class ResidentLoader(Loader):
-    """See loaders.make_loader. `at`: int64 (2,) on the device, epoch and position."""
+class ResidentLoader(DeviceLoader):
+    """See loaders.make_loader."""
 
     def __init__(
         self,
@@ -34,80 +23,15 @@ class ResidentLoader(Loader):
         augment: AugmentConfig | None,
         normalization: Normalization,
         *,
-        batch_size: int,
         device: torch.device,
-        dtype: torch.dtype,
-        seed: int,
-        shuffle: bool,
-        drop_last: bool,
-        backend: str,
+        **options: Any,
     ) -> None:
         super().__init__(
-            len(images), batch_size=batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last
+            torch.tensor(images.pixels, device=device),
+            torch.tensor(images.labels, device=device),
+            augment,
+            normalization,
+            gathered=False,
+            samples=len(images),
+            **options,
         )
-        self.device = device
-        self.dtype = dtype
-        self.augment = augment or OFF
-        self.pixels = torch.from_numpy(np.ascontiguousarray(images.pixels)).to(device)
-        self.labels = torch.from_numpy(images.labels).to(device)
-        self.scale, self.bias = normalization.scale_bias(device)
-        self.fill = torch.tensor(normalization.fill, dtype=torch.float32, device=device)
-        self.order = torch.zeros(self.samples, dtype=torch.int64, device=device)
-        self.at = torch.zeros(2, dtype=torch.int64, device=device)
-        self.cursor = self.at[1:]  # the position alone
-        chosen = ops_for(backend, torch.empty(0, dtype=dtype, device=device))
-        self.fused = chosen is ops and augmentation.is_one_kernel(self.augment)
-        self.draws = {} if self.fused else self._draw()
-
-    def begin(self) -> list[int]:
-        order = epoch_order(self.seed, self.epoch, self.samples, self.shuffle)
-        upload(self.order, order)
-        upload(self.at, torch.tensor([self.epoch, self.position]))
-        if not self.fused:
-            for name, values in self._draw().items():
-                self.draws[name].copy_(values)
-        return self.remaining()
-
-    def _draw(self) -> augmentation.Draws:
-        """The epoch's choices, on the device."""
-        height, width = self.pixels.shape[1:3]
-        shape = (self.samples, height, width, self.device)
-        drawn = augmentation.draw(self.augment, self.seed, self.epoch, *shape)
-        return {name: v.to(self.device, non_blocking=True) for name, v in drawn.items()}
-
-    def batch(self, count: int) -> Batch:
-        """Return the next `count` images and labels, and move the position on the device.
-
-        Work of the device alone. More than is left of the epoch starts it again.
-        """
-        made = self._one_kernel(count) if self.fused else self._tensor_operations(count)
-        self.cursor.add_(count)
-        return made
-
-    def _one_kernel(self, count: int) -> Batch:
-        config = self.augment
-        return ops.augment(
-            self.pixels,
-            self.labels,
-            self.order,
-            self.at,
-            count,
-            self.scale,
-            self.bias,
-            self.fill,
-            seed=self.seed,
-            padding=config.crop_padding,
-            reflect=config.crop_mode == "reflect",
-            flip=config.flip,
-            cutout=config.cutout,
-            dtype=self.dtype,
-        )
-
-    def _tensor_operations(self, count: int) -> Batch:
-        index = reference_augment.next_samples(self.order, self.at, count)
-        draws = {name: values.index_select(0, index) for name, values in self.draws.items()}
-        pixels = augmentation.distort(self.augment, self.pixels, index, draws)
-        x = reference_augment.normalize(pixels, self.scale, self.bias)
-        if "cutout" in draws:
-            x = reference_augment.cut_out(x, draws["cutout"], self.augment.cutout, self.fill)
-        return x.to(self.dtype).permute(0, 3, 1, 2), self.labels.index_select(0, index)

@@ -7,6 +7,7 @@ import numpy as np
 
 from fastcnn.config import DataConfig
 from fastcnn.data.draws import derive_seed
+from fastcnn.data.files import Files
 from fastcnn.data.store import Dataset, Images
 from fastcnn.errors import DataError, UsageError
 
@@ -31,20 +32,20 @@ def split(dataset: Dataset, config: DataConfig, seed: int) -> Dataset:
 
 
 def _subset(
-    images: Images, count: int | None, name: str, seed: int, digest: "hashlib._Hash"
-) -> Images:
+    images: Images | Files, count: int | None, name: str, seed: int, digest: "hashlib._Hash"
+) -> Images | Files:
     if count is None:
         return images
     if count > len(images):
         raise UsageError(f"--{name}-subset {count}: there are {len(images)} {name} images")
     chosen = np.sort(_permutation(len(images), f"{name} subset", seed)[:count])
     digest.update(name.encode() + chosen.tobytes())
-    return take(images, chosen)
+    return images.take(chosen)
 
 
 def _hold_out(
-    images: Images, fraction: float, seed: int, digest: "hashlib._Hash"
-) -> tuple[Images, Images]:
+    images: Images | Files, fraction: float, seed: int, digest: "hashlib._Hash"
+) -> tuple[Images | Files, Images | Files]:
     count = round(len(images) * fraction)
     if not 0 < count < len(images):
         raise DataError(
@@ -54,13 +55,8 @@ def _hold_out(
     order = _permutation(len(images), "validation", seed)
     held, kept = np.sort(order[:count]), np.sort(order[count:])
     digest.update(b"val" + held.tobytes())
-    return take(images, kept), take(images, held)
+    return images.take(kept), images.take(held)
 
 
 def _permutation(count: int, purpose: str, seed: int) -> np.ndarray:
     return np.random.default_rng(derive_seed(seed, purpose)).permutation(count)
-
-
-def take(images: Images, chosen: np.ndarray) -> Images:
-    """Return a copy in memory of the images at the int64 positions `chosen`."""
-    return Images(np.asarray(images.pixels)[chosen], images.labels[chosen])

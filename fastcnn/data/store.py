@@ -17,11 +17,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from fastcnn.cache import cache_dir
+from fastcnn.data.files import Files
 from fastcnn.data.progress import progress_bar
 from fastcnn.errors import DataError
 
@@ -43,21 +44,47 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of an image."""
+        return self.pixels.shape[1], self.pixels.shape[2]
+
+    def take(self, chosen: np.ndarray) -> "Images":
+        """Return a copy in memory of the images at the int64 positions `chosen`."""
+        return Images(self.pixels_of(chosen), self.labels[chosen])
+
+    def pixels_of(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return a copy in memory of images, uint8 (n, H, W, 3)."""
+        return np.array(np.asarray(self.pixels)[samples])
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Images that a reader left out: `bad`, path and reason of each unreadable one; `grey`, how
+    many had no colours (--grayscale drop)."""
+
+    bad: tuple[tuple[str, str], ...] = ()
+    grey: int = 0
+
 
 @dataclass(frozen=True)
 class Dataset:
     """Images with the names of their classes; `labels` index into `classes`.
 
-    `digest` is the sha256 (hex) of pixels, labels and class names, and, where `split` drew a part
-    of them, of the drawn indices.
+    `digest` is the sha256 (hex) of the images' contents, labels and class names, and, where `split`
+    drew a part of them, of the drawn indices. `loader` is what --loader auto comes to here, and
+    `why` says it in a line.
     """
 
     name: str
     classes: tuple[str, ...]
-    train: Images
-    test: Images
-    val: Images | None
+    train: Images | Files
+    test: Images | Files
+    val: Images | Files | None
     digest: str
+    left_out: LeftOut = LeftOut()
+    loader: Literal["resident", "dali", "torch"] = "resident"
+    why: str = ""
 
 
 @dataclass(frozen=True)

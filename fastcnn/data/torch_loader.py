@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from fastcnn.config import AugmentConfig
 from fastcnn.data.draws import alternating_flip, derive_seed, epoch_order
+from fastcnn.data.files import Files
 from fastcnn.data.loaders import Batch, Loader
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.store import Images
@@ -35,7 +35,7 @@ class TorchLoader(Loader):
 
     def __init__(
         self,
-        images: Images,
+        images: Images | Files,
         augment: AugmentConfig | None,
         normalization: Normalization,
         *,
@@ -146,13 +146,13 @@ class Samples(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        images: Images,
+        images: Images | Files,
         augment: AugmentConfig | None,
         normalization: Normalization,
         dtype: torch.dtype,
         seed: int,
     ) -> None:
-        self.pixels = torch.from_numpy(np.ascontiguousarray(images.pixels))
+        self.pixels = torch.from_numpy(images.pixels_of(range(len(images))))
         self.augment = augment
         self.dtype = dtype
         self.seed = seed

@@ -16,7 +16,7 @@ define(
     "augment",
     "(Tensor images, Tensor labels, Tensor order, Tensor at, SymInt count, Tensor scale, "
     "Tensor bias, Tensor fill, int seed, int padding, bool reflect, int flip, int cutout, "
-    "ScalarType dtype) -> (Tensor x, Tensor y)",
+    "bool gathered, ScalarType dtype) -> (Tensor x, Tensor y)",
 )
 
 
@@ -42,6 +42,7 @@ def augment(
     reflect: bool = True,
     flip: str = "none",
     cutout: int = 0,
+    gathered: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Return the `count` images and labels that come next: x (count, 3, H, W), channels-last, of
@@ -51,6 +52,8 @@ def augment(
     at: int64 (2,), epoch and position; image i of the batch is sample order[(position + i) % L].
     scale: fp32 (3,). bias: fp32 (3,) or (H, W, 3). fill: fp32 (3,). All contiguous, on one device;
     `at` is read there, so that a captured call makes another batch once it has changed.
+    gathered: image and label i of `images` and `labels` (M >= count) are those of image i of the
+    batch, whatever its sample number, from which its choices are drawn all the same.
     padding: a window of H x W is cut at random from the image with so many pixels around it:
     reflected without the edge, or zero. flip: mirrored left-right after that; "random", or
     "alternating": one half of the samples in even epochs, the other in odd ones, or "none".
@@ -67,5 +70,5 @@ def augment(
     """
     ready()
     require_flip(flip)
-    options = (seed, padding, reflect, FLIPS.index(flip), cutout, dtype)
+    options = (seed, padding, reflect, FLIPS.index(flip), cutout, gathered, dtype)
     return _ops.augment(images, labels, order, at, count, scale, bias, fill, *options)

@@ -25,6 +25,7 @@ def augment(
     reflect: bool = True,
     flip: str = "none",
     cutout: int = 0,
+    gathered: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Return the `count` images and labels that come next: x (count, 3, H, W), channels-last, of
@@ -33,6 +34,8 @@ def augment(
     images: uint8 (M, H, W, 3). labels: int64 (M,). order: int64 (L,), sample numbers.
     at: int64 (2,), epoch and position; image i of the batch is sample order[(position + i) % L].
     scale: fp32 (3,). bias: fp32 (3,) or (H, W, 3). fill: fp32 (3,). All on one device.
+    gathered: image and label i of `images` and `labels` are those of image i of the batch, whatever
+    its sample number, from which its choices are drawn all the same.
     padding, reflect, flip: see `crop_flip`, `draw_crop`, `draw_flip`; cutout: see `cut_out`.
     A pixel becomes pixel * scale + bias, both operations rounded to fp32, then to `dtype`.
     What becomes of a sample depends on (seed, epoch, sample) alone. Raises ValueError for an
@@ -42,10 +45,11 @@ def augment(
     samples, epoch = next_samples(order, at, count), at[0]
     crop = draw_crop(seed, epoch, samples, padding) if padding else None
     flips = draw_flip(seed, epoch, samples, flip)
-    x = normalize(crop_flip(images, samples, crop, flips, reflect), scale, bias)
+    places = torch.arange(count, device=order.device) if gathered else samples
+    x = normalize(crop_flip(images, places, crop, flips, reflect), scale, bias)
     if cutout:
         x = cut_out(x, draw_cutout(seed, epoch, samples, height, width), cutout, fill)
-    return x.to(dtype).permute(0, 3, 1, 2), labels.index_select(0, samples)
+    return x.to(dtype).permute(0, 3, 1, 2), labels.index_select(0, places)
 
 
 def require_flip(flip: str) -> None:

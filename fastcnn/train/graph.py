@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from fastcnn.data.resident import ResidentLoader
+from fastcnn.data.device_loader import DeviceLoader
 from fastcnn.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -139,20 +139,21 @@ class Replay:
     def epoch(self, loader: Any, work: Callable[[Tensor, Tensor], None]) -> Iterator[int]:
         """Do `work(images, labels)` on each batch of the rest of the loader's epoch.
 
-        Yields the size of a batch after its work. A resident loader selects and augments inside
-        the graph; the batches of another one are copied into buffers that the graph reads.
+        Yields the size of a batch after its work. A loader that makes its batches on the device
+        does so inside the graph; those of another one are copied into buffers that the graph reads.
         """
-        if not isinstance(loader, ResidentLoader):
+        if not isinstance(loader, DeviceLoader):
             for images, labels in loader:
                 self.feed(images, labels, work)
                 yield len(labels)
             return
         for count in loader.begin():
 
-            def resident(count: int = count) -> None:
+            def batch_and_work(count: int = count) -> None:
                 work(*loader.batch(count))
 
-            self.run((id(loader), count), resident)
+            loader.stage(count)
+            self.run((id(loader), count), batch_and_work)
             loader.advance(count)
             yield count
         loader.finish()

@@ -243,7 +243,7 @@ class Training:
             "train_seconds": trained_s,
             "images_per_s": sum(r["images_per_s"] for r in history) / len(history),
             "backend": setup.backend,
-            "loader": config.data.loader,
+            "loader": setup.dataset.loader,
             "device": setup.device_name,
             "amp": config.run.amp,
             "precision": setup.precision.name,

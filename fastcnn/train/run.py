@@ -178,13 +178,13 @@ def evaluate_run(
     own = convolution_of_run(run.conv, run.deterministic, *where)
     choose_convolution(options.get("conv", own), *where)
     data_options = {k: v for k, v in options.items() if hasattr(trained.config.data, k)}
-    dataset, images = evaluation_data(trained, data, split_name, data_options)
+    dataset, images = evaluation_data(trained, data, split_name, data_options, device)
     if data is None and dataset.digest != trained.data.get("digest"):
         log.warning(
             "note: %s has changed since training: other images, or split otherwise", dataset.name
         )
     config = replace(trained.config, data=replace(trained.config.data, **data_options))
-    feeding = (config, trained.normalization, device, backend, precision)
+    feeding = (config, dataset.loader, trained.normalization, device, backend, precision)
     loader = evaluation_loader(images, *feeding)
     flip = options.get("test_flip", trained.config.optim.test_flip)
     result = evaluate(trained.model, loader, len(trained.classes), precision, device, flip)
@@ -219,7 +219,7 @@ def announce(training: Training) -> None:
     )
     progress.say(
         f"device {setup.device_name}, {setup.precision.name}, backend {setup.backend}, "
-        f"loader {config.data.loader}, recipe {config.run.recipe}, seed {config.run.seed}"
+        f"loader {setup.dataset.loader}, recipe {config.run.recipe}, seed {config.run.seed}"
     )
     for note in setup.notes:
         progress.say(f"note: {note}")

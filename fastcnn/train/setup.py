@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from fastcnn.archs.whiten import first_convolution, whiten
 from fastcnn.config import Config
 from fastcnn.data import Dataset, Images, Normalization, load_dataset, make_loader, split
 from fastcnn.data.draws import generator
+from fastcnn.data.files import Files
 from fastcnn.errors import CheckpointError, DataError, UsageError
 from fastcnn.ops.backend import choose_backend, choose_convolution
 from fastcnn.train import checkpoint
@@ -47,7 +48,7 @@ class Setup:
 
     @property
     def image_size(self) -> int:
-        return self.dataset.train.pixels.shape[1]
+        return self.dataset.train.sides[0]
 
     @property
     def device_name(self) -> str:
@@ -71,7 +72,7 @@ class Setup:
         }
 
 
-def splits(dataset: Dataset) -> dict[str, Images]:
+def splits(dataset: Dataset) -> dict[str, Images | Files]:
     """train, val (if there is one) and test by name."""
     found = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
     return {name: images for name, images in found.items() if images is not None}
@@ -83,9 +84,10 @@ def prepare(config: Config) -> Setup:
     precision = choose_precision(device, config.run.amp, config.run.amp_dtype)
     configure_torch(config, device)
     network = get_network(config.model.arch)
-    dataset = split(load_dataset(config.data, network.image_sizes[0]), config.data, config.run.seed)
+    dataset = load_dataset(config.data, network.image_sizes[0], device)
+    dataset = split(dataset, config.data, config.run.seed)
     check_dataset(dataset, config)
-    layer_table(network, dataset.train.pixels.shape[1], len(dataset.classes))  # refuses small ones
+    layer_table(network, dataset.train.sides[0], len(dataset.classes))  # refuses small ones
     normalization = Normalization.fit(dataset.train, config.augment.normalize)
     # last of what can be refused: a mistake must not wait for a library to be built
     backend, why_torch = choose_backend(config.run.backend, device, precision.dtype)
@@ -94,7 +96,7 @@ def prepare(config: Config) -> Setup:
     drop_last = drops_last(len(dataset.train), network, config, notes)
     train_loader = make_loader(
         dataset.train,
-        config.data,
+        replace(config.data, loader=dataset.loader),
         config.augment,
         normalization,
         batch_size=config.data.batch_size,
@@ -105,7 +107,7 @@ def prepare(config: Config) -> Setup:
         drop_last=drop_last,
         backend=backend,
     )
-    feeding = (config, normalization, device, backend, precision)
+    feeding = (config, dataset.loader, normalization, device, backend, precision)
     val_loader = evaluation_loader(dataset.val or dataset.test, *feeding)
     test_loader = None if dataset.val is None else evaluation_loader(dataset.test, *feeding)
     model = new_model(network, dataset, config, normalization, device, backend)
@@ -146,7 +148,7 @@ def new_model(
 
     They are drawn from the seed alone, but for whitening filters, which the images decide as well.
     """
-    size, seed = dataset.train.pixels.shape[1], config.run.seed
+    size, seed = dataset.train.sides[0], config.run.seed
     model = build(network, size, len(dataset.classes), backend)
     initialise(model, config.model.init, torch.Generator().manual_seed(seed))
     first = first_convolution(model)
@@ -157,19 +159,21 @@ def new_model(
     return model.to(device)
 
 
-def whitening_images(images: Images, normalization: Normalization, seed: int) -> torch.Tensor:
+def whitening_images(
+    images: Images | Files, normalization: Normalization, seed: int
+) -> torch.Tensor:
     """Images drawn by the seed, fp32 (n, 3, H, W), as the network sees them without augmentation:
     5,000 of 32x32, or as many pixels of another size."""
-    height, width = images.pixels.shape[1:3]
+    height, width = images.sides
     order = torch.randperm(len(images), generator=generator(seed, "whitening"))
     drawn = order[: max(1, WHITENING_PIXELS // (height * width))].sort().values
-    pixels = torch.from_numpy(images.pixels[drawn.numpy()])
+    pixels = torch.from_numpy(images.pixels_of(drawn.numpy()))
     return normalization.apply(pixels).permute(0, 3, 1, 2)
 
 
 def check_dataset(dataset: Dataset, config: Config) -> None:
     """Refuse what no network can train on, and model selection on the test images."""
-    height, width = dataset.train.pixels.shape[1:3]
+    height, width = dataset.train.sides
     if height != width:
         raise DataError(
             f"{dataset.name}: images are {width}x{height}; give --image-size to make them square"
@@ -196,8 +200,9 @@ def drops_last(samples: int, network: Network, config: Config, notes: list[str])
 
 
 def evaluation_loader(
-    images: Images,
+    images: Images | Files,
     config: Config,
+    loader: Literal["resident", "dali", "torch"],
     normalization: Normalization,
     device: torch.device,
     backend: str,
@@ -206,7 +211,7 @@ def evaluation_loader(
     """Every image once, in order, without augmentation."""
     return make_loader(
         images,
-        config.data,
+        replace(config.data, loader=loader),
         None,
         normalization,
         batch_size=config.data.eval_batch_size,
@@ -254,8 +259,12 @@ def load_trained(path: Path, device: torch.device, backend: str) -> TrainedModel
 
 
 def evaluation_data(
-    trained: TrainedModel, data: str | None, split_name: str, overrides: dict[str, Any]
-) -> tuple[Dataset, Images]:
+    trained: TrainedModel,
+    data: str | None,
+    split_name: str,
+    overrides: dict[str, Any],
+    device: torch.device,
+) -> tuple[Dataset, Images | Files]:
     """The images to evaluate on: the run's own split, or that split of other data.
 
     Raises DataError where the classes differ from the network's, UsageError for a split that the
@@ -269,7 +278,8 @@ def evaluation_data(
     elif "test_fraction" in overrides:
         raise UsageError("--test-fraction: the run's own images stay split as they were trained")
     config = replace(config, **overrides)
-    dataset = split(load_dataset(config, trained.image_size), config, trained.config.run.seed)
+    dataset = load_dataset(config, trained.image_size, device)
+    dataset = split(dataset, config, trained.config.run.seed)
     if list(dataset.classes) != list(trained.classes):
         raise DataError(
             f"{dataset.name} has {len(dataset.classes)} classes ({', '.join(dataset.classes[:3])}, "

@@ -162,7 +162,7 @@ int augment(const py::kwargs& kwargs) {
        f.value<int64_t>("length"), integers("at"), floats("scale"), floats("bias"),
        f.value<bool>("bias_of_pixels"), floats("fill"), f.value<int64_t>("seed"),
        f.value<int>("padding"), f.value<bool>("reflect"), static_cast<Flip>(f.value<int>("flip")),
-       f.value<int>("cutout"), f.pointer("x"), integers("y")},
+       f.value<int>("cutout"), f.value<bool>("gathered"), f.pointer("x"), integers("y")},
       nullptr);
 }
 
