@@ -5,14 +5,9 @@ nothing is extracted. The python batches are pickles: they go through an unpickl
 arrays and plain values and nothing else.
 """
 
-import contextlib
-import hashlib
-import http.client
 import io
-import os
 import pickle
 import tarfile
-import urllib.request
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,8 +18,8 @@ import numpy as np
 from fastcnn.cache import cache_dir
 from fastcnn.config import DataConfig
 from fastcnn.data.decode import resize
+from fastcnn.data.download import check_md5, download
 from fastcnn.data.paths import given_path, kind_of
-from fastcnn.data.progress import progress_bar
 from fastcnn.data.store import Block, Contents, Dataset, fingerprint, load_packed, pack
 from fastcnn.errors import DataError
 
@@ -39,8 +34,6 @@ PYTHON_BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 BINARY_BATCHES = [f"{name}.bin" for name in PYTHON_BATCHES]
 CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())  # noqa: SIM905
 PIXELS = 3 * 32 * 32  # bytes of an image: planes of red, green and blue
-TIMEOUT_S = 30
-BLOCK = 1 << 20
 
 Read = Callable[[str], bytes]  # the bytes of a batch by its file name
 Parse = Callable[[str, bytes], tuple[np.ndarray, np.ndarray]]
@@ -74,7 +67,10 @@ def _from_data_dir(what: str, folder: Path, size: int | None) -> Dataset:
         # any one of them: a folder that lacks some is an error, not a place to download to
         if any(kind_of(what, folder / batch) == "file" for batch in batches):
             return _from_folder(folder, batches, size)
-    _download(folder / PYTHON_ARCHIVE)
+    otherwise = (
+        f"put {PYTHON_ARCHIVE} into the folder of --data-dir, or take --data digits or --data PATH"
+    )
+    download("CIFAR-10", URL, folder / PYTHON_ARCHIVE, MD5[PYTHON_ARCHIVE], otherwise)
     return _from_archive(folder / PYTHON_ARCHIVE, size)
 
 
@@ -86,23 +82,10 @@ def _already_packed(size: int | None) -> Dataset | None:
 
 def _from_archive(path: Path, size: int | None) -> Dataset:
     expected = MD5[path.name]
-    found = _md5(path)
-    if found != expected:
-        raise DataError(f"{path}: MD5 {found}, expected {expected}; remove it to download it again")
+    check_md5(path, expected)
     return pack(
         "cifar10", fingerprint("cifar10", expected, size), partial(_read_archive, path, size)
     )
-
-
-def _md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def _read_archive(path: Path, size: int | None) -> Contents:
@@ -202,33 +185,3 @@ class BatchUnpickler(pickle.Unpickler):
         if (module, name) not in self.admitted:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
         return self.admitted[module, name]
-
-
-def _download(path: Path) -> None:
-    """Fetch the python archive to a temporary name, check it, then give it its own name."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(URL, timeout=TIMEOUT_S) as response, open(part, "wb") as file:
-            total = int(response.headers.get("Content-Length", 0))
-            with progress_bar("downloading CIFAR-10", total, announce=True) as advance:
-                while block := response.read(BLOCK):
-                    file.write(block)
-                    advance(len(block))
-        found = _md5(part)
-        if found != MD5[PYTHON_ARCHIVE]:
-            raise DataError(
-                f"{URL}: MD5 {found}, expected {MD5[PYTHON_ARCHIVE]}; try again, or put "
-                f"{PYTHON_ARCHIVE} into the folder of --data-dir"
-            )
-        os.replace(part, path)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"cannot download CIFAR-10 to {path.parent} ({reason}); put {PYTHON_ARCHIVE} into the "
-            "folder of --data-dir, or take --data digits or --data PATH"
-        ) from error
-    finally:
-        # it may not exist, nor its folder: the error that says so is already on its way
-        with contextlib.suppress(OSError):
-            part.unlink()

@@ -49,6 +49,13 @@ def load_folder(path: Path, config: DataConfig, device: torch.device) -> Dataset
     files, folders = list_folder(path)
     layout = find_layout(str(path), files, folders, config.test_fraction)
     warn_ignored(path, layout)
+    return load_layout(path, files, layout, config, device)
+
+
+def load_layout(
+    path: Path, files: dict[str, Stamp], layout: Layout, config: DataConfig, device: torch.device
+) -> Dataset:
+    """Pack the images of `layout`."""
     used = [
         [split, item, files[item]] for split, items in layout.splits.items() for item, _ in items
     ]

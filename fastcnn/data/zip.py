@@ -1,0 +1,167 @@
+"""A zip of an image folder (layouts: listing.py) or of Tiny ImageNet (tiny_layout.py), read by
+member name and never extracted."""
+
+import contextlib
+import lzma
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from fastcnn.config import DataConfig
+from fastcnn.data.decode import BadImageError
+from fastcnn.data.folder import MAX_FILE_BYTES, Source, decoded_contents, warn_ignored
+from fastcnn.data.listing import Layout, find_layout
+from fastcnn.data.store import Contents, Dataset, fingerprint, pack
+from fastcnn.data.tar import GROWTH_GRACE, MAX_GROWTH
+from fastcnn.data.tiny_layout import tiny_layout, tiny_prefix
+from fastcnn.errors import DataError
+
+ENCRYPTED = 0x1  # bit of a member's flags
+APPENDED = "__MACOSX"  # a folder of metadata that macOS adds to the zips it writes
+
+Members = dict[str, zipfile.ZipInfo]  # by normalised name
+
+
+def load_zip(path: Path, config: DataConfig) -> Dataset:
+    """Read a zip without writing any member to disk.
+
+    Raises DataError for an archive that is cut, damaged or encrypted, holds a member that is
+    absolute, climbs with '..' or is a link, or grows beyond MAX_GROWTH; for whatever
+    listing.find_layout or tiny_layout refuse, and for images that cannot be decoded.
+    """
+    status = path.stat()
+    stamp = [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    key = fingerprint("zip", stamp, [config.image_size, config.test_fraction])
+    return pack(path.name, key, partial(zip_contents, path, config))
+
+
+def zip_contents(path: Path, config: DataConfig) -> Contents:
+    """Return classes, labels and the images, which are decoded as they are asked for."""
+    with _opened(path) as archive:
+        members, folders = _list(path, archive)
+        layout = _layout(path, archive, members, folders, config.test_fraction)
+    warn_ignored(path, layout)
+    mean_bytes = sum(info.file_size for info in members.values()) / max(1, len(members))
+    sources = _sources(path, layout, members)
+    return decoded_contents(path, layout, sources, config.image_size, mean_bytes)
+
+
+def is_zip(path: Path) -> bool:
+    """Return whether a regular file has a zip's name or begins like one.
+
+    By name too, so that a damaged one is called that. Raises DataError if it cannot be read.
+    """
+    if path.name.lower().endswith(".zip"):
+        return True
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"PK\x03\x04"
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _list(path: Path, archive: zipfile.ZipFile) -> tuple[Members, list[str]]:
+    """Return the files and the names of the folders, all checked."""
+    files: Members = {}
+    folders: list[str] = []
+    limit = MAX_GROWTH * path.stat().st_size + GROWTH_GRACE
+    total = 0
+    for info in archive.infolist():
+        _check(path, info)
+        # no more than this is ever inflated: zipfile stops there, whatever the data hold
+        total += info.file_size
+        if total > limit:
+            raise DataError(f"{path}: unpacks to over {limit} bytes; refused")
+        name = str(PurePosixPath(info.filename))
+        if name.split("/")[0] == APPENDED:
+            continue
+        if info.is_dir():
+            folders.append(name)
+        elif name in files:
+            raise DataError(f"{path}: holds {name} twice")
+        else:
+            files[name] = info
+    return files, folders
+
+
+def _check(path: Path, info: zipfile.ZipInfo) -> None:
+    name = info.filename
+    if name.startswith("/") or ".." in PurePosixPath(name).parts:
+        raise DataError(f"{path}: member '{name}' points outside the archive; refused")
+    # the upper half holds Unix's mode, 0 in zips from elsewhere
+    kind = stat.S_IFMT(info.external_attr >> 16)
+    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise DataError(f"{path}: member '{name}' is a link or a device; refused")
+    if info.flag_bits & ENCRYPTED:
+        raise DataError(f"{path}: member '{name}' is encrypted; unpack it and give the folder")
+
+
+def _layout(
+    path: Path, archive: zipfile.ZipFile, members: Members, folders: list[str], fraction: float
+) -> Layout:
+    prefix = tiny_prefix(members)
+    if prefix is None:
+        return find_layout(str(path), members, folders, fraction)
+    inner = {name.removeprefix(prefix) for name in members if name.startswith(prefix)}
+    where = f"{path}/{prefix}".rstrip("/")
+    layout = tiny_layout(where, inner, lambda name: archive.read(members[prefix + name]))
+    splits = {
+        split: [(prefix + name, label) for name, label in items]
+        for split, items in layout.splits.items()
+    }
+    return replace(layout, splits=splits)
+
+
+def _sources(path: Path, layout: Layout, members: Members) -> Iterator[Source]:
+    """Yield the images in the archive's order, so that it is read front to back."""
+    wanted = [
+        (members[name], split, position)
+        for split, items in layout.splits.items()
+        for position, (name, _) in enumerate(items)
+    ]
+    wanted.sort(key=lambda entry: entry[0].header_offset)
+    with _opened(path) as archive:
+        for info, split, position in wanted:
+            name = str(PurePosixPath(info.filename))
+            yield Source(split, position, name, _reader(path, archive, info))
+
+
+def _reader(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], bytes]:
+    if info.file_size > MAX_FILE_BYTES:
+
+        def refuse() -> bytes:
+            raise BadImageError(f"{info.file_size} bytes, over {MAX_FILE_BYTES}")
+
+        return refuse
+    with _damage(f"{path}: {info.filename}"):
+        data = archive.read(info)
+    return lambda: data
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    with _damage(str(path)), zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+@contextlib.contextmanager
+def _damage(where: str) -> Iterator[None]:
+    """Raise DataError for whatever is wrong with an archive or a member."""
+    try:
+        yield
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        struct.error,
+        EOFError,
+        OSError,
+        ValueError,
+        NotImplementedError,  # a way of compressing that zipfile does not know
+    ) as error:
+        raise DataError(f"{where}: cut, damaged or not a zip ({error}); get it again") from error
