@@ -3,6 +3,7 @@
 import io
 import pickle
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,41 @@ def write_tar(path: Path, members: dict[str, bytes], mode="w") -> Path:
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return path
+
+
+def write_zip(path: Path, members: dict[str, bytes], compression=zipfile.ZIP_DEFLATED) -> Path:
+    """Write members in this order; a name that ends in / is a folder."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+TINY_WORDS = {"n03": "crane, lifting device", "n01": "crane", "n02": "bee, honey bee"}
+
+
+def tiny_members(count=3, side=8, tests=0):
+    """Tiny ImageNet in small: three classes, `count` training and two validation images a class,
+    and `tests` images without labels; by path below its folder."""
+    members = {
+        "wnids.txt": "".join(f"{wnid}\n" for wnid in TINY_WORDS).encode(),
+        "words.txt": b"n00\tentity\n"
+        + "".join(f"{wnid}\t{words}\n" for wnid, words in TINY_WORDS.items()).encode(),
+    }
+    for label, wnid in enumerate(sorted(TINY_WORDS)):
+        for i in range(count):
+            members[f"train/{wnid}/images/{wnid}_{i}.JPEG"] = image(10 * label + i, side)
+        members[f"train/{wnid}/{wnid}_boxes.txt"] = b"x.JPEG\t0\t0\t7\t7\n"
+    annotated = [f"val_{i}.JPEG\t{sorted(TINY_WORDS)[i % 3]}\t0\t32\t44\t62\n" for i in range(6)]
+    members["val/val_annotations.txt"] = "".join(annotated).encode()
+    members |= {f"val/images/val_{i}.JPEG": image(100 + i, side) for i in range(6)}
+    return members | {f"test/images/test_{i}.JPEG": image(200 + i, side) for i in range(tests)}
+
+
+def write_members(root: Path, members: dict[str, bytes]) -> Path:
+    for name, data in members.items():
+        write(root / name, data)
+    return root
 
 
 class Python2Pickler(pickle._Pickler):

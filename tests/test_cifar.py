@@ -269,7 +269,7 @@ def test_download_is_checked_and_kept(archive, tmp_path, monkeypatch, caplog):
     assert_is_cifar(load(tmp_path / "elsewhere"))
     assert [p.name for p in (tmp_path / "elsewhere").iterdir()] == [cifar.PYTHON_ARCHIVE]
     # the download is worth a line of the log, packing it is not
-    assert [record.getMessage() for record in caplog.records] == ["downloading CIFAR-10: 1"]
+    assert [record.getMessage() for record in caplog.records] == ["downloading CIFAR-10: 1 bytes"]
 
 
 def test_download_with_wrong_md5_is_not_kept(archive, tmp_path, monkeypatch):

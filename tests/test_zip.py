@@ -1,0 +1,195 @@
+"""Zips of image folders: the same images, and what is refused."""
+
+import os
+import stat
+import zipfile
+
+import numpy as np
+import pytest
+from image_files import image, load, members_of, write, write_folder, write_zip
+
+from fastcnn.data import zip as zip_reader
+from fastcnn.errors import DataError
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def members(root):
+    return members_of(write_folder(root))
+
+
+@pytest.mark.parametrize(
+    "compression",
+    [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA],
+)
+@pytest.mark.parametrize("prefix", ["", "./", "top/"])
+def test_zip_equals_folder(root, tmp_path, compression, prefix):
+    files = members_of(write_folder(root, ("train", "test", "val")))
+    shuffled = dict(sorted(files.items(), key=lambda item: hash(item[1])))
+    path = write_zip(
+        tmp_path / "x.zip",
+        {f"{prefix}train/": b""} | {prefix + name: data for name, data in shuffled.items()},
+        compression,
+    )
+    before = {entry.name for entry in tmp_path.iterdir()}
+    from_zip, from_folder = load(path), load(root)
+    assert from_zip.digest == from_folder.digest
+    assert from_zip.classes == from_folder.classes
+    assert np.array_equal(from_zip.train.pixels, from_folder.train.pixels)
+    assert np.array_equal(from_zip.val.pixels, from_folder.val.pixels)
+    # nothing is extracted
+    assert {entry.name for entry in tmp_path.iterdir()} - before == {"cache"}
+
+
+def test_zip_is_known_by_its_first_bytes_too(root, tmp_path):
+    path = write_zip(tmp_path / "archive", members(root))
+    assert load(path).classes == ("ant", "bee")
+
+
+def test_zip_is_packed_once_and_again_when_it_changes(root, tmp_path, monkeypatch):
+    path = write_zip(tmp_path / "x.zip", members(root))
+    first = load(path)
+    with monkeypatch.context() as patched:
+        patched.setattr(zip_reader, "_list", None)
+        assert load(path).digest == first.digest
+    write_zip(path, members(root) | {"train/ant/9.png": members(root)["train/bee/1.png"]})
+    assert len(load(path).train) == len(first.train) + 1
+
+
+def test_folder_without_splits_keeps_its_split(root, tmp_path):
+    files = members_of(write_folder(root, ("",), count=10))
+    dataset = load(write_zip(tmp_path / "x.zip", files), test_fraction=0.3)
+    assert (len(dataset.train), len(dataset.test)) == (14, 6)
+    assert dataset.digest == load(root, test_fraction=0.3).digest
+
+
+def test_metadata_of_macos_is_no_class(root, tmp_path):
+    files = {f"top/{name}": data for name, data in members(root).items()}
+    extra = {f"__MACOSX/top/train/ant/._{i}.png": b"x" for i in range(3)}
+    path = write_zip(tmp_path / "x.zip", files | extra | {"top/.DS_Store": b"x"})
+    assert load(path).digest == load(root).digest
+
+
+def special(name, mode=0, data=b"x"):
+    info = zipfile.ZipInfo(name)
+    info.external_attr = (mode | 0o644) << 16 if mode else 0
+    return info, data
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        special("../evil.png"),
+        special("train/../../evil.png"),
+        special("/evil.png"),
+        special("train/ant/link.png", stat.S_IFLNK, b"/etc/passwd"),
+        special("train/ant/device.png", stat.S_IFCHR),
+        special("train/ant/fifo.png", stat.S_IFIFO),
+    ],
+)
+def test_dangerous_members_are_refused(root, tmp_path, member):
+    path = write_zip(tmp_path / "x.zip", members(root))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(*member)
+    with pytest.raises(DataError, match="refused") as error:
+        load(path)
+    assert f"'{member[0].filename}'" in str(error.value)
+    assert not list(tmp_path.rglob("evil*"))
+
+
+def test_name_twice(root, tmp_path):
+    path = write_zip(tmp_path / "x.zip", members(root))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("./train/ant/0.png", b"x")
+    with pytest.raises(DataError, match=r"holds train/ant/0\.png twice"):
+        load(path)
+
+
+def altered_flags(path, bit):
+    """Set a flag of every member, in the archive's directory and before the members."""
+    data = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):
+        at = data.find(signature)
+        while at >= 0:
+            data[at + offset] |= bit
+            at = data.find(signature, at + 4)
+    path.write_bytes(data)
+    return path
+
+
+def test_encrypted_members_are_refused(root, tmp_path):
+    path = altered_flags(write_zip(tmp_path / "x.zip", members(root)), zip_reader.ENCRYPTED)
+    with pytest.raises(DataError, match=r"member 'test/ant/0\.png' is encrypted; unpack it"):
+        load(path)
+
+
+@pytest.mark.parametrize("part", [0, 0.3, 0.5, 0.9, 0.999])
+def test_cut_zip(root, tmp_path, part):
+    path = write_zip(tmp_path / "x.zip", members(root))
+    os.truncate(path, int(path.stat().st_size * part))
+    with pytest.raises(DataError, match=r"x\.zip: cut, damaged or not a zip \(.*get it again"):
+        load(path)
+
+
+def test_garbage_with_a_zips_name_or_start(tmp_path):
+    for path in (tmp_path / "x.zip", tmp_path / "x"):
+        with pytest.raises(DataError, match="not a zip"):
+            load(write(path, b"PK\x03\x04" + b"garbage" * 1000))
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_flipped_bit_in_a_member_is_named(root, tmp_path, compression):
+    path = write_zip(tmp_path / "x.zip", members(root), compression)
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo("train/bee/1.png")
+    data = bytearray(path.read_bytes())
+    data[info.header_offset + 30 + len(info.filename) + info.compress_size // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"x\.zip: train/bee/1\.png: cut, damaged") as error:
+        load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_zip_that_grows_is_refused(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(zip_reader, "GROWTH_GRACE", 1 << 16)
+    path = write_zip(tmp_path / "x.zip", members(root) | {"train/ant/zeros.bmp": bytes(4 << 20)})
+    with pytest.raises(DataError, match="unpacks to over"):
+        load(path)
+
+
+def test_member_that_holds_more_than_it_says_is_refused(root, tmp_path):
+    path = write_zip(tmp_path / "x.zip", members(root) | {"train/ant/9.bmp": bytes(4 << 20)})
+    data = bytearray(path.read_bytes())
+    size = (4 << 20).to_bytes(4, "little")
+    while (at := data.find(size)) >= 0:
+        data[at : at + 4] = (100).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"train/ant/9\.bmp: cut, damaged.*CRC"):
+        load(path)
+
+
+def test_too_long_members_are_named(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(zip_reader, "MAX_FILE_BYTES", 100)
+    with pytest.raises(DataError, match="bytes, over 100"):
+        load(write_zip(tmp_path / "x.zip", members(root)))
+
+
+def test_corrupt_image_in_a_zip_is_named(root, tmp_path):
+    files = members(root) | {"train/bee/0.png": b"text"}
+    with pytest.raises(DataError, match=r"train/bee/0\.png: cannot identify"):
+        load(write_zip(tmp_path / "x.zip", files))
+
+
+def test_large_images_are_decoded_in_threads(tmp_path):
+    files = {
+        f"{name}/{i}.png": image(number, side=80)
+        for number, name in enumerate(("ant", "bee"))
+        for i in range(40)
+    }
+    dataset = load(write_zip(tmp_path / "x.zip", files), image_size=8)
+    assert len(dataset.train) + len(dataset.test) == 80
+
+
+def test_empty_zip(tmp_path):
+    with pytest.raises(DataError, match="no files"):
+        load(write_zip(tmp_path / "x.zip", {}))
