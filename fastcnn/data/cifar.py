@@ -17,8 +17,8 @@ import numpy as np
 
 from fastcnn.cache import cache_dir
 from fastcnn.config import DataConfig
-from fastcnn.data.decode import resize
 from fastcnn.data.download import check_md5, download
+from fastcnn.data.geometry import resize
 from fastcnn.data.paths import given_path, kind_of
 from fastcnn.data.store import Block, Contents, Dataset, fingerprint, load_packed, pack
 from fastcnn.errors import DataError

@@ -13,9 +13,11 @@ import torch
 from fastcnn.cache import cache_dir
 from fastcnn.config import DataConfig
 from fastcnn.data.download import check_md5, download
-from fastcnn.data.folder import Stamp, list_folder, load_layout, warn_ignored
+from fastcnn.data.folder import image_key, list_folder, load_layout, warn_ignored
+from fastcnn.data.left_out import checked
 from fastcnn.data.listing import Layout
 from fastcnn.data.paths import given_path, kind_of
+from fastcnn.data.scan import Stamp
 from fastcnn.data.store import Dataset, fingerprint, load_packed, pack
 from fastcnn.data.tiny_layout import ANNOTATIONS, WNIDS, tiny_layout
 from fastcnn.data.zip import zip_contents
@@ -34,14 +36,15 @@ def load_tiny_imagenet(config: DataConfig) -> Dataset:
     DataError for a zip with another MD5, whatever tiny_layout refuses, and a download that fails.
     """
     if config.data_dir is None and (packed := load_packed(NAME, _key(config))) is not None:
-        return packed
+        return checked(packed, cache_dir() / NAME / ARCHIVE, config)
     archive = _place(config)[1] / ARCHIVE
     if archive.exists():
         check_md5(archive, MD5)
     else:
         otherwise = f"put {ARCHIVE} into the folder of --data-dir"
         download("Tiny ImageNet", URL, archive, MD5, otherwise)
-    return pack(NAME, _key(config), partial(zip_contents, archive, config))
+    packed = pack(NAME, _key(config), partial(zip_contents, archive, config))
+    return checked(packed, archive, config)
 
 
 def unpacked_folder(config: DataConfig) -> Path | None:
@@ -62,7 +65,7 @@ def _place(config: DataConfig) -> tuple[str, Path]:
 
 
 def _key(config: DataConfig) -> str:
-    return fingerprint(NAME, MD5, config.image_size)
+    return fingerprint(NAME, MD5, image_key(config))
 
 
 def tiny_folder(path: Path) -> Path | None:

@@ -14,7 +14,9 @@ from pathlib import Path, PurePosixPath
 
 from fastcnn.config import DataConfig
 from fastcnn.data.decode import BadImageError
-from fastcnn.data.folder import MAX_FILE_BYTES, Source, decoded_contents, warn_ignored
+from fastcnn.data.examine import MAX_FILE_BYTES, Source
+from fastcnn.data.folder import decoded_contents, image_key, warn_ignored
+from fastcnn.data.left_out import checked
 from fastcnn.data.listing import Layout, find_layout
 from fastcnn.data.store import Contents, Dataset, fingerprint, pack
 from fastcnn.data.tar import GROWTH_GRACE, MAX_GROWTH
@@ -32,23 +34,28 @@ def load_zip(path: Path, config: DataConfig) -> Dataset:
 
     Raises DataError for an archive that is cut, damaged or encrypted, holds a member that is
     absolute, climbs with '..' or is a link, or grows beyond MAX_GROWTH; for whatever
-    listing.find_layout or tiny_layout refuse, and for images that cannot be decoded.
+    listing.find_layout or tiny_layout refuse; and as folder.load_layout.
     """
     status = path.stat()
     stamp = [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-    key = fingerprint("zip", stamp, [config.image_size, config.test_fraction])
-    return pack(path.name, key, partial(zip_contents, path, config))
+    key = fingerprint("zip", stamp, [*image_key(config), config.test_fraction])
+    return checked(pack(path.name, key, partial(zip_contents, path, config)), path, config)
 
 
 def zip_contents(path: Path, config: DataConfig) -> Contents:
-    """Return classes, labels and the images, which are decoded as they are asked for."""
+    """Return what a zip holds for the store; its images are decoded as they are asked for."""
+    layout, sources, mean_bytes = list_zip(path, config)
+    warn_ignored(path, layout)
+    return decoded_contents(path, layout, sources, config, mean_bytes)
+
+
+def list_zip(path: Path, config: DataConfig) -> tuple[Layout, Iterator[Source], float]:
+    """Return the layout, the images in the archive's order, and the mean bytes of a file."""
     with _opened(path) as archive:
         members, folders = _list(path, archive)
         layout = _layout(path, archive, members, folders, config.test_fraction)
-    warn_ignored(path, layout)
-    mean_bytes = sum(info.file_size for info in members.values()) / max(1, len(members))
-    sources = _sources(path, layout, members)
-    return decoded_contents(path, layout, sources, config.image_size, mean_bytes)
+    mean_bytes = sum(info.file_size for info in members.values()) / len(members)
+    return layout, _sources(path, layout, members), mean_bytes
 
 
 def is_zip(path: Path) -> bool:
