@@ -9,13 +9,14 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 import fastcnn
-from fastcnn.config import PlaceConfig, options_by_name
-from fastcnn.errors import FastcnnError, UsageError, nearest
+from fastcnn.config import DATA_NAMES, DataConfig, PlaceConfig, options_by_name
+from fastcnn.errors import DataError, FastcnnError, UsageError, nearest
 from fastcnn.options import Option, options_of, read_config_file
 from fastcnn.train.host import share_the_cores
 
@@ -51,6 +52,25 @@ EVAL_SHARED = (
     "amp",
     "amp_dtype",
     "threads",
+)
+DATA_ACTIONS = {
+    "check": "decode every image; say what the data hold and name each unreadable file",
+    "pack": "decode them once into the cache, as the first training would",
+    "show": "class histogram, channel mean and std, a grid of samples as PNG",
+}
+DATA_SHARED = (
+    "data_dir",
+    "image_size",
+    "resize",
+    "grayscale",
+    "on_bad_image",
+    "bad_limit",
+    "test_fraction",
+)
+SHOW_OWN = (
+    own_option("output", str | None, None, "show: folder for the figures; default: show-<data>"),
+    own_option("samples", int, 40, "show: training images in the grid", 1),
+    own_option("seed", int, 0, "show: which images are drawn", 0),
 )
 ARCHS_OWN = (
     own_option("classes", int | None, None, "classes; default: the network's own", low=2),
@@ -179,6 +199,25 @@ def eval_parser() -> Parser:
     return parser
 
 
+def data_parser() -> Parser:
+    actions = "; ".join(f"{name}: {text}" for name, text in DATA_ACTIONS.items())
+    parser = new_parser(
+        "data",
+        f"Look at the images of a data set before training. {actions}.",
+        "{" + ",".join(DATA_ACTIONS) + "} DATA ",
+    )
+    parser.add_argument("action", type=str, nargs="?", help=", ".join(DATA_ACTIONS))
+    parser.add_argument("target", type=str, nargs="?", help="as --data of fastcnn train")
+    for name in DATA_SHARED:
+        option = options_by_name()[name]
+        add_option(parser, option, option.default)
+    for option in SHOW_OWN:
+        add_option(parser, option, option.default)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_debug(parser)
+    return parser
+
+
 def archs_parser() -> Parser:
     parser = new_parser("archs", "List the networks, or show the layers of one.", "[NAME] ")
     parser.add_argument("name", type=str, nargs="?", help="a network")
@@ -263,11 +302,7 @@ def run_train(given: dict[str, Any], command: list[str]) -> None:
         try:
             draw(outcome.folder.path)
         except ImportError as error:
-            package = (error.name or str(error)).split(".")[0]
-            print(
-                f"note: {draw.__name__}: {package} is missing; see fastcnn doctor",
-                file=sys.stderr,
-            )
+            report_missing(draw.__name__, error)
     print(page.lead(outcome.summary))
     print(f"run folder: {outcome.folder.path}")
 
@@ -295,6 +330,67 @@ def run_eval(given: dict[str, Any], command: list[str]) -> None:
     )
 
 
+def run_data(given: dict[str, Any], command: list[str]) -> None:
+    action, target = given.get("action"), given.get("target")
+    if action not in DATA_ACTIONS:
+        problem = "no action given" if action is None else f"unknown action '{action}'"
+        hint = "" if action is None else nearest(action, DATA_ACTIONS)
+        raise UsageError(f"data: {problem}{hint}; one of {', '.join(DATA_ACTIONS)}")
+    if target is None:
+        raise UsageError(f"data {action}: give a path or one of {', '.join(DATA_NAMES)}")
+    own = read_values(given, SHOW_OWN)
+    if own and action != "show":
+        flag = next(option.flag for option in SHOW_OWN if option.name in own)
+        raise UsageError(f"data {action}: {flag} belongs to fastcnn data show")
+    values = read_values(given, [options_by_name()[name] for name in DATA_SHARED])
+    config = DataConfig(data=target, **values)
+    # after the check: the rest takes torch's seconds to import
+    from fastcnn.data import report
+
+    as_json = given.get("json", False)
+    if action == "show":
+        show_data(config, own, as_json)
+    elif action == "pack":
+        packed = report.pack(config)
+        print(as_text(packed) if as_json else report.pack_text(packed))
+    else:
+        found = report.check(config)
+        print(as_text(found) if as_json else report.check_text(found))
+        if found["unreadable"]:
+            raise DataError(report.unreadable_line(found))
+
+
+def as_text(content: Any) -> str:
+    """JSON as every command prints it."""
+    return json.dumps(content, indent=2, ensure_ascii=False)
+
+
+def show_data(config: DataConfig, own: dict[str, Any], as_json: bool) -> None:
+    from fastcnn.data import report
+    from fastcnn.insight import data_figures
+
+    found, drawn = report.show(config, own.get("samples", 40), own.get("seed", 0))
+    folder = Path(own.get("output") or f"show-{found['name']}")
+    folder.mkdir(parents=True, exist_ok=True)
+    name, classes = found["name"], found["classes"]
+    found["figures"] = []
+    try:
+        for path in (
+            data_figures.draw_histogram(folder, name, classes),
+            data_figures.draw_samples(folder, name, drawn.pixels, drawn.labels, list(classes)),
+        ):
+            found["figures"].append(str(path))
+    except ImportError as error:
+        report_missing("data show", error)
+    print(as_text(found) if as_json else report.show_text(found))
+
+
+def report_missing(what: str, error: ImportError) -> None:
+    """Say that something was not drawn, for want of a package that can be done without."""
+    package = (error.name or str(error)).split(".")[0]
+    print(f"note: {what}: {package} is missing; see fastcnn doctor", file=sys.stderr)
+
+
 def run_archs(given: dict[str, Any], command: list[str]) -> None:
     from fastcnn.archs import table
 
@@ -307,7 +403,7 @@ def run_archs(given: dict[str, Any], command: list[str]) -> None:
         content = table.zoo_table(size, classes)
         show = table.print_zoo
     if given.get("json"):
-        print(json.dumps(content, indent=2, ensure_ascii=False))
+        print(as_text(content))
     else:
         show(content)
 
@@ -339,7 +435,7 @@ def run_doctor(given: dict[str, Any], command: list[str]) -> None:
 
     findings = doctor.examine()
     if given.get("json"):
-        print(json.dumps(doctor.as_json(findings), indent=2, ensure_ascii=False))
+        print(as_text(doctor.as_json(findings)))
     else:
         doctor.print_report(findings)
     if any(finding.needed and not finding.ok for finding in findings):
@@ -351,6 +447,7 @@ COMMANDS: dict[
 ] = {
     "train": (train_parser, run_train, "train a network"),
     "eval": (eval_parser, run_eval, "evaluate a run or a checkpoint"),
+    "data": (data_parser, run_data, "check, pack or show the images of a data set"),
     "archs": (archs_parser, run_archs, "list the networks, show their layers"),
     "bench": (bench_parser, run_bench, "compare training steps, measure loaders and layers"),
     "build": (compile_parser, run_build, "compile the native library"),

@@ -29,7 +29,7 @@ def test_csv_files_are_read_back(folder):
 def drawn(monkeypatch):
     """Catch the figure instead of writing it."""
     caught = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: caught.append(figure) or path)
+    monkeypatch.setattr(figures, "save", lambda figure, path: caught.append(figure) or path)
     return caught
 
 

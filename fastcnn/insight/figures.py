@@ -30,7 +30,7 @@ def draw_curves(folder: Path) -> Path | None:
     metrics = read_metrics(folder)
     if not metrics:
         return None
-    figure, axes = _figure(1, 3, (12, 3.6))
+    figure, axes = new_figure(1, 3, (12, 3.6))
     epochs = metrics["epoch"]
     _lines(
         axes[0],
@@ -54,7 +54,7 @@ def draw_curves(folder: Path) -> Path | None:
         axis.set_title(title, loc="left", fontsize=11, color=INK)
         axis.set_xlabel("epoch")
     axes[2].get_legend().remove()
-    return _save(figure, folder / "curves.png")
+    return save(figure, folder / "curves.png")
 
 
 def draw_confusion(folder: Path) -> Path:
@@ -62,19 +62,19 @@ def draw_confusion(folder: Path) -> Path:
     classes, counts = read_confusion(folder)
     rates = [[count / max(1, sum(row)) for count in row] for row in counts]
     side = min(14.0, 3.0 + 0.45 * len(classes))
-    figure, axes = _figure(1, 1, (side + 0.8, side))
+    figure, axes = new_figure(1, 1, (side + 0.8, side))
     axis = axes[0]
     image = axis.imshow(rates, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axis, fraction=0.046, label="share of the true class")
     if len(classes) <= NUMBERED_CLASSES:
-        names = [name.replace("$", r"\$") for name in classes]  # a pair of $ would be a formula
+        names = [plain(name) for name in classes]
         axis.set_xticks(range(len(classes)), names, rotation=45, ha="right")
         axis.set_yticks(range(len(classes)), names)
         _number_cells(axis, counts, rates)
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
     axis.grid(False)
-    return _save(figure, folder / "confusion_matrix.png")
+    return save(figure, folder / "confusion_matrix.png")
 
 
 def _number_cells(axis: Any, counts: list[list[int]], rates: list[list[float]]) -> None:
@@ -89,7 +89,8 @@ def _percent(values: list[float]) -> list[float]:
     return [100 * value for value in values]
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+    """Return a figure of `size` in inches and its axes, row by row."""
     # the figure class alone, without pyplot, needs no display and keeps no global list of figures
     from matplotlib.figure import Figure
 
@@ -108,7 +109,13 @@ def _lines(axis: Any, epochs: list[float], curves: list[tuple[str, list[float], 
     axis.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def plain(name: str) -> str:
+    """Return a class name as Matplotlib shall write it: a pair of $ would be a formula."""
+    return name.replace("$", r"\$")
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure as PNG."""
     with warnings.catch_warnings():
         # a class name in a script that the font lacks is drawn as boxes, and no cause for alarm
         warnings.filterwarnings("ignore", message="Glyph .* missing")
