@@ -31,7 +31,7 @@ def draw_histogram(folder: Path, name: str, classes: dict[str, dict[str, int]]) 
         longest = min(len(names), PANEL_CLASSES)
         width = 8.0 if panels == 1 else 4.5 * panels
         figure, axes = figures.new_figure(1, panels, (width, 1.4 + 0.22 * longest))
-        most = sum(counts.values()).max() * 1.05
+        most = np.sum(list(counts.values()), axis=0).max() * 1.05
         for start, axis in zip(range(0, len(names), PANEL_CLASSES), axes, strict=True):
             part = slice(start, start + PANEL_CLASSES)
             _named_bars(axis, names[part], {s: found[part] for s, found in counts.items()})
@@ -90,7 +90,9 @@ def draw_samples(
     columns = min(COLUMNS, len(pixels))
     rows = math.ceil(len(pixels) / columns)
     aspect = pixels.shape[1] / pixels.shape[2]
-    figure, axes = figures.new_figure(rows, columns, (1.35 * columns, (1.3 * aspect + 0.3) * rows))
+    figure, axes = figures.new_figure(
+        rows, columns, (max(5, 1.35 * columns), (1.3 * aspect + 0.3) * rows)
+    )
     for axis in axes:
         axis.set_axis_off()
     for axis, image, label in zip(axes, pixels, labels.tolist(), strict=False):
