@@ -102,6 +102,9 @@ def cifar_binary(batches):
     }
 
 
+IN_FILES = {"store": "files", "loader": "torch"}  # options
+
+
 def load(path, **options):
     return load_dataset(DataConfig(data=str(path), **options), 32)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from image_files import encoded, image, load, members_of, noise, write, write_folder, write_tar
 
-from fastcnn.data import folder
+from fastcnn.data import examine, folder
 from fastcnn.data.decode import BadImageError, decode
 from fastcnn.errors import DataError
 
@@ -86,8 +86,8 @@ def test_links_are_followed_and_loops_end(root, tmp_path):
 def test_fingerprint_decides_on_packing_again(root, monkeypatch):
     write_folder(root)
     calls = []
-    real = folder.decode
-    monkeypatch.setattr(folder, "decode", lambda *args: calls.append(1) or real(*args))
+    real = examine.decode
+    monkeypatch.setattr(examine, "decode", lambda *args: calls.append(1) or real(*args))
     first = load(root)
     assert len(calls) == 12
     load(root)
@@ -235,14 +235,6 @@ def test_image_size_makes_one_size(root):
     assert dataset.test.pixels.shape == (6, 12, 12, 3)
 
 
-def test_resizing_is_antialiased():
-    stripes = np.zeros((64, 64, 3), dtype=np.uint8)
-    stripes[:, ::2] = 255
-    small = decode(encoded(stripes), 8)
-    # without antialiasing every column would be 0 or 255
-    assert abs(small[:, 1:-1].astype(int) - 127.5).max() < 2
-
-
 def test_equal_oblong_images_are_kept(root):
     for path in write_folder(root).rglob("*.png"):
         path.write_bytes(encoded(noise((6, 9, 3))))
@@ -273,7 +265,7 @@ def png_header(width, height):
 )
 def test_undecodable(data, message, recwarn):
     with pytest.raises(BadImageError, match=message):
-        decode(data, None)
+        decode(data)
 
 
 def test_bad_files_are_named_and_counted(root, recwarn):
@@ -289,7 +281,9 @@ def test_bad_files_are_named_and_counted(root, recwarn):
 
 def test_one_bad_file_is_singular(root):
     write(write_folder(root) / "train/ant/0.png", b"")
-    with pytest.raises(DataError, match=r"1 unreadable image file: .*empty; .* remove it$"):
+    with pytest.raises(
+        DataError, match=r"1 unreadable image file: .*empty; .* remove it, or leave it out with"
+    ):
         load(root)
 
 
@@ -332,7 +326,9 @@ def test_file_cut_between_listing_and_reading(root, monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(folder, "_contents", cut_first)
-    with pytest.raises(DataError, match=r"train/ant/0\.png: changed while it was read"):
+    with pytest.raises(
+        DataError, match=r"train/ant/0\.png: changed: .* when it was listed, 20 now"
+    ):
         load(root)
 
 
@@ -348,8 +344,8 @@ def test_file_gone_between_listing_and_reading(root, monkeypatch):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_keep_the_order(root, monkeypatch, threads):
-    monkeypatch.setattr(folder, "THREADED_BYTES", 0 if threads > 1 else 1 << 20)
-    monkeypatch.setattr(folder, "CHUNK", 2)
+    monkeypatch.setattr(examine, "THREADED_BYTES", 0 if threads > 1 else 1 << 20)
+    monkeypatch.setattr(examine, "CHUNK", 2)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(threads))
     dataset = load(write_folder(root, count=9))
     for i in range(9):
