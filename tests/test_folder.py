@@ -2,13 +2,21 @@
 
 import logging
 import os
-import struct
-import zlib
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from image_files import encoded, image, load, members_of, noise, write, write_folder, write_tar
+from image_files import (
+    encoded,
+    image,
+    large_png,
+    load,
+    members_of,
+    noise,
+    write,
+    write_folder,
+    write_tar,
+)
 
 from fastcnn.data import examine, folder
 from fastcnn.data.decode import BadImageError, decode
@@ -244,13 +252,6 @@ def test_equal_oblong_images_are_kept(root):
 # Unreadable files
 
 
-def png_header(width, height):
-    """A PNG that claims a size and holds no pixels."""
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    ihdr = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    return b"\x89PNG\r\n\x1a\n" + ihdr + struct.pack(">I", 0) + b"IDAT" + bytes(4)
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -258,8 +259,8 @@ def png_header(width, height):
         (b"this is text", "cannot identify image file"),
         (encoded(noise((32, 32, 3)))[:-300], ""),
         (encoded(noise((32, 32, 3)), "JPEG")[:400], "(?i)truncated"),
-        (png_header(10_000, 10_000), "pixels"),
-        (png_header(20_000, 20_000), "pixels"),
+        (large_png(10_000), "pixels"),
+        (large_png(20_000), "pixels"),
         (bytes(1000), "cannot identify image file"),
     ],
 )
@@ -270,7 +271,7 @@ def test_undecodable(data, message, recwarn):
 
 def test_bad_files_are_named_and_counted(root, recwarn):
     write_folder(root, count=8)
-    for i, data in enumerate([b"", b"text", png_header(20_000, 20_000), png_header(9999, 9999)]):
+    for i, data in enumerate([b"", b"text", large_png(20_000), large_png(9999)]):
         write(root / f"train/ant/{i}.png", data)
     write(root / "test/bee/7.png", image()[:60])
     with pytest.raises(DataError, match=r"5 unreadable .*train/ant/0\.png: empty.*and 2 more") as e:
