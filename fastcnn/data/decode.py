@@ -4,7 +4,10 @@ Grey, palette, 16-bit and CMYK images become RGB; transparent parts become white
 A photograph is turned the way its EXIF orientation says. Of an animation, the first frame counts.
 """
 
+import contextlib
 import io
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +59,16 @@ def decode(data: bytes) -> Decoded:
     except Exception as error:  # a decoder may raise anything on garbage
         text = str(error).split("<")[0].strip() or type(error).__name__
         raise BadImageError(text.splitlines()[0]) from error
+
+
+@contextlib.contextmanager
+def no_warnings() -> Iterator[None]:
+    """Keep Pillow from warning of a large image, which `decode` refuses."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
 
 
 def _to_rgb(image: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from fastcnn.config import DataConfig
-from fastcnn.data.decode import BadImageError, decode
+from fastcnn.data.decode import BadImageError, decode, no_warnings
 from fastcnn.data.files import read_file
 from fastcnn.data.geometry import resize_box, whole_boxes
 
@@ -114,13 +113,9 @@ def examine_all(
 ) -> Iterator[list[tuple[Source, Record]]]:
     """Yield a few images at a time, in order, examined in threads where files are large enough to
     gain by it; few are in memory at once."""
-    from PIL import Image
-
     threads = len(os.sched_getaffinity(0)) if mean_bytes >= THREADED_BYTES else 1
     chunks = _chunks(sources, max(1, min(CHUNK, int(CHUNK_BYTES / max(mean_bytes, 1)))))
-    with warnings.catch_warnings():
-        # Pillow warns of what is an error here
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with no_warnings():
         if threads == 1:
             for chunk in chunks:
                 yield _examine_chunk(chunk, view, keep_pixels)

@@ -1,5 +1,6 @@
 """A folder of images (layouts: listing.py), decoded once into the store or left in its files."""
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ import torch
 
 from fastcnn.config import DataConfig
 from fastcnn.data.choose import choose
-from fastcnn.data.decode import EXTENSIONS, BadImageError, decode
+from fastcnn.data.decode import EXTENSIONS, BadImageError, decode, no_warnings
 from fastcnn.data.examine import Record, Source, View, examine_all, read_whole
 from fastcnn.data.files import Files
 from fastcnn.data.left_out import OneSize, checked, refuse_bad, refuse_lost_classes
@@ -141,12 +142,12 @@ def _sides_of_first(
     can be read; (1, 1) if none can, which is refused later, by name."""
     if config.image_size:
         return config.image_size, config.image_size
-    for path in paths:
-        try:
-            height, width, _ = decode(read_whole(root / path, files[path][0])).pixels.shape
-        except BadImageError:
-            continue
-        return height, width
+    with no_warnings():
+        for path in paths:
+            with contextlib.suppress(BadImageError):
+                data = read_whole(root / path, files[path][0])
+                height, width, _ = decode(data).pixels.shape
+                return height, width
     return 1, 1
 
 

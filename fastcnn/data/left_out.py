@@ -3,6 +3,7 @@ of another size."""
 
 import contextlib
 import csv
+import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,17 +87,17 @@ def _named(where: Path, bad: Sequence[tuple[str, str]]) -> str:
     more = f"{named}; and {len(bad) - NAMED_BAD} more"
     with contextlib.suppress(OSError):
         listed = cache_dir() / f"unreadable-{fingerprint(str(where.resolve()))[:16]}.csv"
-        write_bad(listed, bad)
+        listed.write_text(bad_table(bad), encoding="utf-8")
         return f"{more}, all listed in {listed}"
     return more
 
 
-def write_bad(file: Path, bad: Sequence[tuple[str, str]]) -> None:
-    """Write unreadable files as a table of path and reason."""
-    with open(file, "w", encoding="utf-8", newline="") as opened:
-        writer = csv.writer(opened, lineterminator="\n")
-        writer.writerow(["path", "reason"])
-        writer.writerows(bad)
+def bad_table(bad: Sequence[tuple[str, str]]) -> str:
+    """Return unreadable files, path and reason, as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([("path", "reason"), *bad])
+    return text.getvalue()
 
 
 def refuse_lost_classes(
