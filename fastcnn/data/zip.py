@@ -55,7 +55,7 @@ def list_zip(path: Path, config: DataConfig) -> tuple[Layout, Iterator[Source], 
         members, folders = _list(path, archive)
         layout = _layout(path, archive, members, folders, config.test_fraction)
     mean_bytes = sum(info.file_size for info in members.values()) / len(members)
-    return layout, _sources(path, layout, members), mean_bytes
+    return layout, _sources(path, layout), mean_bytes
 
 
 def is_zip(path: Path) -> bool:
@@ -124,18 +124,18 @@ def _layout(
     return replace(layout, splits=splits)
 
 
-def _sources(path: Path, layout: Layout, members: Members) -> Iterator[Source]:
+def _sources(path: Path, layout: Layout) -> Iterator[Source]:
     """Yield the images in the archive's order, so that it is read front to back."""
-    wanted = [
-        (members[name], split, position)
+    wanted = {
+        name: (split, position)
         for split, items in layout.splits.items()
         for position, (name, _) in enumerate(items)
-    ]
-    wanted.sort(key=lambda entry: entry[0].header_offset)
+    }
     with _opened(path) as archive:
-        for info, split, position in wanted:
+        for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
             name = str(PurePosixPath(info.filename))
-            yield Source(split, position, name, _reader(path, archive, info))
+            if name in wanted:
+                yield Source(*wanted[name], name, _reader(path, archive, info))
 
 
 def _reader(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], bytes]:
