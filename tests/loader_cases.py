@@ -20,6 +20,9 @@ KINDS = {"fused": ("resident", "fused"), "resident": ("resident", "torch"), "tor
 LOADERS = [*KINDS]  # of packed images
 FILE_LOADERS = ["torch"]  # of images in files
 WORKERS = {"torch": (0, 2)}  # how many each kind is tested with; others have none
+# kind, workers, where the images are
+CASES = [(kind, n, "packed") for kind in LOADERS for n in WORKERS.get(kind, (0,))]
+CASES += [(kind, n, "files") for kind in FILE_LOADERS for n in WORKERS.get(kind, (0,))]
 
 
 def loader_of(
@@ -81,6 +84,11 @@ class Staged(DeviceLoader):
         self.labels[:count] = torch.from_numpy(self.images.labels[chosen])
 
 
+def placed(images, place, root):
+    """The images where a case wants them."""
+    return files_of(images, root) if place == "files" else images
+
+
 def files_of(images, root, resize="stretch"):
     """The same images as PNG files of their own size, as a scan lists them."""
     return listed([*images.pixels], images.labels, images.sides, root, resize)
@@ -108,6 +116,11 @@ def listed(pixels, labels, sides, root, resize):
         sides=sides,
         resize=resize,
     )
+
+
+def worker_pids(loader):
+    """Processes that load for a torch loader in the middle of an epoch."""
+    return [worker.pid for worker in loader.loader._iterator._workers]
 
 
 def resident_bytes(pid="self"):

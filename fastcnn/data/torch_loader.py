@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing import connection
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ POLL_S = 2  # between two looks at whether the workers are alive
 WORKER_TIMEOUT_S = 120  # without a batch for so long, a worker is taken to hang
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
-Fetched = torch.Tensor | DataError  # a batch, or why there is none: a worker's own words are many
+Fetched = torch.Tensor | str  # a batch, or why there is none: an error would bring a traceback
 
 
 class TorchLoader(Loader):
@@ -94,8 +95,8 @@ class TorchLoader(Loader):
     def batch(self, count: int) -> Batch:
         index = next(self.batches)
         fetched = _next(self.fetched)
-        if isinstance(fetched, DataError):
-            raise fetched
+        if isinstance(fetched, str):
+            raise DataError(fetched)
         x = fetched.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         return x, self.labels[index].to(self.device, non_blocking=True)
 
@@ -137,16 +138,25 @@ def _next(fetched: Iterator[Fetched]) -> Fetched:
             raise _worker_error(reason) from error
         except (OSError, EOFError) as error:
             # the worker died while it handed a batch over
-            raise _worker_error(f"a DataLoader worker is gone ({error})") from error
+            dead = ", ".join(map(str, _dead_workers(fetched)))
+            raise _worker_error(f"DataLoader worker (pid {dead}) is gone ({error})") from error
+
+
+def _dead_workers(fetched: Any) -> list[int]:
+    """Return the process ids of the workers that have ended, or end within a second."""
+    workers = fetched._workers  # torch tells of them nowhere else
+    connection.wait([worker.sentinel for worker in workers], timeout=1)
+    return [worker.pid for worker in workers if not worker.is_alive()]
 
 
 def _worker_error(reason: str) -> DataError:
     return DataError(f"--loader torch: {reason}; --workers 0 loads without workers")
 
 
-def _collate(images: list[torch.Tensor] | list[DataError]) -> Fetched:
-    """Return images (H, W, 3) as a batch (n, H, W, 3); an error, which comes alone, as it is."""
-    return images[0] if isinstance(images[0], DataError) else default_collate(images)
+def _collate(images: list[torch.Tensor] | list[str]) -> Fetched:
+    """Return images (H, W, 3) as a batch (n, H, W, 3); an error's text, which comes alone, as it
+    is."""
+    return images[0] if isinstance(images[0], str) else default_collate(images)
 
 
 class Schedule:
@@ -193,12 +203,12 @@ class Samples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[torch.Tensor] | list[DataError]:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[torch.Tensor] | list[str]:
         state = torch.get_rng_state()
         try:
             return [self.sample(epoch, sample) for epoch, sample in keys]
         except DataError as error:
-            return [error]
+            return [str(error)]
         finally:
             torch.set_rng_state(state)
 
