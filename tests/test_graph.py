@@ -1,11 +1,13 @@
 """The whole step as a graph, by its CPU twin: what a replay does is what an eager step does."""
 
 import logging
-import os
 
 import pytest
 import torch
 from graph_twin import CpuTwin
+from image_files import make_images
+from loader_cases import EVERYTHING as AUGMENTED
+from loader_cases import FUSED, Staged, resident_bytes
 from small_runs import assert_same, final_state, resume, start, stop_at_check
 
 from fastcnn.archs import NETWORKS
@@ -92,6 +94,51 @@ def steps_of(recorder, count=8, **options):
     for _ in range(count):
         run(torch.randn(4, 3, 32, 32, generator=generator), torch.arange(4))
     return run, [p.detach().clone() for p in model.parameters()]
+
+
+class StagedInside(Staged):
+    """Brings its images where a graph would be made of it: the planted error."""
+
+    def stage(self, count):
+        pass
+
+    def batch(self, count):
+        super().stage(count)
+        return super().batch(count)
+
+
+def trained_on(kind, recorder, augment, backend, stop=0, epochs=6):
+    """Weights and labels' sums after epochs of a loader, each broken off after `stop` steps and
+    gone on with."""
+    torch.manual_seed(0)
+    model = build(NETWORKS["murgolo-base"], 32, 3, "torch")
+    loader = kind(make_images(10, 32, 32), augment, backend=backend)
+    config = OptimConfig(lr=0.05)
+    run = TrainStep(model, config, Precision(), 3, 0, CPU, backend="torch", recorder=recorder)
+    for _ in range(epochs):
+        for _, _ in zip(range(stop), run.epoch(loader), strict=False):
+            pass
+        for _ in run.epoch(loader):
+            pass
+    assert loader.state_dict() == {"epoch": epochs, "position": 0}
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("stop", [0, 2])
+@pytest.mark.parametrize("augment", [FUSED, AUGMENTED], ids=["one kernel", "many operations"])
+@pytest.mark.parametrize("backend", ["torch", "fused"])
+def test_staged_images_reach_a_replayed_step(backend, augment, stop):
+    eager = trained_on(Staged, None, augment, backend)
+    found = CpuTwin()
+    assert same(trained_on(Staged, found, augment, backend, stop), eager)
+    assert found.captures == 2
+
+
+def test_images_staged_inside_a_graph_would_be_frozen():
+    # proves the test above: what is staged must be staged outside
+    eager = trained_on(StagedInside, None, FUSED, "fused")
+    assert same(trained_on(Staged, None, FUSED, "fused"), eager)
+    assert not same(trained_on(StagedInside, CpuTwin(), FUSED, "fused"), eager)
 
 
 def same(first, second):
@@ -184,11 +231,6 @@ def test_a_capture_leaves_no_effect_behind():
     torch.manual_seed(3)
     torch.testing.assert_close(weights, torch.rand(3) + torch.rand(3))
     assert buffer.tolist() == [4, 4, 4]
-
-
-def resident_bytes():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize("graphed", [False, True])

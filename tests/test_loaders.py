@@ -1,7 +1,7 @@
 """The loaders: order, position, resume, independence of batch size, agreement with each other.
 
 "fused" and "resident" are the resident loader with the native library and with plain torch;
-test_resident.py has what it alone promises.
+test_resident.py has what it alone promises, test_file_loaders.py what images in files bring.
 """
 
 import builtins
@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_files import coordinates, make_images
 from loader_cases import (
+    CASES,
     EVERYTHING,
     FUSED,
     LOADERS,
@@ -24,6 +25,8 @@ from loader_cases import (
     epoch_labels,
     loader_of,
     numbered,
+    placed,
+    worker_pids,
 )
 from scipy import stats
 
@@ -110,13 +113,10 @@ def test_loaders_are_bit_equal_without_augmentation(mode, augment):
     assert {bytes(x.numpy()) for x in got} == {bytes(x.numpy()) for x in expected.values()}
 
 
-CASES = [("fused", 0), ("resident", 0), ("torch", 0), ("torch", 2)]
-
-
-@pytest.mark.parametrize(("kind", "workers"), CASES)
+@pytest.mark.parametrize(("kind", "workers", "place"), CASES)
 @pytest.mark.parametrize("augment", [EVERYTHING, FUSED])
-def test_resume_at_every_position(kind, workers, augment):
-    images = make_images(22)
+def test_resume_at_every_position(kind, workers, place, augment, tmp_path):
+    images = placed(make_images(22), place, tmp_path)
     options = {"kind": kind, "augment": augment, "workers": workers}
     whole = loader_of(images, **options)
     states, batches = [whole.state_dict()], []
@@ -138,10 +138,10 @@ def test_resume_at_every_position(kind, workers, augment):
         assert_same_batches(rest, batches[done:])
 
 
-@pytest.mark.parametrize(("kind", "workers"), CASES)
+@pytest.mark.parametrize(("kind", "workers", "place"), CASES)
 @pytest.mark.parametrize("augment", [EVERYTHING, FUSED])
-def test_iteration_given_up_goes_on_where_it_stopped(kind, workers, augment):
-    images = make_images(22)
+def test_iteration_given_up_goes_on_where_it_stopped(kind, workers, place, augment, tmp_path):
+    images = placed(make_images(22), place, tmp_path)
     whole = list(loader_of(images, kind, augment))
     loader = loader_of(images, kind, augment, workers=workers)
     first = []
@@ -199,9 +199,10 @@ def test_padding_too_wide_to_reflect(kind):
         loader_of(make_images(3), kind, AugmentConfig(crop_padding=8))
 
 
-@pytest.mark.parametrize(("kind", "workers"), CASES)
-def test_main_generators_are_left_alone(kind, workers):
-    loader = loader_of(make_images(9), kind, EVERYTHING, workers=workers)
+@pytest.mark.parametrize(("kind", "workers", "place"), CASES)
+def test_main_generators_are_left_alone(kind, workers, place, tmp_path):
+    images = placed(make_images(9), place, tmp_path)
+    loader = loader_of(images, kind, EVERYTHING, workers=workers)
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     list(loader)
     assert torch.equal(torch.get_rng_state(), torch_state)
@@ -239,9 +240,10 @@ def test_offsets_and_flips_have_one_distribution(mode):
         by_flip = [np.bincount(offsets[flips == f][:, 1], minlength=9) for f in (False, True)]
         assert stats.chi2_contingency(by_flip).pvalue > P_LIMIT
         tables.append(table)
-    fused, tensor, torchs = tables
-    assert np.array_equal(fused, tensor)
-    assert stats.chi2_contingency([fused, torchs]).pvalue > P_LIMIT
+    by_kind = dict(zip(LOADERS, tables, strict=True))
+    torchs = by_kind.pop("torch")  # with draws of its own
+    assert all(np.array_equal(table, by_kind["fused"]) for table in by_kind.values())
+    assert stats.chi2_contingency([by_kind["fused"], torchs]).pvalue > P_LIMIT
 
 
 MOMENT_CASES = [
@@ -369,10 +371,6 @@ def test_worker_in_trouble_is_an_error(monkeypatch, action):
         list(loader)
     assert time.monotonic() - start < 8
     assert signal.getsignal(signal.SIGCHLD) == handler
-
-
-def worker_pids(loader):
-    return [worker.pid for worker in loader.loader._iterator._workers]
 
 
 def test_signals_to_the_group_leave_workers_alone():

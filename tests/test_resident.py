@@ -1,12 +1,19 @@
-"""The resident loader: the same bits with and without the library; what a CUDA graph relies on."""
+"""Loaders that make batches on the device: the same bits with and without the library, whether
+images stay there or are staged; what a CUDA graph relies on; nothing of a file in memory."""
 
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from image_files import make_images
-from loader_cases import EVERYTHING, FUSED, LOADERS, UNIT, assert_same_batches, loader_of
+from image_files import make_images, write_folder
+from loader_cases import EVERYTHING, FUSED, LOADERS, UNIT, Staged, assert_same_batches, loader_of
 
 from fastcnn.config import AugmentConfig, DataConfig
 from fastcnn.data import Normalization, make_loader
+from fastcnn.data.upload import mapped_file, resident
 
 RESIDENT = ["fused", "resident"]
 
@@ -16,10 +23,152 @@ def _library(library):
     return library
 
 
-def test_resident_reads_the_images_without_a_copy():
+def test_images_in_memory_are_read_without_a_copy():
     images = make_images(5)
     loader = loader_of(images)
     assert loader.pixels.data_ptr() == images.pixels.ctypes.data
+
+
+def run_child(program, *arguments):
+    """Return what a process of its own prints; it finds the tests' modules."""
+    head = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    command = [sys.executable, "-c", head + program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    return done.stdout
+
+
+# a cut file that is mapped into memory ends the process with SIGBUS
+DISTURBED = """
+import hashlib, os, pathlib, shutil
+from image_files import load
+from loader_cases import FUSED, loader_of
+_, root, cache, kind, workers, disturbance = sys.argv
+if kind == "fused":
+    from fastcnn import ops
+    ops.load()
+pathlib.Path(cache).mkdir()
+os.environ["FASTCNN_CACHE"] = cache
+images = load(root).train
+digest = hashlib.sha256()
+loader = loader_of(images, kind, FUSED, workers=int(workers))
+for number, (x, y) in enumerate(loader):
+    digest.update(x.numpy().tobytes() + y.numpy().tobytes())
+    if number == 1:
+        for path in pathlib.Path(cache).glob("*/train.pixels.npy"):
+            if disturbance == "cut":
+                os.truncate(path, 100)
+            if disturbance == "overwritten":
+                path.write_bytes(bytes(path.stat().st_size))
+            if disturbance == "removed":
+                shutil.rmtree(path.parent)
+print(number, digest.hexdigest())
+"""
+
+
+@pytest.mark.parametrize(("kind", "workers"), [(k, 0) for k in LOADERS] + [("torch", 2)])
+def test_what_becomes_of_the_stores_file_disturbs_no_epoch(root, tmp_path, kind, workers):
+    write_folder(root, count=20, side=32)
+    printed = {
+        run_child(DISTURBED, root, tmp_path / disturbance, kind, workers, disturbance)
+        for disturbance in ("left alone", "cut", "overwritten", "removed")
+    }
+    assert len(printed) == 1
+    assert printed.pop().startswith("9 ")
+
+
+# prints what the loader holds at its most and in the end, in bytes
+MEMORY = """
+import numpy as np
+from image_files import make_images
+from loader_cases import loader_of
+from fastcnn.data import upload
+from fastcnn.data.store import Images
+upload.PIECE = 2**22
+def memory():
+    lines = dict(line.split(":") for line in open("/proc/self/status"))
+    return [int(lines[name].split()[0]) * 1024 for name in ("VmHWM", "VmRSS")]
+loader_of(make_images(9), sys.argv[2])
+_, before = memory()
+pixels = np.load(sys.argv[1], mmap_mode="c")
+loader = loader_of(Images(pixels, np.arange(len(pixels))), sys.argv[2])
+print(*[value - before for value in memory()])
+"""
+
+
+@pytest.mark.parametrize("kind", LOADERS[1:])
+def test_memory_never_holds_the_store_twice(tmp_path, kind):
+    size = 2**26
+    np.save(tmp_path / "pixels.npy", np.ones((size // (32 * 32 * 4), 32, 32, 3), dtype=np.uint8))
+    size = size * 3 // 4
+    most, finally_ = map(int, run_child(MEMORY, tmp_path / "pixels.npy", kind).split())
+    assert 0.95 * size < finally_ < size + 2**22
+    assert most < size + 2 * 2**22
+
+
+def test_what_is_mapped(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(12))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="c")
+    for values in (mapped, np.asarray(mapped), mapped[2:].reshape(5, 2)[:, 1]):
+        assert mapped_file(values) is not None
+        copied = resident(values, torch.device("cpu"))
+        assert copied.tolist() == values.tolist()
+        assert not np.shares_memory(copied.numpy(), mapped)
+    for values in (mapped[[1, 2]], np.array(mapped), np.arange(3)[::-1], mapped[:0].copy()):
+        assert mapped_file(values) is None
+        assert resident(values, torch.device("cpu")).tolist() == values.tolist()
+    assert resident(mapped[:0], torch.device("cpu")).tolist() == []
+
+
+# Staged images
+
+
+@pytest.mark.parametrize("backend", ["fused", "torch"])
+@pytest.mark.parametrize(
+    "augment", [None, FUSED, EVERYTHING, AugmentConfig(crop_padding=0, resized_crop=0.4)]
+)
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 3)])
+def test_staged_images_give_the_batches_of_resident_ones(backend, augment, rank, world):
+    images = make_images(22)
+    part = {"rank": rank, "world": world}
+    staged = Staged(images, augment, backend=backend, **part)
+    want = loader_of(images, "resident", augment, **part)
+    for _ in range(2):
+        assert_same_batches(list(staged), list(want))
+
+
+@pytest.mark.parametrize("backend", ["fused", "torch"])
+def test_staging_goes_on_where_an_epoch_was_given_up(backend):
+    images = make_images(22)
+    whole = list(Staged(images, FUSED, backend=backend))
+    loader, resumed = (Staged(images, FUSED, backend=backend) for _ in range(2))
+    first = []
+    for batch in loader:
+        first.append(batch)
+        if len(first) == 2:
+            break
+    resumed.load_state_dict(loader.state_dict())
+    assert_same_batches(first + list(loader), whole)
+    assert_same_batches(list(resumed), whole[2:])
+    assert_same_batches(list(loader), list(resumed))
+
+
+@pytest.mark.cuda
+def test_staged_images_in_a_graph():
+    images = make_images(20)
+    loader, other = (Staged(images, FUSED, device="cuda") for _ in range(2))
+    loader.begin()
+    loader.stage(4)
+    loader.batch(4)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x, y = loader.batch(4)
+    for count, want in zip(loader.begin(), list(other), strict=True):
+        loader.stage(count)
+        graph.replay()
+        loader.advance(count)
+        assert_same_batches([(x, y)], [want])
 
 
 KERNEL_CASES = [
@@ -103,6 +252,7 @@ def test_parts_are_what_iteration_gives(kind):
     for _ in range(2):
         made = []
         for count in loader.begin():
+            loader.stage(count)
             made.append(loader.batch(count))
             loader.advance(count)
         loader.finish()
