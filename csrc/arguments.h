@@ -227,7 +227,7 @@ struct Augment {
   int h, w;                // less than 2^30 values an image
   const uint8_t* images;   // (M, H, W, 3)
   const int64_t* labels;   // (M,)
-  const int64_t* order;    // (length,), sample numbers below M
+  const int64_t* order;    // (length,), sample numbers, below M unless gathered
   int64_t length;
   const int64_t* at;       // epoch, position >= 0; on the device
   const float* scale;      // (3,)

@@ -1,6 +1,7 @@
 // The augmentation for torch: checks, allocation, registration. fastcnn/ops/augmentation.py holds
 // the schema.
 #include <algorithm>
+#include <limits>
 
 #include "bindings.h"
 
@@ -66,10 +67,10 @@ void check_options(const Augment& args, int64_t padding, int64_t cutout) {
 void check_samples(const Augment& args, int64_t images) {
   REQUIRE(args.at[0] >= 0 && args.at[1] >= 0, "at: expected epoch and position >= 0, got ",
           args.at[0], " and ", args.at[1]);
+  const int64_t last = args.gathered ? std::numeric_limits<int64_t>::max() : images - 1;
   for (int64_t i = 0; i < args.count && i < args.length; ++i) {
     const int64_t sample = args.order[(args.at[1] % args.length + i) % args.length];
-    REQUIRE(sample >= 0 && (args.gathered || sample < images), "order: expected samples 0 to ",
-            images - 1, ", got ", sample);
+    REQUIRE(sample >= 0 && sample <= last, "order: expected samples 0 to ", last, ", got ", sample);
   }
 }
 

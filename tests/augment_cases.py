@@ -21,12 +21,14 @@ class Case:
     flip: str = "none"
     cutout: int = 0
     bias_of_pixels: bool = False
+    gathered: bool = False
 
     def __str__(self):
         words = [f"{self.count}x{self.height}x{self.width}", self.flip]
         words += [("reflect" if self.reflect else "zero") + str(self.padding)] * (self.padding > 0)
         words += [f"cutout{self.cutout}"] * (self.cutout > 0)
-        return "-".join(words + ["mean-image"] * self.bias_of_pixels)
+        words += ["mean-image"] * self.bias_of_pixels + ["gathered"] * self.gathered
+        return "-".join(words)
 
 
 # rows of a whole number of 16 bytes (8 values or 4) and others, one pixel, more rows than columns
@@ -40,12 +42,15 @@ def kinds(height, width):
     change = dataclasses.replace
     least = min(height, width) - 1  # the widest padding that can be reflected
     yield plain
+    yield change(plain, gathered=True)
     yield change(plain, bias_of_pixels=True)
     for flip in ("random", "alternating"):
         yield change(plain, flip=flip)
+        yield change(plain, flip=flip, cutout=2, padding=3, reflect=False, gathered=True)
     for padding in {1, least} - {0} if least else set():
         yield change(plain, padding=padding)
         yield change(plain, padding=padding, **EVERYTHING)
+        yield change(plain, padding=padding, **EVERYTHING, gathered=True)
     for padding in (1, 4, 2 * max(height, width)):
         yield change(plain, padding=padding, reflect=False)
         yield change(plain, padding=padding, reflect=False, **EVERYTHING)
@@ -59,7 +64,8 @@ FULL = Case(16, 24, 9, padding=4, **EVERYTHING)
 
 def tensors_of(case, device="cpu", samples=SAMPLES, length=None, epoch=3, position=5, seed=0):
     """The op's tensors by name; scale and bias as a normalisation has them, so that roundings show
-    whether product and sum were rounded."""
+    whether product and sum were rounded. Of a gathered case, images and labels are those of its
+    batch and one more, fewer than there are sample numbers."""
     g = torch.Generator().manual_seed(seed)
     shape = (samples, case.height, case.width, 3)
     found = {
@@ -71,7 +77,17 @@ def tensors_of(case, device="cpu", samples=SAMPLES, length=None, epoch=3, positi
         "bias": -torch.rand(shape[1:] if case.bias_of_pixels else (3,), generator=g) * 2,
         "fill": torch.rand(3, generator=g),
     }
+    if case.gathered:
+        found = gather(found, case.count)
     return {name: t.to(device) for name, t in found.items()}
+
+
+def gather(t, count):
+    """Tensors by name whose images and labels are the next `count` of `t`, and a stray one."""
+    places = (t["at"][1] + torch.arange(count)) % len(t["order"])
+    chosen = t["order"][places]
+    images = torch.cat([t["images"][chosen], 255 - t["images"][:1]])
+    return t | {"images": images, "labels": torch.cat([t["labels"][chosen], t["labels"][:1] + 1])}
 
 
 def call(module, case, t, dtype=torch.float32, seed=SEED, count=None):
@@ -87,5 +103,6 @@ def call(module, case, t, dtype=torch.float32, seed=SEED, count=None):
         reflect=case.reflect,
         flip=case.flip,
         cutout=case.cutout,
+        gathered=case.gathered,
         dtype=dtype,
     )

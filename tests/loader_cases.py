@@ -1,17 +1,25 @@
 """The loaders on small images: one way to make each, and to compare what they give."""
 
+import os
+
 import numpy as np
 import torch
-from image_files import make_images
+from image_files import encoded, make_images, noise, write
 
 from fastcnn.config import AugmentConfig, DataConfig
 from fastcnn.data import Normalization, make_loader
+from fastcnn.data.device_loader import DeviceLoader
+from fastcnn.data.files import Files
 from fastcnn.data.store import Images
 
 FUSED = AugmentConfig(cutout=3, flip="alternating")  # all of it by the kernel
 EVERYTHING = AugmentConfig(rotation=10, shift=0.1, cutout=3, color_jitter=0.3)
 UNIT = Normalization("unit", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-LOADERS = ["fused", "resident", "torch"]
+# kinds of loaders: --loader and the backend that makes batches on the device
+KINDS = {"fused": ("resident", "fused"), "resident": ("resident", "torch"), "torch": ("torch",) * 2}
+LOADERS = [*KINDS]  # of packed images
+FILE_LOADERS = ["torch"]  # of images in files
+WORKERS = {"torch": (0, 2)}  # how many each kind is tested with; others have none
 
 
 def loader_of(
@@ -27,10 +35,13 @@ def loader_of(
     seed=0,
     shuffle=True,
     drop_last=False,
+    rank=0,
+    world=1,
 ):
+    name, backend = KINDS[kind]
     return make_loader(
         images,
-        DataConfig(loader="torch" if kind == "torch" else "resident", workers=workers),
+        DataConfig(loader=name, workers=workers),
         augment,
         normalization,
         batch_size=batch,
@@ -39,8 +50,70 @@ def loader_of(
         seed=seed,
         shuffle=shuffle,
         drop_last=drop_last,
-        backend="fused" if kind == "fused" else "torch",
+        backend=backend,
+        rank=rank,
+        world=world,
     )
+
+
+class Staged(DeviceLoader):
+    """A loader as one that decodes files is: it stages the images of a batch, from an array, in
+    buffers of one batch on the device."""
+
+    def __init__(self, images, augment=None, *, batch=4, backend="fused", device="cpu", **options):
+        options = {"seed": 0, "shuffle": True, "drop_last": False, "rank": 0, "world": 1} | options
+        options = {"normalization": UNIT, "dtype": torch.float32} | options
+        super().__init__(
+            torch.zeros(batch, *images.pixels.shape[1:], dtype=torch.uint8, device=device),
+            torch.zeros(batch, dtype=torch.int64, device=device),
+            augment,
+            gathered=True,
+            samples=len(images),
+            batch_size=batch,
+            backend=backend,
+            **options,
+        )
+        self.images = images
+
+    def stage(self, count):
+        chosen = self.epoch_samples()[self.position : self.position + count].numpy()
+        self.pixels[:count] = torch.from_numpy(self.images.pixels_of(chosen))
+        self.labels[:count] = torch.from_numpy(self.images.labels[chosen])
+
+
+def files_of(images, root, resize="stretch"):
+    """The same images as PNG files of their own size, as a scan lists them."""
+    return listed([*images.pixels], images.labels, images.sides, root, resize)
+
+
+def odd_files(root, count, resize="stretch", sides=(8, 10)):
+    """PNG files of many sizes, whose labels are their own numbers."""
+    sizes = np.random.default_rng(3).integers(6, 24, (count, 2))
+    pixels = [noise((*size, 3), seed=number) for number, size in enumerate(sizes)]
+    return listed(pixels, np.arange(count), sides, root, resize)
+
+
+def listed(pixels, labels, sides, root, resize):
+    count = len(pixels)
+    paths = [f"{number:04}.png" for number in range(count)]
+    written = [write(root / path, encoded(p)) for path, p in zip(paths, pixels, strict=True)]
+    return Files(
+        root=root,
+        paths=np.array(paths),
+        labels=np.asarray(labels, dtype=np.int64),
+        lengths=np.array([path.stat().st_size for path in written]),
+        shapes=np.array([p.shape[:2] for p in pixels], dtype=np.int32),
+        sums=np.zeros((count, 6)),  # for a normalisation; the tests have their own
+        plain=np.ones(count, dtype=bool),
+        sides=sides,
+        resize=resize,
+    )
+
+
+def resident_bytes(pid="self"):
+    """Memory that a process holds."""
+    with open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def numbered(count):

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from augment_cases import CASES, FULL, SEED, Case, call, tensors_of
+from augment_cases import CASES, FULL, SEED, Case, call, gather, tensors_of
 from op_cases import DEVICES, ON_EACH
 from scipy import stats
 
@@ -142,6 +142,55 @@ def test_epochs_of_the_alternating_flip(epoch):
     wanted = reference_augment.draw_flip(SEED, torch.tensor(0), torch.arange(23), "alternating")
     wanted = wanted[tensors_of(case)["order"].roll(-5)]
     assert torch.equal(mirrored, wanted if epoch % 2 == 0 else ~wanted)
+
+
+# Images that were gathered before
+
+
+def gathered(case):
+    return dataclasses.replace(case, gathered=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("module", [ops, reference])
+@pytest.mark.parametrize("case", [c for c in CASES if not c.gathered], ids=str)
+def test_gathered_images_become_what_they_become_where_they_lie(case, module, device):
+    t = tensors_of(case, device)
+    want = call(module, case, t)
+    before = {name: values.clone() for name, values in gather(t, case.count).items()}
+    assert len(before["images"]) == case.count + 1 < len(t["images"])
+    assert_same(call(module, gathered(case), before), want)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("position", [0, 5, 22, 2**40])
+def test_gathered_images_are_a_batch_wherever_it_begins(position, device):
+    t = tensors_of(FULL, device, position=position)
+    assert_same(call(ops, gathered(FULL), gather(t, 9)), call(ops, FULL, t))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_numbers_of_gathered_samples_have_no_end(device):
+    t = tensors_of(gathered(FULL), device)
+    t["order"] = t["order"] + 2**40
+    t["order"][5] = 2**63 - 1
+    assert_same(call(ops, gathered(FULL), t), call(reference, gathered(FULL), t))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fewer_gathered_images_than_the_batch_has(device):
+    t = tensors_of(gathered(FULL), device)
+    assert len(t["images"]) == 10
+    call(ops, gathered(FULL), t, count=10)
+    with pytest.raises(RuntimeError, match="images: expected at least 11, got 10"):
+        call(ops, gathered(FULL), t, count=11)
+
+
+def test_negative_numbers_of_gathered_samples_on_the_cpu():
+    t = tensors_of(gathered(FULL), position=0)
+    t["order"][3] = -1
+    with pytest.raises(RuntimeError, match=f"order: expected samples 0 to {2**63 - 1}, got -1"):
+        call(ops, gathered(FULL), t)
 
 
 def test_threads_do_not_change_bits():

@@ -155,19 +155,19 @@ def op_arguments(device="cpu", dtype=torch.float32):
         "bias_act_backward": (t["dy"], x, True, 0.1),
         "bias_act_pool": (x, bias, 0.1, *pool),
         "bias_act_pool_backward": (dy, code, 5, 6, True, 0.1, *pool),
-        "augment": augment_arguments(device, dtype),
+        "augment": augment_arguments(augment_cases.FULL, device, dtype),
     }
 
 
-def augment_arguments(device, dtype):
-    t = augment_cases.tensors_of(augment_cases.FULL, device)
+def augment_arguments(case, device, dtype):
+    t = augment_cases.tensors_of(case, device)
     tensors = [t[name] for name in ("images", "labels", "order", "at")]
     parameters = [t[name] for name in ("scale", "bias", "fill")]
-    return (*tensors, 9, *parameters, 2**40, 4, True, 1, 5, dtype)
+    return (*tensors, 9, *parameters, 2**40, 4, True, 1, 5, case.gathered, dtype)
 
 
-def check_op(name, device):
-    arguments = list(op_arguments(device)[name])
+def check_op(name, device, arguments=None):
+    arguments = list(arguments or op_arguments(device)[name])
     for i, argument in enumerate(arguments):
         floating = torch.is_tensor(argument) and argument.is_floating_point()
         if floating and name in ("bn_act", "bn_act_pool", "bias_act", "bias_act_pool"):
@@ -179,6 +179,12 @@ def check_op(name, device):
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name, device):
     check_op(name, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_of_gathered_images(device):
+    case = dataclasses.replace(augment_cases.FULL, gathered=True)
+    check_op("augment", device, augment_arguments(case, device, torch.float32))
 
 
 def check_tracing(name, dtype):

@@ -99,7 +99,8 @@ def sparse(count, dtype):
     return torch.frombuffer(memory, dtype=dtype).view(count, SIDE, SIDE, 3)
 
 
-def test_more_than_2_31_values(chain, kernels):
+@pytest.mark.parametrize("gathered", [False, True])
+def test_more_than_2_31_values(chain, kernels, gathered):
     case = Case(SIDE, SIDE, count=1, padding=4, flip="random")
     small = tensors_of(case, samples=1)
     images, x = sparse(COUNT, torch.uint8), sparse(COUNT, torch.bfloat16)
@@ -111,9 +112,11 @@ def test_more_than_2_31_values(chain, kernels):
     tensors = {"images": images, "labels": labels, "order": order, "x": x, "y": y}
     tensors |= {name: small[name] for name in ("scale", "bias", "fill")}
     options = {"seed": SEED, "padding": 4, "reflect": True, "flip": 1, "cutout": 0}
+    options["gathered"] = gathered
     sizes = {"count": COUNT, "h": SIDE, "w": SIDE, "length": COUNT, "bias_of_pixels": False}
     at = torch.tensor([3, 0])
     chain.launch("augment", torch.bfloat16, **tensors, **options, **sizes, at=at)
+    # the oracle's are not gathered: the same sample lies at the same place
     last = {"order": torch.tensor([COUNT - 1]), "at": at, "images": images, "labels": labels}
     want, label = call(reference, case, small | last, torch.bfloat16)
     assert torch.equal(x[-1], want[0].permute(1, 2, 0))
@@ -122,17 +125,20 @@ def test_more_than_2_31_values(chain, kernels):
     assert not x[: COUNT // 2].any()
 
 
-def test_sample_numbers_beyond_32_bits_have_draws_of_their_own(chain):
-    """The tensors begin so far before their memory that a sample of that number lies in it."""
+@pytest.mark.parametrize("gathered", [False, True])
+def test_sample_numbers_beyond_32_bits_have_draws_of_their_own(chain, gathered):
+    """The tensors begin so far before their memory that a sample of that number lies in it, unless
+    they are gathered."""
     case = Case(8, 8, count=1, padding=4, flip="random", cutout=3)
     far = 2**32 + 1
     t = tensors_of(case, samples=2)
     tensors = {n: t[n] for n in ("at", "scale", "bias", "fill")} | {"order": torch.tensor([far])}
     for name in ("images", "labels"):
-        before = far * t[name][0].nbytes
+        before = 0 if gathered else far * t[name][0].nbytes
         tensors[name] = (t[name].data_ptr() - before) % 2**64
     x, y = torch.empty(1, 8, 8, 3), torch.empty(1, dtype=torch.int64)
     options = {"seed": SEED, "padding": 4, "reflect": True, "flip": 1, "cutout": 3}
+    options["gathered"] = gathered
     sizes = {"count": 1, "h": 8, "w": 8, "length": 1, "bias_of_pixels": False}
     chain.launch("augment", torch.float32, **tensors, **options, **sizes, x=x, y=y)
     epoch, samples = t["at"][0], torch.tensor([far])

@@ -48,7 +48,12 @@ class Files:
         """
         path = self.root / str(self.paths[sample])
         try:
-            return decode(read_file(path, int(self.lengths[sample]))).pixels
+            pixels = decode(read_file(path, int(self.lengths[sample]))).pixels
+            if pixels.shape[:2] != tuple(self.shapes[sample]):
+                height, width = self.shapes[sample]
+                was, found = f"{height} x {width}", f"{pixels.shape[0]} x {pixels.shape[1]}"
+                raise BadImageError(f"changed: {was} pixels when it was listed, {found} now")
+            return pixels
         except BadImageError as error:
             raise DataError(f"{path}: {error}; it was readable before") from error
 

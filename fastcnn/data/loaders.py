@@ -49,9 +49,16 @@ class Loader(abc.ABC):
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        if not 0 <= rank < world:
+            raise ValueError(f"rank: expected 0 to {world - 1}, got {rank}")
+        if total == 0:
+            raise DataError("no images to load")
         samples = len(range(rank, total, world))
         if samples == 0:
-            raise DataError("no images to load")
+            raise DataError(
+                f"process {rank} of {world}: {total} images leave none for it; "
+                f"start {total} processes at most"
+            )
         if drop_last and samples < batch_size:
             raise UsageError(
                 f"--drop-last: {samples} images make no whole batch of {batch_size}; "
@@ -152,9 +159,10 @@ def make_loader(
     bits. rank, world: this process's part of the images, every world-th of the epoch's order.
 
     The order is a permutation by (seed, epoch), each sample once an epoch; what becomes of a sample
-    depends on (seed, epoch, sample) alone. Raises DataError for no images, UsageError for a batch
-    larger than the set with `drop_last`, for padding that cannot be reflected, for --loader
-    resident of files, and for a loader whose package is missing.
+    depends on (seed, epoch, sample) alone. Raises DataError for no images, in all or for this
+    process, ValueError for a rank outside the world, UsageError for a batch larger than the set
+    with `drop_last`, for padding that cannot be reflected, for --loader resident of files, and for
+    a loader whose package is missing.
     """
     if augment is not None:
         augmentation.check(augment, *images.sides)

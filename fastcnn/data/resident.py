@@ -1,6 +1,6 @@
 """The resident loader: uint8 images stay on the device, a batch is gathered and augmented there.
 
-On the CPU they are a copy in memory, not the store's memory map: a file that is cut while it is
+On the CPU they are in memory, never in the store's memory map: a file that is cut while it is
 mapped would kill the process.
 """
 
@@ -12,6 +12,7 @@ from fastcnn.config import AugmentConfig
 from fastcnn.data.device_loader import DeviceLoader
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.store import Images
+from fastcnn.data.upload import resident
 
 
 class ResidentLoader(DeviceLoader):
@@ -27,8 +28,8 @@ class ResidentLoader(DeviceLoader):
         **options: Any,
     ) -> None:
         super().__init__(
-            torch.tensor(images.pixels, device=device),
-            torch.tensor(images.labels, device=device),
+            resident(images.pixels, device),
+            resident(images.labels, device),
             augment,
             normalization,
             gathered=False,

@@ -2,7 +2,7 @@
 
 Slow, and the oracle for the resident loader: the same parameters and distribution by other code.
 Each sample's random numbers come from (seed, epoch, sample); the main process's generators are
-left as they were.
+left as they were. Images in files are read and decoded by the workers, every epoch anew.
 """
 
 import os
@@ -10,17 +10,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from fastcnn.config import AugmentConfig
-from fastcnn.data.draws import alternating_flip, derive_seed, epoch_order
+from fastcnn.data.draws import alternating_flip, derive_seed
 from fastcnn.data.files import Files
 from fastcnn.data.loaders import Batch, Loader
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.store import Images
+from fastcnn.data.upload import resident
 from fastcnn.errors import DataError, UsageError
 from fastcnn.ops.reference_augment import normalize
 
@@ -28,10 +30,12 @@ POLL_S = 2  # between two looks at whether the workers are alive
 WORKER_TIMEOUT_S = 120  # without a batch for so long, a worker is taken to hang
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
+Fetched = torch.Tensor | DataError  # a batch, or why there is none: a worker's own words are many
 
 
 class TorchLoader(Loader):
-    """See loaders.make_loader. Raises DataError when a worker dies or hangs."""
+    """See loaders.make_loader. Raises DataError when a worker dies or hangs, and for a file that is
+    gone, cut or replaced."""
 
     def __init__(
         self,
@@ -46,18 +50,27 @@ class TorchLoader(Loader):
         seed: int,
         shuffle: bool,
         drop_last: bool,
+        rank: int,
+        world: int,
     ) -> None:
         super().__init__(
-            len(images), batch_size=batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last
+            len(images),
+            batch_size=batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            rank=rank,
+            world=world,
         )
         self.device = device
         self.labels = torch.from_numpy(images.labels)
         self.schedule = Schedule()
         self.batches: Iterator[torch.Tensor] = iter(())
-        self.fetched: Iterator[torch.Tensor] = iter(())
+        self.fetched: Iterator[Fetched] = iter(())
         self.loader = DataLoader(
             Samples(images, augment, normalization, dtype, seed),
             batch_sampler=self.schedule,
+            collate_fn=_collate,
             num_workers=workers,
             persistent_workers=workers > 0,
             timeout=POLL_S if workers else 0,
@@ -72,7 +85,7 @@ class TorchLoader(Loader):
     def begin(self) -> list[int]:
         sizes = self.remaining()
         end = self.position + sum(sizes)
-        order = epoch_order(self.seed, self.epoch, self.samples, self.shuffle)
+        order = self.epoch_samples()
         batches = order[self.position : end].split(sizes) if sizes else ()
         self.schedule.batches = [[(self.epoch, i) for i in batch.tolist()] for batch in batches]
         self.batches, self.fetched = iter(batches), self._start()
@@ -80,7 +93,10 @@ class TorchLoader(Loader):
 
     def batch(self, count: int) -> Batch:
         index = next(self.batches)
-        x = _next(self.fetched).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        fetched = _next(self.fetched)
+        if isinstance(fetched, DataError):
+            raise fetched
+        x = fetched.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         return x, self.labels[index].to(self.device, non_blocking=True)
 
     def finish(self) -> None:
@@ -88,7 +104,7 @@ class TorchLoader(Loader):
         next(self.fetched, None)
         super().finish()
 
-    def _start(self) -> Iterator[torch.Tensor]:
+    def _start(self) -> Iterator[Fetched]:
         """Start (the first time) or reset the workers.
 
         They inherit the blocked signals, which reach the whole process group: the main process
@@ -106,7 +122,7 @@ class TorchLoader(Loader):
                 signal.signal(signal.SIGCHLD, before)
 
 
-def _next(fetched: Iterator[torch.Tensor]) -> torch.Tensor:
+def _next(fetched: Iterator[Fetched]) -> Fetched:
     """Return the next batch; DataError when a worker is dead, or after WORKER_TIMEOUT_S."""
     deadline = time.monotonic() + WORKER_TIMEOUT_S
     while True:
@@ -126,6 +142,11 @@ def _next(fetched: Iterator[torch.Tensor]) -> torch.Tensor:
 
 def _worker_error(reason: str) -> DataError:
     return DataError(f"--loader torch: {reason}; --workers 0 loads without workers")
+
+
+def _collate(images: list[torch.Tensor] | list[DataError]) -> Fetched:
+    """Return images (H, W, 3) as a batch (n, H, W, 3); an error, which comes alone, as it is."""
+    return images[0] if isinstance(images[0], DataError) else default_collate(images)
 
 
 class Schedule:
@@ -152,32 +173,39 @@ class Samples(torch.utils.data.Dataset):
         dtype: torch.dtype,
         seed: int,
     ) -> None:
-        self.pixels = torch.from_numpy(images.pixels_of(range(len(images))))
         self.augment = augment
+        self.box: Transform | None = None
+        if isinstance(images, Images):
+            # the workers share the pixels
+            pixels = resident(images.pixels, torch.device("cpu"))
+            images = Images(pixels.numpy(), images.labels)
+        elif augment is not None and augment.resized_crop < 1:
+            self.box = _random_box(augment.resized_crop, *images.sides)
+            augment = replace(augment, resized_crop=1.0)
+        self.images = images
         self.dtype = dtype
         self.seed = seed
         self.fill = normalization.fill
         self.scale, self.bias = normalization.scale_bias(torch.device("cpu"))
-        self.transforms = [] if augment is None else transforms(augment, *self.pixels.shape[1:3])
+        self.transforms = [] if augment is None else transforms(augment, *images.sides)
         self.flips: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[torch.Tensor]:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[torch.Tensor] | list[DataError]:
         state = torch.get_rng_state()
         try:
             return [self.sample(epoch, sample) for epoch, sample in keys]
+        except DataError as error:
+            return [error]
         finally:
             torch.set_rng_state(state)
 
     def sample(self, epoch: int, sample: int) -> torch.Tensor:
         # torch.manual_seed would also reseed the main process's CUDA generators
         torch.default_generator.manual_seed(derive_seed(self.seed, "sample", epoch, sample))
-        image = self.pixels[sample].permute(2, 0, 1)
+        image = self.read(sample)
         if self.augment is not None and self.augment.flip == "alternating":
             image = image.flip(2) if self.alternates(epoch)[sample] else image
         for transform in self.transforms:
@@ -187,10 +215,25 @@ class Samples(torch.utils.data.Dataset):
             cut_out(x, self.augment.cutout, self.fill)
         return x
 
+    def read(self, sample: int) -> torch.Tensor:
+        """Return an image uint8 (3, H, W) as evaluation sees it, or, where training cuts a part out
+        of a file's image, that part."""
+        if self.box is not None and isinstance(self.images, Files):
+            return self.box(torch.tensor(self.images.read(sample)).permute(2, 0, 1))
+        return torch.from_numpy(self.images.pixels_of([sample])[0]).permute(2, 0, 1)
+
     def alternates(self, epoch: int) -> torch.Tensor:
         if epoch not in self.flips:
             self.flips = {epoch: alternating_flip(self.seed, epoch, len(self))}
         return self.flips[epoch]
+
+
+def _random_box(smallest: float, height: int, width: int) -> Transform:
+    """What cuts a part, at least `smallest` of the area, out of an image (3, H, W) and stretches it
+    to height x width."""
+    v2 = _torchvision_v2()
+    box: Transform = v2.RandomResizedCrop((height, width), scale=(smallest, 1.0), antialias=True)
+    return box
 
 
 def transforms(augment: AugmentConfig, height: int, width: int) -> list[Transform]:
@@ -209,8 +252,7 @@ def transforms(augment: AugmentConfig, height: int, width: int) -> list[Transfor
     if augment.flip == "random":
         exact.append(v2.RandomHorizontalFlip())
     if augment.resized_crop < 1:
-        scale = (augment.resized_crop, 1.0)
-        geometry.append(v2.RandomResizedCrop((height, width), scale=scale, antialias=True))
+        geometry.append(_random_box(augment.resized_crop, height, width))
     if augment.rotation > 0 or augment.shift > 0:
         bilinear = v2.InterpolationMode.BILINEAR
         translate = (augment.shift, augment.shift)

@@ -64,8 +64,9 @@ def augment(
     What becomes of a sample depends on (seed, epoch, sample) alone, and has the same bits on every
     device. No gradient. On a GPU sample numbers and position are not checked.
     Raises ValueError for an unknown flip, RuntimeError for another shape, dtype, layout or device,
-    count < 1, negative padding or cutout, padding too wide to reflect, and on the CPU for samples
-    out of range and a negative epoch or position; BuildError without a library.
+    count < 1, fewer gathered images than count, negative padding or cutout, padding too wide to
+    reflect, and on the CPU for samples out of range and a negative epoch or position; BuildError
+    without a library.
     DeVries and Taylor 2017, arXiv:1708.04552; alternating flip: Jordan 2024, arXiv:2404.00498.
     """
     ready()

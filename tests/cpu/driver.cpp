@@ -67,11 +67,13 @@ void run(Dtype dtype, Sizes sizes, Pool pool) {
 }
 
 // every option on images of one size: 4 of them, of which a batch of 5 takes two twice
-void run_augment(Dtype dtype, int h, int w) {
-  const int64_t samples = 4, count = 5, values = int64_t{h} * w * 3;
+// gathered: images as many as the batch has, sample numbers that lie far outside
+void run_augment(Dtype dtype, int h, int w, bool gathered) {
+  const int64_t count = 5, samples = gathered ? count : 4, values = int64_t{h} * w * 3;
   Buffer images(samples * values, 1), scale(3, 4), bias(3, 4), pixel_bias(values, 4), fill(3, 4);
   Buffer x(count * values, size_of(dtype), false), y(count, 8, false);
-  const std::vector<int64_t> labels{7, 8, 9, 10}, order{3, 1, 0}, at{1, 2};
+  const std::vector<int64_t> labels(samples, 7), at{1, 2};
+  const std::vector<int64_t> order{3, gathered ? int64_t{1} << 40 : 1, 0};
   const auto floats = [](Buffer& buffer) { return static_cast<const float*>(buffer.data()); };
   for (const bool reflect : {true, false})
     for (const Flip flip : {Flip::none, Flip::random, Flip::alternating})
@@ -83,6 +85,7 @@ void run_augment(Dtype dtype, int h, int w) {
         args.bias_of_pixels = flip == Flip::random;
         args.bias = floats(args.bias_of_pixels ? pixel_bias : bias);
         args.seed = 5, args.reflect = reflect, args.flip = flip, args.cutout = cutout;
+        args.gathered = gathered;
         args.padding = reflect ? std::min(h, w) - 1 : 2 * std::max(h, w);
         args.x = x.data(), args.y = static_cast<int64_t*>(y.data());
         cpu::augment(args, threads);
@@ -128,7 +131,8 @@ int main() {
     for (const Sizes& sizes : shapes)
       for (const Pool& pool : pools) run(dtype, sizes, pool);
   for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f64})
-    for (const auto& [h, w] : {std::pair{1, 1}, {5, 7}, {16, 8}}) run_augment(dtype, h, w);
+    for (const auto& [h, w] : {std::pair{1, 1}, {5, 7}, {16, 8}})
+      for (const bool gathered : {false, true}) run_augment(dtype, h, w, gathered);
   for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f64}) update(dtype);
   std::puts("clean");
 }

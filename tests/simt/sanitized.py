@@ -4,6 +4,7 @@ A program of its own: python sanitized.py <simt_kernels compiled with SANITIZE>,
 """
 
 import importlib.util
+import itertools
 import random
 import struct
 import sys
@@ -162,25 +163,37 @@ def convolve(kernels, geometry, dtype, shift):
 def augment(kernels, sizes, dtype):
     heap = Heap(kernels)
     count, h, w = sizes
-    samples, order = 4, [3, 0, 3]
     values = h * w * 3
     tensors = {
-        "images": heap.block(random.randbytes(samples * values)),
-        "labels": heap.block(struct.pack("4q", *range(samples))),
-        "order": heap.block(struct.pack("3q", *order)),
         "at": heap.block(struct.pack("2q", 1, 2)),
         "scale": heap.values("float32", 3),
         "fill": heap.values("float32", 3),
         "x": heap.output(count * values * ITEM_BYTES[dtype]),
         "y": heap.output(count * 8),
     }
-    common = {"count": count, "h": h, "w": w, "dtype": dtype, "length": len(order), "seed": 5}
+    stored = {
+        "images": heap.block(random.randbytes(4 * values)),
+        "labels": heap.block(struct.pack("4q", *range(4))),
+        "order": heap.block(struct.pack("3q", 3, 0, 3)),
+        "gathered": False,
+    }
+    # as many images as the batch has, and sample numbers that lie far outside
+    gathered = {
+        "images": heap.block(random.randbytes(count * values)),
+        "labels": heap.block(struct.pack(f"{count}q", *range(count))),
+        "order": heap.block(struct.pack("3q", 2**40, 0, 2**33)),
+        "gathered": True,
+    }
+    common = {"count": count, "h": h, "w": w, "dtype": dtype, "length": 3, "seed": 5}
     reflected = {"reflect": True, "padding": min(h, w) - 1}
-    for padded in (reflected, {"reflect": False, "padding": 2 * max(h, w)}):
-        for flip, cutout, of_pixels in ((0, 0, False), (1, 3, True), (2, 3 * w, False)):
-            given = {"flip": flip, "cutout": cutout, "bias_of_pixels": of_pixels}
-            given["bias"] = heap.values("float32", values if of_pixels else 3)
-            assert kernels.augment(**common, **tensors, **padded, **given) == 0
+    zero = {"reflect": False, "padding": 2 * max(h, w)}
+    choices = ((0, 0, False), (1, 3, True), (2, 3 * w, False))
+    for padded, source, choice in itertools.product((reflected, zero), (stored, gathered), choices):
+        flip, cutout, of_pixels = choice
+        given = {"flip": flip, "cutout": cutout, "bias_of_pixels": of_pixels}
+        given["bias"] = heap.values("float32", values if of_pixels else 3)
+        assert kernels.augment(**common, **tensors, **source, **padded, **given) == 0
+    heap.release()
 
 
 def update(kernels, dtype, shift):
