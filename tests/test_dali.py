@@ -29,7 +29,7 @@ from fastcnn.data.store import Images
 from fastcnn.errors import DataError, UsageError
 
 pytest.importorskip("nvidia.dali")
-from nvidia.dali import Pipeline, fn, types  # noqa: E402
+from nvidia.dali import Pipeline, fn, types
 
 P_LIMIT = 1e-4  # of the statistical tests, all with fixed seeds
 
@@ -185,10 +185,14 @@ def test_files_are_converted_once_and_named_after_their_contents(root, monkeypat
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == made_files
     assert (again.paths == first.paths).all()
     assert (first.paths == files.paths).sum() == len(names) - 5
-    monkeypatch.setattr("PIL.Image.Image.save", lambda *_, **__: os.fsync(-1))
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("PIL.Image.Image.save", full)
     for path in made_files:
         path.unlink()
-    with pytest.raises(DataError, match=r"cannot convert .* into .*converted"):
+    with pytest.raises(DataError, match=r"cannot convert .* into .*converted: No space left"):
         dali_sources.converted(files)
 
 
@@ -218,7 +222,7 @@ def test_boxes_do_not_depend_on_the_chunks_they_are_drawn_in(monkeypatch):
     for column in range(4):  # other draws of the same distribution
         for size in range(2):
             pair = boxes[size::2, column], other[size::2, column]
-            assert stats.ks_2samp(*pair).pvalue > P_LIMIT
+            assert stats.ks_2samp(*pair, method="asymp").pvalue > P_LIMIT
 
 
 def crops_of(loader, epochs):
@@ -240,7 +244,7 @@ def test_random_resized_crops_are_distributed_as_the_torch_loader_s(root):
     files = scanned(root, names)
     augment = AugmentConfig(crop_padding=0, flip="none", resized_crop=0.2)
     ours = crops_of(made(files, augment=augment, batch=50), 3)
-    theirs = crops_of(made(images, "torch", augment, batch=50, seed=7), 3)
+    theirs = crops_of(made(files, "torch", augment, batch=50, seed=7), 3)
     for column in range(4):
         assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > P_LIMIT
     spans = [(x[:, 1] - x[:, 0], x[:, 3] - x[:, 2]) for x in (ours, theirs)]
@@ -282,7 +286,7 @@ def test_each_sample_once_an_epoch(kind, shuffle, root):
     assert [len(y) for _, y in made(images, batch=100)] == [23]
     parts = [made(images, batch=5, rank=rank, world=3) for rank in range(3)]
     seen = [epoch_labels(part) for part in parts]
-    assert sorted(sum(seen, [])) == list(range(23))
+    assert sorted(label for part in seen for label in part) == list(range(23))
 
 
 @pytest.mark.parametrize("kind", ["store", "stretch"])
@@ -440,11 +444,15 @@ def test_dali_s_cast_rounds_so_that_random_offsets_are_biased():
     assert counts[0] < 0.7 * counts[4]
 
 
-def reader(root, **options):
+def reader(root):
     names = write_files(root, 10)
-    return lambda: fn.readers.file(
-        file_root=str(root), files=names, labels=list(range(10)), name="reader", **options
-    )
+    options = {"file_root": str(root), "files": names, "labels": list(range(10))}
+
+    def build():
+        data, labels = fn.readers.file(**options, name="reader")
+        return fn.decoders.image(data), labels
+
+    return build
 
 
 def test_dali_s_readers_give_labels_of_another_shape_and_dtype(root):
@@ -465,33 +473,12 @@ def test_dali_s_fill_carries_samples_into_the_next_epoch(root):
         reader_name="reader",
         last_batch_policy=LastBatchPolicy.FILL,
         auto_reset=True,
-        dynamic_shape=True,
     )
     epochs = [[int(y) for batch in iterator for y in batch[0]["label"]] for _ in range(2)]
-    assert [len(epoch) for epoch in epochs] == [12, 12]  # of 10 images
+    assert len(epochs[0]) == 12  # of 10 images
+    assert not set(range(10)) <= set(epochs[1])  # those two are missing
     loader = made(scanned(root, write_files(root, 10), labels=range(10)), batch=4)
     assert [sorted(epoch_labels(loader)) for _ in range(3)] == [list(range(10))] * 3
-
-
-def test_dali_s_default_reading_maps_files(root):
-    # why dont_use_mmap is set: a file that is cut while it is mapped kills the process
-    name = root / write_files(root, 1)[0]
-    path = np.frombuffer(os.fsencode(name), np.uint8)
-
-    def build(dont_use_mmap):
-        feed = fn.external_source(source=lambda: [[path]], num_outputs=1, batch=True, ndim=[1])
-        return [fn.io.file.read(*feed, dont_use_mmap=dont_use_mmap)]
-
-    def maps():
-        with open("/proc/self/maps") as file:
-            return str(name) in file.read()
-
-    for dont_use_mmap in (False, True):
-        pipeline = run_once(lambda chosen=dont_use_mmap: build(chosen), 1)
-        outputs = pipeline.run()
-        assert bytes(np.asarray(outputs[0].as_tensor())) == name.read_bytes()
-        assert maps() == (not dont_use_mmap)
-        del outputs, pipeline
 
 
 # a GPU
@@ -502,7 +489,7 @@ def test_dali_without_a_gpu_is_one_line(monkeypatch):
         pytest.skip("there is a GPU")
     source = dali_sources.PackedSource(make_images(4))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    with pytest.raises(UsageError, match="DALI cannot work on cuda: .*; take --loader") as found:
+    with pytest.raises(UsageError, match=r"DALI cannot work on cuda: .*; take --loader") as found:
         dali.Stream(source, 4, torch.device("cuda"))
     assert "\n" not in str(found.value)
 
