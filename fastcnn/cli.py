@@ -40,7 +40,10 @@ EVAL_OWN = (
 )
 EVAL_SHARED = (
     "data_dir",
+    "on_bad_image",
+    "bad_limit",
     "loader",
+    "store",
     "workers",
     "eval_batch_size",
     "test_fraction",

@@ -2,7 +2,9 @@
 
 import io
 import pickle
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +102,21 @@ def cifar_binary(batches):
         ).tobytes()
         for name, (planes, labels) in batches.items()
     }
+
+
+def large_png(side):
+    """A whole black bilevel PNG: small as a file, side² pixels when it is decoded."""
+
+    def chunk(kind, data):
+        crc = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+    rows = zlib.compress(bytes((1 + (side + 7) // 8) * side))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+IN_FILES = {"store": "files", "loader": "torch"}  # options
 
 
 def load(path, **options):

@@ -20,47 +20,47 @@ GREY = noise((5, 7))
 
 def test_grey_and_palette():
     expected = np.repeat(GREY[..., None], 3, 2)
-    assert np.array_equal(decode(encoded(GREY), None), expected)
+    assert np.array_equal(decode(encoded(GREY)).pixels, expected)
     palette = Image.fromarray(noise((5, 7, 3))).quantize(16)
     file = io.BytesIO()
     palette.save(file, "PNG")
-    assert np.array_equal(decode(file.getvalue(), None), np.asarray(palette.convert("RGB")))
+    assert np.array_equal(decode(file.getvalue()).pixels, np.asarray(palette.convert("RGB")))
     assert np.array_equal(
-        decode(encoded(GREY > 127), None), np.repeat((GREY > 127)[..., None], 3, 2) * 255
+        decode(encoded(GREY > 127)).pixels, np.repeat((GREY > 127)[..., None], 3, 2) * 255
     )
 
 
 def test_transparent_is_white():
     rgba = noise((5, 7, 4))
     rgba[0, :, 3], rgba[1:, :, 3] = 0, 255
-    result = decode(encoded(rgba), None)
+    result = decode(encoded(rgba)).pixels
     assert (result[0] == 255).all()
     assert np.array_equal(result[1:], rgba[1:, :, :3])
     half = np.full((1, 1, 4), 128, dtype=np.uint8)
     half[..., :3] = 0
-    assert abs(int(decode(encoded(half), None)[0, 0, 0]) - 127) <= 1
+    assert abs(int(decode(encoded(half)).pixels[0, 0, 0]) - 127) <= 1
 
 
 def test_transparent_palette_colour_is_white():
     image = Image.fromarray(noise((5, 7, 3))).quantize(4)
     file = io.BytesIO()
     image.save(file, "PNG", transparency=2)
-    result = decode(file.getvalue(), None)
+    result = decode(file.getvalue()).pixels
     assert (result[np.asarray(image) == 2] == 255).all()
 
 
 def test_sixteen_bits():
     deep = GREY.astype(np.uint16) * 257
-    assert np.array_equal(decode(encoded(deep), None)[..., 1], GREY)
-    assert np.array_equal(decode(encoded(deep, "TIFF"), None)[..., 1], GREY)
+    assert np.array_equal(decode(encoded(deep)).pixels[..., 1], GREY)
+    assert np.array_equal(decode(encoded(deep, "TIFF")).pixels[..., 1], GREY)
     between = np.array([[65000, 65535, 256]], dtype=np.uint16)
-    assert decode(encoded(between), None)[0, :, 0].tolist() == [252, 255, 0]
+    assert decode(encoded(between)).pixels[0, :, 0].tolist() == [252, 255, 0]
 
 
 def test_cmyk():
     file = io.BytesIO()
     Image.new("CMYK", (7, 5), (0, 255, 255, 0)).save(file, "JPEG", quality=100)
-    red = decode(file.getvalue(), None)
+    red = decode(file.getvalue()).pixels
     assert red.shape == (5, 7, 3)
     assert red[..., 0].min() > 240
     assert red[..., 1:].max() < 15
@@ -71,7 +71,7 @@ def test_exif_orientation():
     exif[0x0112] = 6
     block = np.zeros((16, 32, 3), dtype=np.uint8)
     block[:8] = 255
-    turned = decode(encoded(block, "JPEG", exif=exif, quality=95), None)
+    turned = decode(encoded(block, "JPEG", exif=exif, quality=95)).pixels
     assert turned.shape == (32, 16, 3)
     assert turned[:, 10:].min() > 200
     assert turned[:, :6].max() < 55
@@ -84,4 +84,22 @@ def test_renamed_kind_is_read_by_content(root):
 
 def test_floating_point_is_refused():
     with pytest.raises(BadImageError, match="floating-point"):
-        decode(encoded(GREY.astype(np.float32), "TIFF"), None)
+        decode(encoded(GREY.astype(np.float32), "TIFF"))
+
+
+@pytest.mark.parametrize(
+    ("data", "grey", "plain"),
+    [
+        (encoded(GREY), True, True),
+        (encoded(GREY > 127), True, True),
+        (encoded(GREY.astype(np.uint16) * 257), True, True),
+        (encoded(noise((5, 7, 2))), True, False),
+        (encoded(noise((5, 7, 3))), False, True),
+        (encoded(noise((5, 7, 3)), "JPEG"), False, True),
+        (encoded(noise((5, 7, 4))), False, False),
+        (encoded(noise((5, 7, 3)), "GIF"), False, False),
+    ],
+)
+def test_greyness_and_plainness(data, grey, plain):
+    decoded = decode(data)
+    assert (decoded.grey, decoded.plain) == (grey, plain)

@@ -2,15 +2,23 @@
 
 import logging
 import os
-import struct
-import zlib
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from image_files import encoded, image, load, members_of, noise, write, write_folder, write_tar
+from image_files import (
+    encoded,
+    image,
+    large_png,
+    load,
+    members_of,
+    noise,
+    write,
+    write_folder,
+    write_tar,
+)
 
-from fastcnn.data import folder
+from fastcnn.data import examine, folder
 from fastcnn.data.decode import BadImageError, decode
 from fastcnn.errors import DataError
 
@@ -86,8 +94,8 @@ def test_links_are_followed_and_loops_end(root, tmp_path):
 def test_fingerprint_decides_on_packing_again(root, monkeypatch):
     write_folder(root)
     calls = []
-    real = folder.decode
-    monkeypatch.setattr(folder, "decode", lambda *args: calls.append(1) or real(*args))
+    real = examine.decode
+    monkeypatch.setattr(examine, "decode", lambda *args: calls.append(1) or real(*args))
     first = load(root)
     assert len(calls) == 12
     load(root)
@@ -235,14 +243,6 @@ def test_image_size_makes_one_size(root):
     assert dataset.test.pixels.shape == (6, 12, 12, 3)
 
 
-def test_resizing_is_antialiased():
-    stripes = np.zeros((64, 64, 3), dtype=np.uint8)
-    stripes[:, ::2] = 255
-    small = decode(encoded(stripes), 8)
-    # without antialiasing every column would be 0 or 255
-    assert abs(small[:, 1:-1].astype(int) - 127.5).max() < 2
-
-
 def test_equal_oblong_images_are_kept(root):
     for path in write_folder(root).rglob("*.png"):
         path.write_bytes(encoded(noise((6, 9, 3))))
@@ -252,13 +252,6 @@ def test_equal_oblong_images_are_kept(root):
 # Unreadable files
 
 
-def png_header(width, height):
-    """A PNG that claims a size and holds no pixels."""
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    ihdr = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    return b"\x89PNG\r\n\x1a\n" + ihdr + struct.pack(">I", 0) + b"IDAT" + bytes(4)
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -266,19 +259,19 @@ def png_header(width, height):
         (b"this is text", "cannot identify image file"),
         (encoded(noise((32, 32, 3)))[:-300], ""),
         (encoded(noise((32, 32, 3)), "JPEG")[:400], "(?i)truncated"),
-        (png_header(10_000, 10_000), "pixels"),
-        (png_header(20_000, 20_000), "pixels"),
+        (large_png(10_000), "pixels"),
+        (large_png(20_000), "pixels"),
         (bytes(1000), "cannot identify image file"),
     ],
 )
 def test_undecodable(data, message, recwarn):
     with pytest.raises(BadImageError, match=message):
-        decode(data, None)
+        decode(data)
 
 
 def test_bad_files_are_named_and_counted(root, recwarn):
     write_folder(root, count=8)
-    for i, data in enumerate([b"", b"text", png_header(20_000, 20_000), png_header(9999, 9999)]):
+    for i, data in enumerate([b"", b"text", large_png(20_000), large_png(9999)]):
         write(root / f"train/ant/{i}.png", data)
     write(root / "test/bee/7.png", image()[:60])
     with pytest.raises(DataError, match=r"5 unreadable .*train/ant/0\.png: empty.*and 2 more") as e:
@@ -289,7 +282,9 @@ def test_bad_files_are_named_and_counted(root, recwarn):
 
 def test_one_bad_file_is_singular(root):
     write(write_folder(root) / "train/ant/0.png", b"")
-    with pytest.raises(DataError, match=r"1 unreadable image file: .*empty; .* remove it$"):
+    with pytest.raises(
+        DataError, match=r"1 unreadable image file: .*empty; .* remove it, or leave it out with"
+    ):
         load(root)
 
 
@@ -332,7 +327,9 @@ def test_file_cut_between_listing_and_reading(root, monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(folder, "_contents", cut_first)
-    with pytest.raises(DataError, match=r"train/ant/0\.png: changed while it was read"):
+    with pytest.raises(
+        DataError, match=r"train/ant/0\.png: changed: .* when it was listed, 20 now"
+    ):
         load(root)
 
 
@@ -348,8 +345,8 @@ def test_file_gone_between_listing_and_reading(root, monkeypatch):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_keep_the_order(root, monkeypatch, threads):
-    monkeypatch.setattr(folder, "THREADED_BYTES", 0 if threads > 1 else 1 << 20)
-    monkeypatch.setattr(folder, "CHUNK", 2)
+    monkeypatch.setattr(examine, "THREADED_BYTES", 0 if threads > 1 else 1 << 20)
+    monkeypatch.setattr(examine, "CHUNK", 2)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(threads))
     dataset = load(write_folder(root, count=9))
     for i in range(9):

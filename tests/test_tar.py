@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from image_files import load, members_of, write, write_folder, write_tar
 
-from fastcnn.data import folder, tar
+from fastcnn.data import examine, tar
 from fastcnn.errors import DataError, UsageError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -113,7 +113,7 @@ def test_tar_that_grows_is_refused(root, tmp_path, monkeypatch):
 
 def test_too_long_files_are_refused(root, tmp_path, monkeypatch):
     path = write_tar(tmp_path / "x.tar", members_of(write_folder(root)))
-    for module in (folder, tar):
+    for module in (examine, tar):
         monkeypatch.setattr(module, "MAX_FILE_BYTES", 100)
     for where in (root, path):
         with pytest.raises(DataError, match="bytes, over 100"):

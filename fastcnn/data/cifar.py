@@ -22,7 +22,7 @@ import numpy as np
 
 from fastcnn.cache import cache_dir
 from fastcnn.config import DataConfig
-from fastcnn.data.decode import resize
+from fastcnn.data.geometry import resize
 from fastcnn.data.paths import given_path, kind_of
 from fastcnn.data.progress import progress_bar
 from fastcnn.data.store import Block, Contents, Dataset, fingerprint, load_packed, pack

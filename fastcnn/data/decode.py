@@ -1,22 +1,22 @@
-"""Image files and arrays become uint8 RGB of the wanted size.
+"""Image files become uint8 RGB.
 
 Grey, palette, 16-bit and CMYK images become RGB; transparent parts become white, as on a page.
 A photograph is turned the way its EXIF orientation says. Of an animation, the first frame counts.
 """
 
+import contextlib
 import io
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit, where it begins to warn of decompression bombs
 EXTENSIONS = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
-
-
 GREY_MODES = frozenset(("1", "L", "LA", "La", "I", "F"))
 # DALI's pixels are Pillow's own here (16-bit, CMYK, palette and turned ones included)
 PLAIN_FORMATS = frozenset(("JPEG", "PNG", "BMP", "PPM"))
@@ -61,6 +61,16 @@ def decode(data: bytes) -> Decoded:
         raise BadImageError(text.splitlines()[0]) from error
 
 
+@contextlib.contextmanager
+def no_warnings() -> Iterator[None]:
+    """Keep Pillow from warning of a large image, which `decode` refuses."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
 def _to_rgb(image: Any) -> Any:
     from PIL import Image, ImageOps
 
@@ -69,7 +79,7 @@ def _to_rgb(image: Any) -> Any:
         image.load()
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535) // 257
+        grey = np.clip(np.asarray(image), 0, 65535) // 257
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise BadImageError("floating-point pixels; expected 8 or 16 bits")
@@ -82,12 +92,3 @@ def _to_rgb(image: Any) -> Any:
 
 def _transparent(image: Any) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
-
-
-def resize(pixels: np.ndarray, side: int) -> np.ndarray:
-    """Stretch uint8 (n, H, W, 3) to (n, side, side, 3), bilinear and antialiased."""
-    if pixels.shape[1:3] == (side, side):
-        return pixels
-    nchw = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
-    resized = torch.nn.functional.interpolate(nchw, (side, side), mode="bilinear", antialias=True)
-    return np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy())

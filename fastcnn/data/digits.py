@@ -4,9 +4,9 @@ from functools import partial
 
 import numpy as np
 
-from fastcnn.data.decode import resize
+from fastcnn.data.geometry import resize
 from fastcnn.data.listing import stratum
-from fastcnn.data.store import Contents, Dataset, pack
+from fastcnn.data.store import Contents, Dataset, fingerprint, pack
 from fastcnn.errors import UsageError
 
 CLASSES = tuple("0123456789")
@@ -18,7 +18,7 @@ def load_digits(side: int) -> Dataset:
 
     Raises UsageError where scikit-learn is missing.
     """
-    return pack("digits", f"digits-{side}", partial(_contents, side))
+    return pack("digits", fingerprint("digits", side), partial(_contents, side))
 
 
 def _contents(side: int) -> Contents:

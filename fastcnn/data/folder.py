@@ -1,12 +1,10 @@
-"""A folder of images (layouts: listing.py), decoded once into the store."""
+"""A folder of images (layouts: listing.py), decoded once into the store or left in its files."""
 
+import contextlib
 import os
 import stat
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
@@ -15,49 +13,74 @@ import numpy as np
 import torch
 
 from fastcnn.config import DataConfig
-from fastcnn.data.decode import EXTENSIONS, BadImageError, decode
-from fastcnn.data.geometry import resize_box, whole_boxes
+from fastcnn.data.choose import choose
+from fastcnn.data.decode import EXTENSIONS, BadImageError, decode, no_warnings
+from fastcnn.data.examine import Record, Source, View, examine_all, read_whole
+from fastcnn.data.files import Files
+from fastcnn.data.left_out import OneSize, checked, refuse_bad, refuse_lost_classes
 from fastcnn.data.listing import Layout, find_layout
-from fastcnn.data.store import Block, Contents, Dataset, fingerprint, log, pack
+from fastcnn.data.scan import Scan, Stamp, scan
+from fastcnn.data.store import (
+    SLOW_IMAGES,
+    Account,
+    Block,
+    Contents,
+    Dataset,
+    LeftOut,
+    check_labels,
+    digest_of_files,
+    fingerprint,
+    log,
+    pack,
+)
 from fastcnn.errors import DataError
-
-MAX_FILE_BYTES = 1 << 30
-CHUNK = 64  # images a task: enough to make the hand-over cheap
-NAMED_BAD = 3  # unreadable files that an error names
-# Small files cost more Python than decoding, and threads only fight for the interpreter's lock:
-# 10.0 k CIFAR JPEGs/s with one thread, 6.8 k with two (60,000 files packed, 2 cores, 2026-11-21)
-THREADED_BYTES = 16_384
-SLOW_IMAGES = 5000  # more are announced in a log: packing them may take a minute
-
-# Bytes, mtime and ctime in ns; the ctime tells of contents replaced under an old mtime (cp -p)
-Stamp = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Source:
-    """One image to decode: where it goes, its path for messages, and how to read its bytes."""
-
-    split: str
-    position: int
-    path: str
-    read: Callable[[], bytes]
 
 
 def load_folder(path: Path, config: DataConfig, device: torch.device) -> Dataset:
-    """Read an image folder. Raises DataError for whatever listing.py refuses, for files that
-    cannot be decoded (all are tried, the first few named) and for images of different sizes."""
+    """Read an image folder. Raises DataError for whatever listing.py and load_layout refuse."""
     files, folders = list_folder(path)
     layout = find_layout(str(path), files, folders, config.test_fraction)
     warn_ignored(path, layout)
-    used = [
-        [split, item, files[item]] for split, items in layout.splits.items() for item, _ in items
-    ]
-    # unpacked archives and copies may agree in names, sizes and times: the path tells them apart
+    return load_layout(path, files, layout, config, device)
+
+
+def load_layout(
+    path: Path,
+    files: dict[str, Stamp],
+    layout: Layout,
+    config: DataConfig,
+    device: torch.device,
+) -> Dataset:
+    """Return the images of `layout` below the folder `path`, packed or in their files, whichever
+    suits the options and `device`. `files`: the stamp of every file by its path below it.
+
+    Raises DataError for files that cannot be decoded (all are tried, the first few named) unless
+    the options leave them out, for images of different sizes without --image-size, and for a class
+    of which nothing is left.
+    """
+    items = [(s, item, label) for s, found in layout.splits.items() for item, label in found]
+    sides = _sides_of_first(path, files, (item for _, item, _ in items), config)
+    choice = choose(config, len(items), sides, True, device)
     resolved = path.resolve()
-    key = fingerprint("folder", str(resolved), used, layout.classes, config.image_size)
-    return pack(
-        path.name or resolved.name, key, partial(_contents, path, files, layout, config.image_size)
-    )
+    name = path.name or resolved.name
+    if choice.store == "files":
+        dataset = _left_in_files(name, path, files, layout, config)
+    else:
+        used = [[split, item, label, files[item]] for split, item, label in items]
+        # unpacked archives and copies may agree in names, sizes and times: the path tells them
+        # apart
+        key = fingerprint("folder", str(resolved), used, layout.classes, image_key(config))
+        dataset = pack(name, key, partial(_contents, path, files, layout, config))
+    return replace(checked(dataset, path, config), loader=choice.loader, why=choice.why)
+
+
+def image_key(config: DataConfig) -> list[Any]:
+    """The options that decide what is packed of encoded images, for a fingerprint.
+
+    --on-bad-image is none of them: of the same files the same ones are unreadable.
+    """
+    view = View.of(config)
+    return [view.side, view.resize, config.grayscale]
 
 
 def list_folder(path: Path) -> tuple[dict[str, Stamp], list[str]]:
@@ -112,140 +135,148 @@ def warn_ignored(path: Path, layout: Layout) -> None:
         log.warning("%s: %d %s left out: not images of a class", path, layout.ignored, noun)
 
 
-def _contents(
-    root: Path, files: dict[str, Stamp], layout: Layout, image_size: int | None
-) -> Contents:
+def _sides_of_first(
+    root: Path, files: dict[str, Stamp], paths: Iterable[str], config: DataConfig
+) -> tuple[int, int]:
+    """Return height and width of a batch's images: --image-size, or those of the first image that
+    can be read; (1, 1) if none can, which is refused later, by name."""
+    if config.image_size:
+        return config.image_size, config.image_size
+    with no_warnings():
+        for path in paths:
+            with contextlib.suppress(BadImageError):
+                data = read_whole(root / path, files[path][0])
+                height, width, _ = decode(data).pixels.shape
+                return height, width
+    return 1, 1
+
+
+def _left_in_files(
+    name: str, root: Path, files: dict[str, Stamp], layout: Layout, config: DataConfig
+) -> Dataset:
+    """Scan the images of `layout` and leave them where they are."""
+    view, names = View.of(config), [path for found in layout.splits.values() for path, _ in found]
+    labels = _labels(layout)
+    check_labels(layout.classes, labels)
+    known = scan(root, names, files, view, OneSize(root, config))
+    readable = np.ones(len(names), dtype=bool)
+    readable[list(known.reasons)] = False
+    grey = readable & known.grey & (config.grayscale == "drop")
+    bad = tuple((names[at], known.reasons[at]) for at in sorted(known.reasons))
+    left_out = LeftOut(bad, int(grey.sum()))
+    refuse_bad(root, left_out, len(names), config)
+    ends = np.cumsum([len(numbers) for numbers in labels.values()])[:-1]
+    places = dict(zip(labels, np.split(np.arange(len(names)), ends), strict=True))
+    kept = {split: (readable & ~grey)[at] for split, at in places.items()}
+    refuse_lost_classes(root, layout.classes, labels, kept)
+    chosen = {split: at[kept[split]] for split, at in places.items()}
+    sides = _common_sides(root, names, known, np.concatenate(list(chosen.values())), config)
+    lengths = np.array([files[path][0] for path in names], dtype=np.int64)
+    whole = Files(
+        root,
+        np.array(names),
+        np.concatenate(list(labels.values())),
+        lengths,
+        known.shapes,
+        known.sums,
+        known.plain,
+        sides,
+        view.resize,
+    )
+    parts = {split: whole.take(at) for split, at in chosen.items()}
+    hashes = {split: known.hashes[at] for split, at in chosen.items()}
+    digest = digest_of_files(
+        layout.classes, {s: part.labels for s, part in parts.items()}, hashes, sides, view.resize
+    )
+    train, test, val = parts["train"], parts["test"], parts.get("val")
+    return Dataset(name, layout.classes, train, test, val, digest, left_out)
+
+
+def _common_sides(
+    root: Path, names: list[str], known: Scan, chosen: np.ndarray, config: DataConfig
+) -> tuple[int, int]:
+    """Return height and width of a batch's images; raises DataError for different sizes."""
+    if config.image_size:
+        return config.image_size, config.image_size
+    shapes = known.shapes[chosen]
+    one_size = OneSize(root, config)
+    odd = np.flatnonzero((shapes != shapes[0]).any(1))[:1].tolist()
+    for at in [0, *odd]:
+        height, width = shapes[at].tolist()
+        one_size(names[chosen[at]], (height, width), False)
+    return int(shapes[0, 0]), int(shapes[0, 1])
+
+
+def _contents(root: Path, files: dict[str, Stamp], layout: Layout, config: DataConfig) -> Contents:
     sources = (
-        Source(split, position, path, partial(_read_file, root / path, files[path][0]))
+        Source(split, position, path, partial(read_whole, root / path, files[path][0]))
         for split, items in layout.splits.items()
         for position, (path, _) in enumerate(items)
     )
     mean_bytes = sum(size for size, _, _ in files.values()) / len(files)
-    return decoded_contents(root, layout, sources, image_size, mean_bytes)
+    return decoded_contents(root, layout, sources, config, mean_bytes)
 
 
-def _read_file(path: Path, size: int) -> bytes:
-    # read, never mapped: a file cut while it is read is then an error, not a SIGBUS
-    if size > MAX_FILE_BYTES:
-        raise BadImageError(f"{size} bytes, over {MAX_FILE_BYTES}")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadImageError(error.strerror or str(error)) from error
-    if len(data) != size:
-        raise BadImageError(f"changed while it was read: {size} bytes, then {len(data)}")
-    return data
+def _labels(layout: Layout) -> dict[str, np.ndarray]:
+    """Return int64 (N,) per split."""
+    return {
+        split: np.array([label for _, label in items], dtype=np.int64)
+        for split, items in layout.splits.items()
+    }
 
 
 def decoded_contents(
     root: Path,
     layout: Layout,
     sources: Iterable[Source],
-    image_size: int | None,
+    config: DataConfig,
     mean_bytes: float,
 ) -> Contents:
-    """Decode `sources` for the store, in threads where files are large enough to gain by it."""
-    threads = len(os.sched_getaffinity(0)) if mean_bytes >= THREADED_BYTES else 1
-    labels = {
-        split: np.array([label for _, label in items], dtype=np.int64)
-        for split, items in layout.splits.items()
-    }
-    blocks = _blocks(root, sources, image_size, threads)
+    """Return the images of `sources` for the store, decoded as it asks for them, in threads where
+    files are large enough (`mean_bytes` each) to gain by it.
+
+    What the options leave out is in no block. Of an archive, put the Dataset that the store
+    returns through left_out.checked.
+    """
+    labels = _labels(layout)
+    account = Account(
+        hashes={split: np.zeros((len(found), 32), np.uint8) for split, found in labels.items()},
+        kept={split: np.ones(len(found), dtype=bool) for split, found in labels.items()},
+        view=View.of(config).resize,
+    )
+    records = examine_all(sources, View.of(config), mean_bytes, keep_pixels=True)
+    blocks = _blocks(root, layout, labels, records, config, account)
     slow = sum(map(len, labels.values())) > SLOW_IMAGES
-    return Contents(layout.classes, labels, _without_bomb_warnings(blocks), slow)
-
-
-def _without_bomb_warnings(blocks: Iterator[Block]) -> Iterator[Block]:
-    """Leave Pillow's warning of large images out: such an image is an error here."""
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        yield from blocks
+    return Contents(layout.classes, labels, blocks, slow, account)
 
 
 def _blocks(
-    root: Path, sources: Iterable[Source], image_size: int | None, threads: int
+    root: Path,
+    layout: Layout,
+    labels: dict[str, np.ndarray],
+    chunks: Iterator[list[tuple[Source, Record]]],
+    config: DataConfig,
+    account: Account,
 ) -> Iterator[Block]:
-    bad: list[tuple[str, str]] = []
-    first: tuple[str, tuple[int, ...]] | None = None
-    for chunk, images in _decoded(sources, image_size, threads):
+    """Yield the images and note in `account` what is left out; refuse that at the end, so that
+    every unreadable file is known."""
+    one_size, bad, grey = OneSize(root, config), [], 0
+    for chunk in chunks:
         good: dict[str, list[tuple[int, np.ndarray]]] = {}
-        for source, image in zip(chunk, images, strict=True):
-            if isinstance(image, str):
-                bad.append((source.path, image))
+        for source, record in chunk:
+            split, position = source.split, source.position
+            if record.pixels is None or (record.grey and config.grayscale == "drop"):
+                account.kept[split][position] = False
+                grey += record.pixels is not None
+                if record.reason:
+                    bad.append((source.path, record.reason))
                 continue
-            first = first or (source.path, image.shape)
-            if image.shape != first[1]:
-                raise DataError(_odd_size(root, first, (source.path, image.shape)))
-            good.setdefault(source.split, []).append((source.position, image))
+            one_size(source.path, record.shape, record.grey)
+            account.hashes[split][position] = np.frombuffer(record.sha256, np.uint8)
+            good.setdefault(split, []).append((position, record.pixels))
         for split, pairs in good.items():
-            yield (
-                split,
-                [position for position, _ in pairs],
-                np.stack([image for _, image in pairs]),
-            )
-    if bad:
-        named = "; ".join(f"{path}: {reason}" for path, reason in bad[:NAMED_BAD])
-        more = f"; and {len(bad) - NAMED_BAD} more" if len(bad) > NAMED_BAD else ""
-        noun, them = ("file", "it") if len(bad) == 1 else ("files", "them")
-        raise DataError(
-            f"{root}: {len(bad)} unreadable image {noun}: {named}{more}; replace or remove {them}"
-        )
-
-
-def _odd_size(root: Path, first: tuple[str, Any], odd: tuple[str, Any]) -> str:
-    (path, (height, width, _)), (odd_path, (odd_height, odd_width, _)) = first, odd
-    return (
-        f"{root}: images of different sizes: {odd_path} has {odd_width} x {odd_height} pixels, "
-        f"{path} {width} x {height}; give one size with --image-size, e.g. "
-        f"--image-size {min(height, width)}"
-    )
-
-
-Decoded = tuple[list[Source], list[np.ndarray | str]]
-
-
-def _decoded(sources: Iterable[Source], image_size: int | None, threads: int) -> Iterator[Decoded]:
-    """Yield chunks in order, decoded; of an unreadable image, the reason as text."""
-    if threads == 1:
-        for chunk in _chunks(sources):
-            yield chunk, _decode_chunk(chunk, image_size)
-        return
-    running: deque[tuple[list[Source], Future[list[np.ndarray | str]]]] = deque()
-    with ThreadPoolExecutor(threads) as executor:
-        for chunk in _chunks(sources):
-            running.append((chunk, executor.submit(_decode_chunk, chunk, image_size)))
-            if len(running) > 2 * threads:
-                done, future = running.popleft()
-                yield done, future.result()
-        for done, future in running:
-            yield done, future.result()
-
-
-def _chunks(sources: Iterable[Source]) -> Iterator[list[Source]]:
-    chunk: list[Source] = []
-    for source in sources:
-        chunk.append(source)
-        if len(chunk) == CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def _decode_chunk(chunk: list[Source], image_size: int | None) -> list[np.ndarray | str]:
-    images: list[np.ndarray | str] = []
-    for source in chunk:
-        try:
-            images.append(_fitted(decode(source.read()).pixels, image_size))
-        except BadImageError as error:
-            images.append(str(error))
-    return images
-
-
-def _fitted(pixels: np.ndarray, image_size: int | None) -> np.ndarray:
-    if image_size is None:
-        return pixels
-    box = whole_boxes(np.array([pixels.shape[:2]]), "stretch")[0]
-    return resize_box(pixels, box, (image_size, image_size))
+            positions, images = zip(*pairs, strict=True)
+            yield split, list(positions), np.stack(images)
+    account.left_out = LeftOut(tuple(bad), grey)
+    refuse_bad(root, account.left_out, sum(map(len, labels.values())), config)
+    refuse_lost_classes(root, layout.classes, labels, account.kept)

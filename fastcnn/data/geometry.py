@@ -30,6 +30,17 @@ def resize_box(pixels: np.ndarray, box: np.ndarray, sides: tuple[int, int]) -> n
     part = pixels[top : top + height, left : left + width]
     if (height, width) == sides:
         return part
-    nchw = torch.from_numpy(part if part.flags.writeable else part.copy())[None].permute(0, 3, 1, 2)
+    return _stretch(part[None], sides)[0]
+
+
+def resize(pixels: np.ndarray, side: int) -> np.ndarray:
+    """Return images uint8 (n, H, W, 3) of one size, stretched to `side` pixels a side."""
+    return pixels if pixels.shape[1:3] == (side, side) else _stretch(pixels, (side, side))
+
+
+def _stretch(pixels: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
+    # torch warns of arrays that it could not write to
+    own = pixels if pixels.flags.writeable else pixels.copy()
+    nchw = torch.from_numpy(own).permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(nchw, sides, mode="bilinear", antialias=True)
-    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+    return np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy())

@@ -28,9 +28,11 @@ from fastcnn.errors import DataError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of a cache entry; part of every fingerprint
+FORMAT = 2  # of a cache entry; part of every fingerprint
 SPLITS = ("train", "test", "val")
 Block = tuple[str, Sequence[int], np.ndarray]  # split, positions, pixels of a few images
+SLOW_IMAGES = 5000  # more are announced in a log: reading them may take a minute
+COPIED_BYTES = 1 << 24  # at a time, where images move together
 STALE_SECONDS = 86_400  # an unfinished entry older than this was left by a killed process
 
 
@@ -72,7 +74,8 @@ class Dataset:
     """Images with the names of their classes; `labels` index into `classes`.
 
     `digest` is the sha256 (hex) of the images' contents, labels and class names, and, where `split`
-    drew a part of them, of the drawn indices. `loader` is what --loader auto comes to here, and
+    drew a part of them, of the drawn indices. Of images from files, packed or not, the contents are
+    the files' bytes and what is seen of them. `loader` is what --loader auto comes to here, and
     `why` says it in a line.
     """
 
@@ -87,18 +90,35 @@ class Dataset:
     why: str = ""
 
 
+@dataclass
+class Account:
+    """What a reader of encoded images knows of them, once its blocks are at their end.
+
+    hashes: uint8 (N, 32) per split, sha256 of each image's bytes. kept: bool (N,) per split; the
+    others are left out, and no block holds them. view: what was made of the images, beside their
+    sides, for the digest.
+    """
+
+    hashes: dict[str, np.ndarray]
+    kept: dict[str, np.ndarray]
+    view: str
+    left_out: LeftOut = LeftOut()
+
+
 @dataclass(frozen=True)
 class Contents:
     """What a reader hands over for packing.
 
     `labels` holds int64 (N,) per split. `blocks` yields (split, positions, pixels), pixels uint8
-    (n, H, W, 3), in any order, every position once. `slow` contents are announced in a log.
+    (n, H, W, 3), in any order, every position once but for those that `account` then leaves out.
+    `slow` contents are announced in a log.
     """
 
     classes: tuple[str, ...]
     labels: dict[str, np.ndarray]
     blocks: Iterator[Block]
     slow: bool = False
+    account: Account | None = None
 
 
 def fingerprint(*parts: Any) -> str:
@@ -123,7 +143,7 @@ def pack(name: str, key: str, read: Callable[[], Contents]) -> Dataset:
     entry = cache / key
     if (dataset := load_packed(name, key)) is not None:
         return dataset
-    _remove_stale(cache)
+    remove_stale(cache)
     temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{key[:16]}-", dir=cache))
     try:
         _write(temporary, read())
@@ -148,7 +168,8 @@ def _publish(name: str, temporary: Path, entry: Path) -> Dataset:
     raise DataError(f"cannot write the cache entry {entry}; remove it and start again")
 
 
-def _remove_stale(cache: Path) -> None:
+def remove_stale(cache: Path) -> None:
+    """Remove what a killed process left unfinished in the cache folder long ago."""
     for path in cache.glob(".tmp-*"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > STALE_SECONDS:
@@ -170,8 +191,16 @@ def _load(name: str, entry: Path) -> Dataset | None:
         for images in found.values():
             if images.labels.min() < 0 or images.labels.max() >= len(classes):
                 raise ValueError("labels out of range")
-        digest = str(meta["digest"])
-        return Dataset(name, classes, found["train"], found["test"], found.get("val"), digest)
+        bad = tuple((str(path), str(reason)) for path, reason in meta["bad"])
+        return Dataset(
+            name,
+            classes,
+            found["train"],
+            found["test"],
+            found.get("val"),
+            str(meta["digest"]),
+            LeftOut(bad, int(meta["grey"])),
+        )
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("cache entry %s is damaged (%s); it is built again", entry, error)
         return None
@@ -188,14 +217,20 @@ def _map(path: Path, dtype: Any, shape: Sequence[int]) -> np.ndarray:
 
 
 def _write(folder: Path, contents: Contents) -> None:
-    _check(contents)
-    for split, labels in contents.labels.items():
-        _save(folder / f"{split}.labels.npy", labels)
+    check_labels(contents.classes, contents.labels)
     sides = _write_pixels(folder, contents)
+    labels, left_out = contents.labels, LeftOut()
+    if contents.account is not None:
+        left_out = contents.account.left_out
+        labels = _close_gaps(folder, contents.labels, contents.account.kept, sides)
+    for split, numbers in labels.items():
+        _save(folder / f"{split}.labels.npy", numbers)
     meta = {
-        "shapes": {split: [len(labels), *sides, 3] for split, labels in contents.labels.items()},
+        "shapes": {split: [len(numbers), *sides, 3] for split, numbers in labels.items()},
         "classes": contents.classes,
-        "digest": _digest(folder, contents),
+        "digest": _digest(folder, contents, labels, sides),
+        "bad": left_out.bad,
+        "grey": left_out.grey,
     }
     with open(folder / "meta.json", "w", encoding="utf-8") as file:
         json.dump(meta, file)
@@ -203,18 +238,17 @@ def _write(folder: Path, contents: Contents) -> None:
         os.fsync(file.fileno())
 
 
-def _check(contents: Contents) -> None:
-    if len(contents.classes) < 2:
-        raise DataError(f"one class only ({', '.join(contents.classes)}); two are needed")
-    for split, labels in contents.labels.items():
-        if len(labels) == 0:
+def check_labels(classes: Sequence[str], labels: dict[str, np.ndarray]) -> None:
+    """Raise DataError for fewer than two classes, an empty split and labels out of range."""
+    if len(classes) < 2:
+        raise DataError(f"one class only ({', '.join(classes)}); two are needed")
+    for split, numbers in labels.items():
+        if len(numbers) == 0:
             raise DataError(f"no {split} images")
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= len(contents.classes):
+        low, high = int(numbers.min()), int(numbers.max())
+        if low < 0 or high >= len(classes):
             worst = low if low < 0 else high
-            raise DataError(
-                f"{split} labels: expected 0 to {len(contents.classes) - 1}, got {worst}"
-            )
+            raise DataError(f"{split} labels: expected 0 to {len(classes) - 1}, got {worst}")
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -249,6 +283,8 @@ def _write_pixels(folder: Path, contents: Contents) -> tuple[int, int]:
             file.flush()
             os.fsync(file.fileno())
     for split, left in missing.items():
+        if contents.account is not None:
+            left &= contents.account.kept[split]
         if left.any():
             raise DataError(f"{int(left.sum())} of {counts[split]} {split} images are missing")
     if sides is None:
@@ -281,7 +317,47 @@ def _put(file: Any, start: int, positions: Sequence[int], pixels: np.ndarray) ->
         file.write(pixels[run[0] : run[-1] + 1].data)
 
 
-def _digest(folder: Path, contents: Contents) -> str:
+def _close_gaps(
+    folder: Path,
+    labels: dict[str, np.ndarray],
+    kept: dict[str, np.ndarray],
+    sides: tuple[int, int],
+) -> dict[str, np.ndarray]:
+    """Move the kept images of every split together, in place; return their labels."""
+    for split, keep in kept.items():
+        if keep.all():
+            continue
+        size = sides[0] * sides[1] * 3
+        with open(folder / f"{split}.pixels.npy", "r+b") as file:
+            # as long as the first one: NumPy leaves room for any number of images
+            start = _header(file, (int(keep.sum()), *sides, 3))
+            to = start
+            for low, high in _runs(np.flatnonzero(keep), max(1, COPIED_BYTES // size)):
+                file.seek(start + low * size)
+                part = file.read((high - low) * size)
+                file.seek(to)
+                to += file.write(part)
+            file.truncate(to)
+            file.flush()
+            os.fsync(file.fileno())
+    return {split: numbers[kept[split]] for split, numbers in labels.items()}
+
+
+def _runs(positions: np.ndarray, longest: int) -> Iterator[tuple[int, int]]:
+    """Yield the ranges [low, high) of consecutive numbers that rising `positions` are made of."""
+    for run in np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1):
+        for at in range(0, len(run), longest):
+            part = run[at : at + longest]
+            yield int(part[0]), int(part[-1]) + 1
+
+
+def _digest(
+    folder: Path, contents: Contents, labels: dict[str, np.ndarray], sides: tuple[int, int]
+) -> str:
+    if contents.account is not None:
+        kept, hashes = contents.account.kept, contents.account.hashes
+        held = {split: hashes[split][kept[split]] for split in hashes}
+        return digest_of_files(contents.classes, labels, held, sides, contents.account.view)
     digest = hashlib.sha256(json.dumps(contents.classes).encode())
     for split in SPLITS:
         if split in contents.labels:
@@ -289,4 +365,24 @@ def _digest(folder: Path, contents: Contents) -> str:
                 array = np.load(folder / f"{split}.{part}.npy", mmap_mode="r")
                 digest.update(f"{split} {part} {array.shape}".encode())
                 digest.update(array.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def digest_of_files(
+    classes: Sequence[str],
+    labels: dict[str, np.ndarray],
+    hashes: dict[str, np.ndarray],
+    sides: tuple[int, int],
+    view: str,
+) -> str:
+    """Return a Dataset's digest (hex) from its files: packed or not, in a folder or an archive.
+
+    labels: int64 (N,) per split; hashes: uint8 (N, 32), sha256 of each file's bytes; sides: height
+    and width of the images as evaluation sees them; view: how they are brought to that (--resize).
+    """
+    digest = hashlib.sha256(json.dumps([list(classes), list(sides), view]).encode())
+    for split in SPLITS:
+        if split in labels:
+            digest.update(f"{split} {len(labels[split])}".encode())
+            digest.update(hashes[split].tobytes() + labels[split].astype(np.int64).tobytes())
     return digest.hexdigest()

@@ -13,7 +13,9 @@ from typing import IO, Any, cast
 
 from fastcnn.config import DataConfig
 from fastcnn.data.decode import BadImageError
-from fastcnn.data.folder import MAX_FILE_BYTES, Source, decoded_contents, warn_ignored
+from fastcnn.data.examine import MAX_FILE_BYTES, Source
+from fastcnn.data.folder import decoded_contents, image_key, warn_ignored
+from fastcnn.data.left_out import checked
 from fastcnn.data.listing import Layout, find_layout
 from fastcnn.data.store import Contents, Dataset, fingerprint, pack
 from fastcnn.errors import DataError, UsageError
@@ -28,7 +30,7 @@ def load_tar(path: Path, config: DataConfig) -> Dataset:
     """Read a tar, plain or compressed, without writing any member to disk.
 
     Raises DataError for an archive that is cut or damaged, holds a member that is absolute, climbs
-    with '..', is a link or a device, or grows beyond MAX_GROWTH; and as folder.load_folder.
+    with '..', is a link or a device, or grows beyond MAX_GROWTH; and as folder.load_layout.
     """
     if not path.name.lower().endswith(SUFFIXES):
         raise UsageError(
@@ -38,9 +40,9 @@ def load_tar(path: Path, config: DataConfig) -> Dataset:
     key = fingerprint(
         "tar",
         [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns],
-        [config.image_size, config.test_fraction],
+        [*image_key(config), config.test_fraction],
     )
-    return pack(path.name, key, partial(_contents, path, config))
+    return checked(pack(path.name, key, partial(_contents, path, config)), path, config)
 
 
 def _contents(path: Path, config: DataConfig) -> Contents:
@@ -49,7 +51,7 @@ def _contents(path: Path, config: DataConfig) -> Contents:
     warn_ignored(path, layout)
     mean_bytes = sum(files.values()) / len(files)
     sources = _sources(path, layout)
-    return decoded_contents(path, layout, sources, config.image_size, mean_bytes)
+    return decoded_contents(path, layout, sources, config, mean_bytes)
 
 
 def _list(path: Path) -> tuple[dict[str, int], list[str]]:

@@ -228,6 +228,8 @@ class Training:
             "parameters": parameters(setup.network, setup.image_size, setup.classes),
             "data": setup.dataset.name,
             "images": identity["data"]["sizes"],
+            "bad_images": len(setup.dataset.left_out.bad),
+            "grey_images_dropped": setup.dataset.left_out.grey,
             "epochs": len(history),
             "best_epoch": self.at.best_epoch,
             "best_val_top1": max(r["val_top1"] for r in history),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.config import Config, PlaceConfig
+from fastcnn.data.store import LeftOut
 from fastcnn.errors import CheckpointError, NumbersError, UsageError
 from fastcnn.ops.backend import choose_backend, choose_convolution, convolution_of_run
 from fastcnn.train import checkpoint
@@ -16,7 +17,7 @@ from fastcnn.train.host import tune_process
 from fastcnn.train.loop import Training
 from fastcnn.train.precision import choose_device, choose_precision
 from fastcnn.train.progress import Progress
-from fastcnn.train.rundir import RunFolder
+from fastcnn.train.rundir import BAD_IMAGES, RunFolder
 from fastcnn.train.setup import evaluation_data, evaluation_loader, load_trained, prepare
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,9 @@ NEUTRAL_ON_RESUME = {
     "workers",
     "checkpoint_steps",
     "eval_batch_size",
+    # whatever they leave out, a run goes on with the images it began with, or not at all
+    "on_bad_image",
+    "bad_limit",
 }
 # options that the rest of a run can do with another value of, if its user says so
 CHANGEABLE_ON_RESUME = {
@@ -61,6 +65,7 @@ CHANGEABLE_ON_RESUME = {
     "resized_crop",
     "color_jitter",
     "loader",
+    "store",
 }
 
 
@@ -86,6 +91,7 @@ def start(config: Config, place: PlaceConfig, command: list[str], quiet: bool = 
     folder = RunFolder.create(place, config.model.arch)
     training = Training(setup, folder, quiet)
     folder.write_start(config, command)
+    folder.write_bad_images(setup.dataset.left_out.bad)
     announce(training)
     return Outcome(folder, training.train())
 
@@ -113,6 +119,7 @@ def resume(
     if state is not None:
         training.restore(state)
     folder.write_resumption(config, command)
+    folder.write_bad_images(training.setup.dataset.left_out.bad)
     announce(training)
     return Outcome(folder, training.train())
 
@@ -196,6 +203,8 @@ def evaluate_run(
         "data": dataset.name,
         "split": split_name,
         "images": result.figures.images,
+        "bad_images": len(dataset.left_out.bad),
+        "grey_images_dropped": dataset.left_out.grey,
         "top1": result.figures.top1,
         "top5": result.figures.top5,
         "loss": result.figures.loss,
@@ -217,13 +226,27 @@ def announce(training: Training) -> None:
         f"{setup.network.name} on {setup.dataset.name} ({images} images, "
         f"{setup.image_size}x{setup.image_size}, {setup.classes} classes)"
     )
+    if left_out := describe_left_out(setup.dataset.left_out):
+        progress.say(left_out)
     progress.say(
         f"device {setup.device_name}, {setup.precision.name}, backend {setup.backend}, "
         f"loader {setup.dataset.loader}, recipe {config.run.recipe}, seed {config.run.seed}"
     )
+    if setup.dataset.why:
+        progress.say(setup.dataset.why)
     for note in setup.notes:
         progress.say(f"note: {note}")
     where = f"run folder {training.folder.path}"
     if training.step.step:
         where += f", continued at epoch {training.at.epoch + 1}, step {training.step.step}"
     progress.say(where)
+
+
+def describe_left_out(left_out: LeftOut) -> str:
+    """Say how many images were left out; "" if none."""
+    parts = []
+    if left_out.bad:
+        parts.append(f"{len(left_out.bad):,} unreadable (see {BAD_IMAGES})")
+    if left_out.grey:
+        parts.append(f"{left_out.grey:,} grey")
+    return f"images left out: {', '.join(parts)}" if parts else ""

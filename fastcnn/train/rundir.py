@@ -5,6 +5,7 @@ import io
 import json
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 import fastcnn
 from fastcnn.config import Config, PlaceConfig
+from fastcnn.data.left_out import bad_table
 from fastcnn.errors import CheckpointError, UsageError
 
 COLUMNS = (
@@ -26,6 +28,9 @@ COLUMNS = (
     "images_per_s",
     "seconds",
 )
+
+
+BAD_IMAGES = "bad_images.csv"
 
 
 class RunFolder:
@@ -135,6 +140,11 @@ class RunFolder:
         writer.writerow(["true \\ predicted", *classes])
         writer.writerows([name, *row] for name, row in zip(classes, counts.tolist(), strict=True))
         self._write("confusion_matrix.csv", text.getvalue())
+
+    def write_bad_images(self, bad: Sequence[tuple[str, str]]) -> None:
+        """Write bad_images.csv: path and reason of each file left out, if there are any."""
+        if bad:
+            self._write(BAD_IMAGES, bad_table(bad))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         self._write("summary.json", _json(summary))
