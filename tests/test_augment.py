@@ -146,7 +146,8 @@ def test_affine_and_color_cover_their_ranges():
 def test_resized_boxes_are_distributed_as_torchvision(height, width, smallest):
     count = 3000
     source = torch.Generator().manual_seed(0)
-    ours = augment.resized_boxes(count, height, width, smallest, source).numpy()
+    shapes = torch.tensor([[height, width]]).expand(count, 2)
+    ours = augment.resized_boxes(shapes, smallest, source).numpy()
     image = torch.zeros(3, height, width)
     transform = v2.RandomResizedCrop((height, width), scale=(smallest, 1.0))
     torch.manual_seed(1)

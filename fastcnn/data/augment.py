@@ -19,6 +19,7 @@ from fastcnn.ops import reference_augment
 
 RATIO = (3 / 4, 4 / 3)  # width to height of a resized crop, as in torchvision
 ATTEMPTS = 10  # at a box that fits, as in torchvision, before the centre is taken
+CHUNK = 65_536  # images whose boxes are drawn at once
 GREY = (0.2989, 0.587, 0.114)  # weights of R, G, B in torchvision's grey
 
 Draws = dict[str, torch.Tensor]
@@ -73,7 +74,8 @@ def _draw_on_cpu(
     draws: Draws = {}
     if config.resized_crop < 1:
         source = generator(seed, "resized crop", epoch)
-        draws["box"] = resized_boxes(samples, height, width, config.resized_crop, source)
+        shapes = torch.tensor([height, width]).expand(samples, 2)
+        draws["box"] = resized_boxes(shapes, config.resized_crop, source)
     if config.rotation > 0 or config.shift > 0:
         source = generator(seed, "affine", epoch)
         uniform = torch.rand(samples, 3, generator=source) * 2 - 1
@@ -113,11 +115,20 @@ def distort(
     return pixels
 
 
-def resized_boxes(
-    samples: int, height: int, width: int, smallest: float, source: torch.Generator
-) -> torch.Tensor:
-    """Return int64 (samples, 4) of top, left, height, width, distributed as torchvision's
-    RandomResizedCrop with scale (smallest, 1): area uniform, ratio log-uniform in RATIO."""
+def resized_boxes(shapes: torch.Tensor, smallest: float, source: torch.Generator) -> torch.Tensor:
+    """Return int64 (n, 4) of top, left, height, width in images of `shapes` (n, 2), height and
+    width, distributed as torchvision's RandomResizedCrop with scale (smallest, 1): area uniform,
+    ratio log-uniform in RATIO.
+
+    Drawn CHUNK by CHUNK, so that a million images take little memory.
+    """
+    boxes = [_chunk_of_boxes(chunk.long(), smallest, source) for chunk in shapes.split(CHUNK)]
+    return torch.cat(boxes)
+
+
+def _chunk_of_boxes(shapes: torch.Tensor, smallest: float, source: torch.Generator) -> torch.Tensor:
+    samples = len(shapes)
+    height, width = shapes[:, :1], shapes[:, 1:]
     uniform = torch.rand(2, samples, ATTEMPTS, generator=source, dtype=torch.float64)
     area = (smallest + uniform[0] * (1 - smallest)) * height * width
     low, high = math.log(RATIO[0]), math.log(RATIO[1])
@@ -125,20 +136,18 @@ def resized_boxes(
     w, h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = fits.int().argmax(1, keepdim=True)
-    w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]
-    corner = torch.rand(2, samples, generator=source, dtype=torch.float64)
-    top, left = (corner[0] * (height - h + 1)).long(), (corner[1] * (width - w + 1)).long()
-    boxes = torch.stack([top, left, h, w], 1)
-    none_fits = ~fits.any(1)
-    boxes[none_fits] = torch.tensor(_centre_box(height, width))
-    return boxes
+    sides = torch.cat([h.gather(1, first), w.gather(1, first)], 1)
+    corner = torch.rand(2, samples, generator=source, dtype=torch.float64).T
+    boxes = torch.cat([(corner * (shapes - sides + 1)).long(), sides], 1)
+    return torch.where(fits.any(1, keepdim=True), boxes, _centre_boxes(shapes))
 
 
-def _centre_box(height: int, width: int) -> list[int]:
-    """The largest centred box whose ratio lies in RATIO, for when no drawn box fits."""
-    ratio = min(max(width / height, RATIO[0]), RATIO[1])
-    h, w = min(height, round(width / ratio)), min(width, round(height * ratio))
-    return [(height - h) // 2, (width - w) // 2, h, w]
+def _centre_boxes(shapes: torch.Tensor) -> torch.Tensor:
+    """The largest centred boxes whose ratio lies in RATIO, for when no drawn box fits."""
+    height, width = shapes.double().unbind(1)
+    ratio = (width / height).clamp(*RATIO)
+    sides = torch.stack([width / ratio, height * ratio], 1).round().long().minimum(shapes)
+    return torch.cat([(shapes - sides) // 2, sides], 1)
 
 
 def resized_crop(pixels: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:

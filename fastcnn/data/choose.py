@@ -1,11 +1,31 @@
 """Which loader and store suit images and device: what `auto` comes to, and why."""
 
+import importlib.util
+import os
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
+from fastcnn.cache import cache_dir
 from fastcnn.config import DataConfig
+from fastcnn.errors import UsageError
+
+NO_DALI = (
+    "pip install 'fastcnn[dali]' (CUDA 12 and CPU) or 'fastcnn[dali-cu13]', "
+    "or take --loader resident or --loader torch"
+)
+PART = 2  # images may take one part in so many of the free memory
+# limit and use of a container's memory: cgroup v2, v1
+CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -26,10 +46,98 @@ def choose(
 ) -> Choice:
     """Return what suits `images` uint8 RGB images of `sides` (height, width) on `device`.
 
+    auto is the resident loader where the pixels take less than half of the free memory (the GPU's
+    for a GPU) and, of a folder, fit on the cache's disk; else DALI's if it is installed, else
+    torch's.
     folder: whether they can be decoded from their files every epoch; an archive's are packed in any
-    case. Raises UsageError for --store files of an archive and beside --loader resident.
+    case. Raises UsageError for --store files of an archive and beside --loader resident, and for
+    --loader dali where it is not installed.
     """
-    loader = "resident" if config.loader == "auto" else config.loader
+    _check(config, folder)
+    if config.loader == "auto":
+        loader, why = _suited(config, images * sides[0] * sides[1] * 3, folder, device)
+    else:
+        loader, why = config.loader, f"as --loader {config.loader} says"
     packed = loader == "resident" or not folder
     store = config.store if config.store != "auto" else ("packed" if packed else "files")
-    return Choice(loader, store, f"{loader} loader")
+    return Choice(loader, store, f"{loader} loader: {why}")
+
+
+def _check(config: DataConfig, folder: bool) -> None:
+    if config.store == "files" and not folder:
+        raise UsageError(
+            f"--store files: {config.data} is no folder of images; leave it out, or unpack the "
+            "archive and name its folder"
+        )
+    if config.store == "files" and config.loader == "resident":
+        raise UsageError(
+            "--store files: the resident loader holds packed images; leave it out, or take "
+            "--loader dali or --loader torch"
+        )
+    if config.loader == "dali" and not has_dali():
+        raise UsageError(f"--loader dali: DALI is not installed; {NO_DALI}")
+
+
+def _suited(
+    config: DataConfig, size: int, folder: bool, device: torch.device
+) -> tuple[Literal["resident", "dali", "torch"], str]:
+    """Return what auto comes to for `size` bytes of pixels, and why."""
+    if config.store == "files":
+        why = "--store files"
+    else:
+        free, what = free_memory(device)
+        room = free_disk() if folder else size
+        why = f"{_gb(size)} of pixels, {_gb(free)} of {what} free"
+        if PART * size < free and size <= room:
+            return "resident", why
+        if PART * size < free:
+            why = f"{_gb(size)} of pixels, {_gb(room)} free on the cache's disk"
+    if has_dali():
+        return "dali", why
+    return "torch", f"{why}; DALI, which is faster, is not installed"
+
+
+def has_dali() -> bool:
+    """Whether DALI is installed; it is not imported."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except (ImportError, ValueError):  # no package nvidia; a test's None in its place
+        return False
+
+
+def free_memory(device: torch.device) -> tuple[int, str]:
+    """Return the free bytes where resident images would lie, and what they are called."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], "GPU memory"
+    return min([_available(), *_left_in_cgroups()]), "memory"
+
+
+def free_disk() -> int:
+    """Return the bytes that are free where the cache lies."""
+    return shutil.disk_usage(cache_dir()).free
+
+
+def _available() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("MemAvailable:"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration, ValueError, IndexError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _left_in_cgroups() -> list[int]:
+    """What a container's limit leaves; files that are cached count as free."""
+    left = []
+    for limit, used in CGROUPS:
+        try:
+            stat = (Path(used).parent / "memory.stat").read_text().splitlines()
+            cached = sum(int(x.split()[1]) for x in stat if x.startswith("inactive_file "))
+            left.append(int(Path(limit).read_text()) - int(Path(used).read_text()) + cached)
+        except (OSError, ValueError):  # another version, or no limit ("max")
+            continue
+    return left
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
