@@ -86,7 +86,7 @@ def examine(read: Callable[[], bytes], view: View, keep_pixels: bool) -> Record:
         digest = hashlib.sha256(data).digest()
         decoded = decode(data)
     except BadImageError as error:
-        return Record(str(error), digest)
+        return Record(str(error) or "unreadable", digest)
     seen = view(decoded.pixels)
     height, width = decoded.pixels.shape[:2]
     sums, pixels = (None, seen) if keep_pixels else (channel_sums(seen), None)
