@@ -47,6 +47,23 @@ def test_record_of_a_bad_image():
     assert record.pixels is None
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError("bad\0 chunk\x1b[31m\nmore"), "bad chunk[31m more"),
+        (ValueError(), "ValueError"),
+        (ValueError("\0"), "ValueError"),
+        (examine.BadImageError(), "unreadable"),
+    ],
+)
+def test_a_reason_is_one_printable_line(monkeypatch, error, reason):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("PIL.Image.open", fail)
+    assert record_of(b"x").reason == reason
+
+
 def test_few_large_images_are_in_memory_at_once(monkeypatch):
     """A task holds a megabyte of files, not 64 of them."""
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(2))

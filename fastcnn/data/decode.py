@@ -57,8 +57,10 @@ def decode(data: bytes) -> Decoded:
     except Image.DecompressionBombError as error:
         raise BadImageError(f"more than {MAX_PIXELS} pixels") from error
     except Exception as error:  # a decoder may raise anything on garbage
-        text = str(error).split("<")[0].strip() or type(error).__name__
-        raise BadImageError(text.splitlines()[0]) from error
+        text = " ".join(str(error).split("<")[0].split())
+        # a message may quote the file
+        shown = "".join(filter(str.isprintable, text))
+        raise BadImageError(shown or type(error).__name__) from error
 
 
 @contextlib.contextmanager

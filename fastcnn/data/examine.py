@@ -78,17 +78,15 @@ class Record:
 
 
 def examine(read: Callable[[], bytes], view: View, keep_pixels: bool) -> Record:
-    """Read an image, decode it and measure what evaluation sees of it.
-
-    sums are measured, and pixels are not kept, for a scan; the store keeps pixels instead.
-    """
+    """Read an image, decode it and keep the pixels that evaluation sees or, for a scan, their sums
+    alone."""
     digest = b""
     try:
         data = read()
         digest = hashlib.sha256(data).digest()
         decoded = decode(data)
     except BadImageError as error:
-        return Record(str(error), digest)
+        return Record(str(error) or "unreadable", digest)
     seen = view(decoded.pixels)
     height, width = decoded.pixels.shape[:2]
     sums, pixels = (None, seen) if keep_pixels else (channel_sums(seen), None)

@@ -155,41 +155,58 @@ def _left_in_files(
     name: str, root: Path, files: dict[str, Stamp], layout: Layout, config: DataConfig
 ) -> Dataset:
     """Scan the images of `layout` and leave them where they are."""
-    view, names = View.of(config), [path for found in layout.splits.values() for path, _ in found]
-    labels = _labels(layout)
+    view, labels = View.of(config), _labels(layout)
+    names = [path for found in layout.splits.values() for path, _ in found]
     check_labels(layout.classes, labels)
     known = scan(root, names, files, view, OneSize(root, config))
-    readable = np.ones(len(names), dtype=bool)
-    readable[list(known.reasons)] = False
-    grey = readable & known.grey & (config.grayscale == "drop")
-    bad = tuple((names[at], known.reasons[at]) for at in sorted(known.reasons))
-    left_out = LeftOut(bad, int(grey.sum()))
-    refuse_bad(root, left_out, len(names), config)
-    ends = np.cumsum([len(numbers) for numbers in labels.values()])[:-1]
-    places = dict(zip(labels, np.split(np.arange(len(names)), ends), strict=True))
-    kept = {split: (readable & ~grey)[at] for split, at in places.items()}
-    refuse_lost_classes(root, layout.classes, labels, kept)
-    chosen = {split: at[kept[split]] for split, at in places.items()}
+    chosen, left_out = _chosen(root, names, layout, labels, known, config)
     sides = _common_sides(root, names, known, np.concatenate(list(chosen.values())), config)
-    lengths = np.array([files[path][0] for path in names], dtype=np.int64)
     whole = Files(
-        root,
-        np.array(names),
-        np.concatenate(list(labels.values())),
-        lengths,
-        known.shapes,
-        known.sums,
-        known.plain,
+        root=root,
+        paths=np.array(names),
+        labels=np.concatenate(list(labels.values())),
+        lengths=np.array([files[path][0] for path in names], dtype=np.int64),
+        shapes=known.shapes,
+        sums=known.sums,
+        plain=known.plain,
+        sides=sides,
+        resize=view.resize,
+    )
+    parts = {split: whole.take(at) for split, at in chosen.items()}
+    digest = digest_of_files(
+        layout.classes,
+        {split: part.labels for split, part in parts.items()},
+        {split: known.hashes[at] for split, at in chosen.items()},
         sides,
         view.resize,
     )
-    parts = {split: whole.take(at) for split, at in chosen.items()}
-    hashes = {split: known.hashes[at] for split, at in chosen.items()}
-    digest = digest_of_files(
-        layout.classes, {s: part.labels for s, part in parts.items()}, hashes, sides, view.resize
-    )
     train, test, val = parts["train"], parts["test"], parts.get("val")
     return Dataset(name, layout.classes, train, test, val, digest, left_out)
+
+
+def _chosen(
+    root: Path,
+    names: list[str],
+    layout: Layout,
+    labels: dict[str, np.ndarray],
+    known: Scan,
+    config: DataConfig,
+) -> tuple[dict[str, np.ndarray], LeftOut]:
+    """Return the positions among `names` of the images to use, per split, and what is left out.
+
+    Raises DataError where the options do not allow for that.
+    """
+    bad = tuple((names[at], known.reasons[at]) for at in sorted(known.reasons))
+    readable = np.ones(len(names), dtype=bool)
+    readable[list(known.reasons)] = False
+    dropped = readable & known.grey & (config.grayscale == "drop")
+    left_out = LeftOut(bad, int(dropped.sum()))
+    refuse_bad(root, left_out, len(names), config)
+    ends = np.cumsum([len(numbers) for numbers in labels.values()])[:-1]
+    places = dict(zip(labels, np.split(np.arange(len(names)), ends), strict=True))
+    kept = {split: (readable & ~dropped)[at] for split, at in places.items()}
+    refuse_lost_classes(root, layout.classes, labels, kept)
+    return {split: at[kept[split]] for split, at in places.items()}, left_out
 
 
 def _common_sides(
