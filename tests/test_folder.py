@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from image_files import (
+    IN_FILES,
     encoded,
     image,
     large_png,
@@ -18,8 +20,10 @@ from image_files import (
     write_tar,
 )
 
+from fastcnn.config import DataConfig
 from fastcnn.data import examine, folder
 from fastcnn.data.decode import BadImageError, decode
+from fastcnn.data.listing import Layout
 from fastcnn.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -351,3 +355,25 @@ def test_threads_keep_the_order(root, monkeypatch, threads):
     dataset = load(write_folder(root, count=9))
     for i in range(9):
         assert np.array_equal(dataset.train.pixels[9 + i], noise((8, 8, 3), seed=10 + i))
+
+
+@pytest.mark.parametrize("options", [{}, IN_FILES])
+def test_a_layout_of_ones_own(root, options):
+    """Classes that no folder names, as Tiny ImageNet's validation images have them."""
+    members = members_of(write_folder(root, ("train",), ("ant", "bee"), 4))
+    files, _ = folder.list_folder(root)
+
+    def loaded(labels):
+        items = list(zip(sorted(members), labels, strict=True))
+        layout = Layout(("x", "y", "z"), {"train": items[:5], "test": items[5:]}, 0)
+        config = DataConfig(data=str(root), **options)
+        return folder.load_layout(root, files, layout, config, torch.device("cpu"))
+
+    first = loaded([0, 1, 2, 0, 1, 0, 1, 2])
+    assert first.classes == ("x", "y", "z")
+    assert first.train.labels.tolist() == [0, 1, 2, 0, 1]
+    assert first.test.labels.tolist() == [0, 1, 2]
+    # of the same files
+    other = loaded([0, 1, 2, 0, 1, 0, 2, 1])
+    assert other.test.labels.tolist() == [0, 2, 1]
+    assert other.digest != first.digest

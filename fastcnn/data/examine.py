@@ -78,10 +78,8 @@ class Record:
 
 
 def examine(read: Callable[[], bytes], view: View, keep_pixels: bool) -> Record:
-    """Read an image, decode it and measure what evaluation sees of it.
-
-    sums are measured, and pixels are not kept, for a scan; the store keeps pixels instead.
-    """
+    """Read an image, decode it and keep the pixels that evaluation sees or, for a scan, their sums
+    alone."""
     digest = b""
     try:
         data = read()
