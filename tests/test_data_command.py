@@ -167,6 +167,7 @@ def test_check_names_every_unreadable_file_and_ends_with_3(capsys, root, kind, w
     assert reasons["train/ant/1.png"] == "empty"
     assert "cannot identify" in reasons["test/bee/3.png"]
     assert sum(size["images"] for size in found["sizes"]) == 13
+    assert (found["grey"], found["odd"]) == (0, 0)
     # 3 of 16 are above the limit of skip, which the advice therefore names
     assert found["advice"][0].endswith("--on-bad-image skip --bad-limit 0.19")
     code, out, err = run(capsys, "check", path, *words)

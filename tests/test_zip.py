@@ -58,15 +58,18 @@ def test_zip_is_packed_once_and_again_when_it_changes(root, tmp_path, monkeypatc
 
 def test_folder_without_splits_keeps_its_split(root, tmp_path):
     files = members_of(write_folder(root, ("",), count=10))
-    dataset = load(write_zip(tmp_path / "x.zip", files), test_fraction=0.3)
-    assert (len(dataset.train), len(dataset.test)) == (14, 6)
-    assert dataset.digest == load(root, test_fraction=0.3).digest
+    path = write_zip(tmp_path / "x.zip", files)
+    for fraction, tested in ((0.3, 6), (0.2, 4)):
+        dataset = load(path, test_fraction=fraction)
+        assert (len(dataset.train), len(dataset.test)) == (20 - tested, tested)
+        assert dataset.digest == load(root, test_fraction=fraction).digest
 
 
 def test_metadata_of_macos_is_no_class(root, tmp_path):
     files = {f"top/{name}": data for name, data in members(root).items()}
     extra = {f"__MACOSX/top/train/ant/._{i}.png": b"x" for i in range(3)}
-    path = write_zip(tmp_path / "x.zip", files | extra | {"top/.DS_Store": b"x"})
+    extra |= {"__MACOSX/": b"", "__MACOSX/top/": b"", "top/.DS_Store": b"x"}
+    path = write_zip(tmp_path / "x.zip", files | extra)
     assert load(path).digest == load(root).digest
 
 
