@@ -22,6 +22,8 @@ PACKAGES = (
     ("jsonargparse", "everything", "pip install jsonargparse"),
     ("pybind11", "the module fastcnn._native", "pip install pybind11"),
 )
+DALI_PACKAGES = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
+DALI_REMEDY = "pip install 'fastcnn[dali]' (CUDA 12 and CPU) or 'fastcnn[dali-cu13]'"
 WIDTH = 16  # of a report's first column
 MODULES = {"scikit-learn": "sklearn", "pillow": "PIL"}
 
@@ -44,6 +46,7 @@ def examine() -> list[Finding]:
         Finding("fastcnn", fastcnn.__version__),
         Finding("python", platform.python_version()),
         *[_package(*entry) for entry in PACKAGES],
+        _dali(),
         *_devices(),
         _cache(),
         *_native(),
@@ -79,6 +82,28 @@ def _package(name: str, purpose: str, remedy: str) -> Finding:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Finding(name, f"{version}, but its import fails: {reason}", False, needed, remedy)
     return Finding(name, version)
+
+
+def _dali() -> Finding:
+    """DALI under either of its names, one for each CUDA version."""
+    found = []
+    for name in DALI_PACKAGES:
+        try:
+            found.append(f"{importlib.metadata.version(name)} ({name})")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if not found:
+        return Finding("DALI", "missing; needed for --loader dali", False, False, DALI_REMEDY)
+    if len(found) > 1:
+        remedy = f"pip uninstall {' '.join(DALI_PACKAGES)}, then {DALI_REMEDY}"
+        return Finding("DALI", f"twice: {' and '.join(found)}", False, False, remedy)
+    try:
+        importlib.import_module("nvidia.dali")
+    except Exception as error:  # a broken package raises anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        state = f"{found[0]}, but its import fails: {reason}"
+        return Finding("DALI", state, False, False, DALI_REMEDY)
+    return Finding("DALI", found[0])
 
 
 def _devices() -> list[Finding]:

@@ -16,6 +16,7 @@ from fastcnn.bench.options import settings_of
 from fastcnn.bench.variants import Task
 from fastcnn.bench.worker import Worker
 from fastcnn.cli import main, parse
+from fastcnn.data.choose import has_dali
 from fastcnn.errors import BuildError, FastcnnError, UsageError
 from fastcnn.ops import plans
 from fastcnn.recipes import resolve
@@ -430,7 +431,8 @@ def test_loaders_are_measured_in_turn(library, capsys, tmp_path, monkeypatch):
     code, out, _ = command(capsys, *words, "--json", str(tmp_path / "x.json"))
     assert code == 0
     content = json.loads((tmp_path / "x.json").read_text())
-    assert [row["loader"] for row in content["rows"]] == ["resident", "torch"]
+    dali = ["dali"] if has_dali() else []
+    assert [row["loader"] for row in content["rows"]] == ["resident", *dali, "torch"]
     assert "times what the step consumes" in out
     one = [*words, "--loader", "resident", "--json", str(tmp_path / "y.json")]
     assert command(capsys, *one)[0] == 0

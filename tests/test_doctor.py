@@ -1,5 +1,6 @@
 """What the doctor says of compilers and of the native library, which it never builds."""
 
+import importlib.metadata
 import subprocess
 import sys
 
@@ -125,3 +126,40 @@ def test_a_broken_torch_is_one_line():
         "fastcnn: fastcnn cannot train on this machine; the remedies stand above\n"
     )
     assert "but its import fails" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("installed", "said", "ok"),
+    [
+        ({}, "missing; needed for --loader dali", False),
+        ({"nvidia-dali-cuda120": "2.4.0"}, "2.4.0 (nvidia-dali-cuda120)", True),
+        ({"nvidia-dali-cuda130": "2.4.0"}, "2.4.0 (nvidia-dali-cuda130)", True),
+        ({"nvidia-dali-cuda120": "1", "nvidia-dali-cuda130": "2"}, "twice: 1 (nvidia-dali", False),
+    ],
+)
+def test_dali_under_either_name(monkeypatch, installed, said, ok):
+    real = importlib.metadata.version
+
+    def version(name):
+        if "dali" not in name:
+            return real(name)
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", object())
+    finding = examine()["DALI"]
+    assert finding.state.startswith(said)
+    assert finding.ok == ok
+    assert not finding.needed
+    assert ok or "pip install 'fastcnn[dali]' (CUDA 12 and CPU)" in finding.remedy
+
+
+def test_a_dali_whose_import_fails(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.4.0")
+    monkeypatch.setattr(doctor, "DALI_PACKAGES", ("nvidia-dali-cuda120",))
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    finding = examine()["DALI"]
+    assert finding.state.startswith("2.4.0 (nvidia-dali-cuda120), but its import fails: ")
+    assert not finding.ok

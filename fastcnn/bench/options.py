@@ -25,7 +25,7 @@ RIVALS = ("eager", "eager-fp32", "compile", "reduce-overhead", "max-autotune")  
 CUDA_BACKENDS = (*RIVALS, "fused-compile", "fused", "graph")
 CPU_BACKENDS = ("eager", "fused")
 LAYER_BACKENDS = ("eager", "compile")  # of --layers, beside what is ours
-LOADERS = ("resident", "torch")  # of --data-only, unless it names them
+LOADERS = ("resident", "dali", "torch")  # of --data-only, where installed, unless it names them
 BATCHES = {"cuda": (1024, 128), "cpu": (256, 64)}
 # options of a training run that a throughput has too
 # what a run does beside training, which a trial does not
@@ -49,7 +49,9 @@ class BenchOptions:
         "CPU; with --layers, rivals of the fused convolutions: eager, compile",
     )
     batch_size: list[int] = option([], "images a step; default: 1024 128 on a GPU, 256 64 on a CPU")
-    loader: list[Literal["resident", "torch"]] = option(["resident"], "where the images come from")
+    loader: list[Literal["resident", "dali", "torch"]] = option(
+        ["resident"], "where the images come from"
+    )
     amp: bool | None = option(None, "mixed precision; default: on a GPU")
     rounds: int = option(
         15, "timed rounds, at least 7, in each of which every backend has a turn", 7, 1000

@@ -204,9 +204,12 @@ def layers(run: Run) -> None:
 def data_only(run: Run) -> None:
     """The loaders' rates."""
     from fastcnn.bench.data_rate import rows_of_rates
+    from fastcnn.data.choose import has_dali
 
     run.set(mode="data-only", rounds=run.options.rounds, rows=[], left_out=[])
-    loaders = tuple(run.options.loader) if "loader" in run.settings.given else LOADERS
+    loaders = tuple(name for name in LOADERS if name != "dali" or has_dali())
+    if "loader" in run.settings.given:
+        loaders = tuple(run.options.loader)
     for task in run.tasks(loaders=("resident",)):
         if run.has_time_for(str(task)):
             log.info("%s batch %d: loaders %s", task.network, task.batch, ", ".join(loaders))

@@ -140,7 +140,7 @@ class Workbench:
 
     def batches(self, dtype: torch.dtype, augment: bool) -> Iterator[Batch]:
         """The batches of a rival, without end."""
-        if self.task.loader == "torch":
+        if self.task.loader != "resident":
             loader = self.loader(augment)
             return itertools.chain.from_iterable(itertools.repeat(loader))
         return self.resident_batches(dtype, augment)
