@@ -145,8 +145,9 @@ def _next(fetched: Iterator[Fetched]) -> Fetched:
 def _dead_workers(fetched: Any) -> list[int]:
     """Return the process ids of the workers that have ended, or end within a second."""
     workers = fetched._workers  # torch tells of them nowhere else
-    connection.wait([worker.sentinel for worker in workers], timeout=1)
-    return [worker.pid for worker in workers if not worker.is_alive()]
+    # a process lets go of its sentinel before it can be seen to have ended
+    ended = connection.wait([worker.sentinel for worker in workers], timeout=1)
+    return [worker.pid for worker in workers if worker.sentinel in ended]
 
 
 def _worker_error(reason: str) -> DataError:
