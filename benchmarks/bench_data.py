@@ -42,6 +42,7 @@ from fastcnn.bench.timing import ratios, spread
 from fastcnn.config import AugmentConfig, DataConfig
 from fastcnn.data import Images, Normalization, make_loader
 from fastcnn.data.choose import has_dali
+from fastcnn.data.dali_sources import cores
 from fastcnn.data.decode import decode
 from fastcnn.data.files import Files
 from fastcnn.errors import UsageError
@@ -52,6 +53,7 @@ MEAN, STD = (0.49, 0.47, 0.43), (0.24, 0.24, 0.26)
 NORMAL = Normalization("zscore", MEAN, STD)
 TURN_S = 1.0
 WARM_UP = 1  # rounds
+ALONE = ("folder 0", "memory 0")  # torchvision's transforms in the main process
 CHECKED = 128  # images
 TOLERANCE = 1.0  # mean difference to torchvision's pixels, of 255 levels
 CROP = AugmentConfig(crop_padding=4)
@@ -233,8 +235,8 @@ def check(name: str, makers: dict[str, Make], data: Set) -> dict[str, float]:
 class Turn:
     """A loader and how many epochs of it make a turn."""
 
-    def __init__(self, make: Make, data: Set, device: torch.device):
-        self.device = device
+    def __init__(self, make: Make, data: Set, device: torch.device, threads: int):
+        self.device, self.threads = device, threads
         self.count, self.epochs = min(2 * data.batch, data.count), 1
         self.loader = make(self.count, True)
         self.seconds()  # workers start, kernels are chosen
@@ -246,6 +248,7 @@ class Turn:
 
     def seconds(self) -> float:
         """Seconds an image, times `count`."""
+        torch.set_num_threads(self.threads)
         self._wait()
         start = time.perf_counter()
         images = sum(len(y) for _ in range(self.epochs) for _, y in self.loader)
@@ -266,7 +269,11 @@ class Turn:
 def measure(data: Set, root: Path, scratch: Path, device: torch.device, rounds: int) -> Any:
     makers = makers_of(data, root, scratch, device)
     differences = check(data.name, makers, data)
-    turns = {name: Turn(make, data, device) for name, make in makers.items()}
+    # one image is too small to be shared by threads: they would only wait for each other
+    turns = {
+        name: Turn(make, data, device, 1 if name in ALONE else cores())
+        for name, make in makers.items()
+    }
     found: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(WARM_UP + rounds):
         for name, turn in turns.items():

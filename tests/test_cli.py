@@ -62,7 +62,7 @@ def run(capsys, *words):
         ("train --data no/such/folder", 3, "no such file or folder"),
         ("train --data ~nobody/y", 3, "--data"),
         ("train --data " + "x" * 300, 3, "too long"),
-        ("train --loader dali", 2, "--loader: 'dali' is not one of resident, torch"),
+        ("train --loader dalli", 2, "--loader: 'dalli' is not one of auto, resident, dali, torch"),
         ("train --config no-such.yaml", 2, "no-such.yaml"),
         ("train --epoch 1", 2, "unknown option --epoch; did you mean '--epochs'?"),
         ("train --batch-size 99999999999999999999", 2, "--batch-size: must be at most"),
