@@ -37,7 +37,7 @@ def chosen(images=50_000, sides=(32, 32), folder=True, **options):
 def test_small_images_are_resident():
     loader, store, why = chosen()
     assert (loader, store) == ("resident", "packed")
-    assert why == "resident loader: 154 MB of pixels, 8.0 GB of memory free"
+    assert why == "--loader auto is resident: 154 MB of pixels, 8.0 GB of memory free"
 
 
 def test_they_may_take_less_than_half_of_the_memory(machine):
@@ -53,7 +53,7 @@ def test_of_a_folder_they_must_fit_on_the_disk(machine):
     assert chosen() == (
         "dali",
         "files",
-        "dali loader: 154 MB of pixels, 100 MB free on the cache's disk",
+        "--loader auto is dali: 154 MB of pixels, 100 MB free on the cache's disk",
     )
     assert chosen(folder=False)[:2] == ("resident", "packed")  # packed already
 
@@ -63,7 +63,7 @@ def test_without_dali_the_torch_loader_takes_them(machine):
     loader, store, why = chosen()
     assert (loader, store) == ("torch", "files")
     assert why == (
-        "torch loader: 154 MB of pixels, 100 MB of memory free; DALI, which is faster, is not "
+        "--loader auto is torch: 154 MB of pixels, 100 MB of memory free; DALI, which is faster, is not "
         "installed"
     )
     machine(memory=GB // 10)
@@ -75,11 +75,7 @@ def test_without_dali_the_torch_loader_takes_them(machine):
 def test_what_is_asked_for_is_taken(loader, folder, machine):
     machine(memory=1)
     store = "files" if folder and loader != "resident" else "packed"
-    assert chosen(loader=loader, folder=folder) == (
-        loader,
-        store,
-        f"{loader} loader: as --loader {loader} says",
-    )
+    assert chosen(loader=loader, folder=folder) == (loader, store, "")
     assert chosen(loader=loader, folder=folder, store="packed")[1] == "packed"
 
 

@@ -30,7 +30,7 @@ CGROUPS = (
 
 @dataclass(frozen=True)
 class Choice:
-    """loader and store as the options, but for auto; `why` says it in a line."""
+    """loader and store as the options, but for auto; `why` says in a line what auto came to."""
 
     loader: Literal["resident", "dali", "torch"]
     store: Literal["packed", "files"]
@@ -54,13 +54,13 @@ def choose(
     --loader dali where it is not installed.
     """
     _check(config, folder)
-    if config.loader == "auto":
-        loader, why = _suited(config, images * sides[0] * sides[1] * 3, folder, device)
-    else:
-        loader, why = config.loader, f"as --loader {config.loader} says"
+    loader, why = config.loader, ""
+    if loader == "auto":
+        loader, reason = _suited(config, images * sides[0] * sides[1] * 3, folder, device)
+        why = f"--loader auto is {loader}: {reason}"
     packed = loader == "resident" or not folder
     store = config.store if config.store != "auto" else ("packed" if packed else "files")
-    return Choice(loader, store, f"{loader} loader: {why}")
+    return Choice(loader, store, why)
 
 
 def _check(config: DataConfig, folder: bool) -> None:

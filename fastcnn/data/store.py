@@ -75,8 +75,8 @@ class Dataset:
 
     `digest` is the sha256 (hex) of the images' contents, labels and class names, and, where `split`
     drew a part of them, of the drawn indices. Of images from files, packed or not, the contents are
-    the files' bytes and what is seen of them. `loader` is what --loader auto comes to here, and
-    `why` says it in a line.
+    the files' bytes and what is seen of them. `loader` is --loader, or what auto comes to
+    here, which `why` then says in a line.
     """
 
     name: str
