@@ -63,8 +63,8 @@ def test_without_dali_the_torch_loader_takes_them(machine):
     loader, store, why = chosen()
     assert (loader, store) == ("torch", "files")
     assert why == (
-        "--loader auto is torch: 154 MB of pixels, 100 MB of memory free; DALI, which is faster, is not "
-        "installed"
+        "--loader auto is torch: 154 MB of pixels, 100 MB of memory free; DALI, which is faster, "
+        "is not installed"
     )
     machine(memory=GB // 10)
     assert chosen(folder=False)[:2] == ("dali", "packed")
