@@ -20,11 +20,12 @@ from image_files import (
 )
 from PIL import Image
 
-from fastcnn.cli import DATA_ACTIONS, main
+from fastcnn.cli import main
 from fastcnn.config import DataConfig
 from fastcnn.data import load_dataset, report
 from fastcnn.data.normalize import Normalization
 from fastcnn.insight import data_figures, figures
+from fastcnn.parsers import DATA_ACTIONS
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -419,7 +419,7 @@ def test_a_comparison_without_ours_has_failed(check, monkeypatch, backend, why, 
 @pytest.mark.parametrize("device", ["cpu", "cuda"], ids=["on a CPU", "on a GPU"])
 def test_the_words_of_each_comparison_are_options(check, monkeypatch, device):
     from fastcnn.bench.options import settings_of
-    from fastcnn.cli import parse
+    from fastcnn.parsers import parse
 
     told = []
 
