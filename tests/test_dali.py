@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from dali_cases import encode, made, packed, scanned, smooth, stored, write_files, write_sizes
+from graph_twin import CpuTwin
 from image_files import coordinates, make_images, write
 from loader_cases import EVERYTHING, FUSED, assert_same_batches, by_label, epoch_labels
 from PIL import Image
@@ -27,6 +28,7 @@ from fastcnn.data.draws import generator
 from fastcnn.data.geometry import resize_box
 from fastcnn.data.store import Images
 from fastcnn.errors import DataError, UsageError
+from fastcnn.train.graph import Replay
 
 pytest.importorskip("nvidia.dali")
 from nvidia.dali import Pipeline, fn, types
@@ -364,6 +366,25 @@ def test_addresses_stay(root):
         list(loader)
         assert [buffer.data_ptr() for buffer in buffers] == before
     assert loader.pixels is buffers[0]
+
+
+@pytest.mark.parametrize("kind", ["store", "stretch"])
+def test_batches_made_inside_a_graph_are_those_made_outside(kind, root):
+    images = images_of(kind, root)
+    loader, wanted = (made(images, augment=FUSED, drop_last=True) for _ in range(2))
+    recorder, found = CpuTwin(), []
+    replay = Replay(recorder, required=True)
+    seen = torch.zeros(4, 3, *images.sides), torch.zeros(4, dtype=torch.int64)
+
+    def work(x, y):
+        seen[0].copy_(x)
+        seen[1].copy_(y)
+
+    for _ in range(2):
+        for _ in replay.epoch(loader, work):
+            found.append(tuple(tensor.clone() for tensor in seen))
+    assert recorder.captures == 1
+    assert_same_batches(found, [*wanted, *wanted])
 
 
 # what it leaves behind

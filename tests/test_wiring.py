@@ -15,12 +15,14 @@ from hand_run import CASES, COMMON, HandRun, figures_of, initial_model, tensors_
 from fastcnn.archs import NETWORKS
 from fastcnn.config import AugmentConfig, DataConfig, PlaceConfig
 from fastcnn.data import Normalization, make_loader
+from fastcnn.data.choose import has_dali
 from fastcnn.recipes import resolve
 from fastcnn.train import checkpoint, precision, run
 from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
 from fastcnn.train.metrics import Metrics
 from fastcnn.train.setup import configure_torch, prepare
 
+LOADERS = ["resident", *(["dali"] if has_dali() else []), "torch"]
 CPU = torch.device("cpu")
 HERE = {"device": "cpu", "threads": 1}
 
@@ -207,7 +209,7 @@ def sizes(loader):
     return [len(labels) for _, labels in loader]
 
 
-@pytest.mark.parametrize("loader", ["resident", "torch"])
+@pytest.mark.parametrize("loader", LOADERS)
 def test_sizes_reach_the_loaders(loader):
     plain = prepare(resolve(SMALL | {"loader": loader, "workers": 0}))
     assert type(plain.train_loader).__name__ == f"{loader.capitalize()}Loader"
@@ -221,7 +223,7 @@ def test_sizes_reach_the_loaders(loader):
     assert (held.val_loader.samples, len(held.val_loader)) == (14, 2)
     assert (held.test_loader.samples, len(held.test_loader)) == (25, 3)
     assert held.val_loader.batch_size == held.test_loader.batch_size == 10
-    assert loader == "resident" or held.train_loader.loader.num_workers == 1
+    assert loader != "torch" or held.train_loader.loader.num_workers == 1
     dropped = prepare(resolve(SMALL | {"loader": loader, "workers": 0, "drop_last": True}))
     assert sizes(dropped.train_loader) == [8, 8, 8, 8, 8]
     assert sizes(dropped.val_loader) == [12, 12, 6]
@@ -254,7 +256,7 @@ AUGMENTATIONS = [
 ]
 
 
-@pytest.mark.parametrize("loader", ["resident", "torch"])
+@pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS, ids="-".join)
 def test_augmentation_reaches_the_training_images_and_no_others(loader, augmentation):
     options = NO_AUGMENTATION | augmentation
@@ -281,7 +283,7 @@ def test_augmentation_reaches_the_training_images_and_no_others(loader, augmenta
     torch.testing.assert_close(shown, pixels / 255 - 0.5)
 
 
-@pytest.mark.parametrize("loader", ["resident", "torch"])
+@pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize(("mode", "numpy_mode"), [("zero", "constant"), ("reflect", "reflect")])
 def test_crops_are_windows_of_the_padded_image(loader, mode, numpy_mode):
     options = {"loader": loader, "workers": 0, "normalize": "unit", "shuffle": False}
