@@ -140,13 +140,19 @@ class FileSource:
             self.boxes = boxes.numpy().astype(np.int32)
 
     def read(self, samples: np.ndarray) -> Fed:
-        """Return paths (as bytes in uint8), corners and sides of what is seen, int32 (n, 2)."""
+        """Return paths (as bytes in uint8), corners and sides of what is seen, int32 (n, 2).
+
+        Raises DataError for a file that is gone or has another length. DALI finds that too, but
+        writes a line of its own about it that names no file.
+        """
         paths = [
-            np.frombuffer(os.path.join(self.root, os.fsencode(path)), np.uint8)
+            os.path.join(self.root, os.fsencode(path))
             for path in self.files.paths[samples].tolist()
         ]
+        self._check_lengths(samples, np.array([_length_of(path) for path in paths]))
         boxes = self.boxes[samples]
-        return paths, boxes[:, :2].copy(), boxes[:, 2:].copy()
+        fed = [np.frombuffer(path, np.uint8) for path in paths]
+        return fed, boxes[:, :2].copy(), boxes[:, 2:].copy()
 
     def graph(self, fn: Any, types: Any, feed: Any, on_gpu: bool) -> tuple[Any, ...]:
         path, corner, sides = fn.external_source(
@@ -162,7 +168,8 @@ class FileSource:
         pixels = fn.decoders.image_slice(
             encoded, corner, sides, axis_names="HW", device=device, output_type=types.RGB
         )
-        if on_gpu and self.resized:
+        if on_gpu:
+            # images of that size too: the resized ones lie side by side, decoded ones need not
             pixels = fn.resize(
                 pixels,
                 size=list(self.files.sides),
@@ -187,7 +194,7 @@ class FileSource:
         wrong = np.flatnonzero(found != self.files.lengths[samples])
         if len(wrong):
             sample = samples[wrong[0]]
-            raise DataError(
+            raise self._problem(sample) or DataError(
                 f"{self._path(sample)}: changed: {self.files.lengths[sample]} bytes when it was "
                 f"listed, {found[wrong[0]]} now"
             )
@@ -214,10 +221,7 @@ class FileSource:
         return self.files.root / str(self.files.paths[sample])
 
     def _has_its_length(self, sample: int) -> bool:
-        try:
-            return self._path(sample).stat().st_size == self.files.lengths[sample]
-        except OSError:
-            return False
+        return _length_of(self._path(sample)) == self.files.lengths[sample]
 
     def _problem(self, sample: int) -> DataError | None:
         try:
@@ -231,6 +235,14 @@ class FileSource:
             f"{self._path(sample)}: changed: {was_width} x {was_height} pixels when it was "
             f"listed, {width} x {height} now"
         )
+
+
+def _length_of(path: "str | bytes | Path") -> int:
+    """Return the bytes of a file, -1 for one that is gone."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
 
 
 Source = PackedSource | FileSource
