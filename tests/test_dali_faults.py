@@ -15,7 +15,7 @@ from fastcnn.config import AugmentConfig
 from fastcnn.data import Images
 from fastcnn.errors import DataError, UsageError
 
-pytest.importorskip("nvidia.dali")
+dali = pytest.importorskip("nvidia.dali")
 
 WITHIN_S = 5
 
@@ -195,4 +195,11 @@ def test_dali_broken_is_one_line(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", broken)
     with pytest.raises(UsageError, match=r"cannot be imported \(libdali.so: planted\); pip"):
+        made(make_images(4))
+
+
+@pytest.mark.parametrize("version", ["1.53.0", "2.1.1"])
+def test_dali_too_old_is_one_line(monkeypatch, version):
+    monkeypatch.setattr(dali, "__version__", version)
+    with pytest.raises(UsageError, match=rf"DALI {version}, 2.2 is needed; pip install"):
         made(make_images(4))

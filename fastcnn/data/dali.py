@@ -28,6 +28,7 @@ from fastcnn.data.store import Images
 from fastcnn.data.upload import upload
 from fastcnn.errors import UsageError
 
+OLDEST = (2, 2)  # DALI: before it, a part of a photograph is cut out before it is turned upright
 AHEAD = 2  # batches that DALI works on while the step runs
 
 
@@ -193,14 +194,17 @@ class Stream:
 
 
 def import_dali() -> tuple[Any, Any, Any]:
-    """Return DALI's Pipeline, fn and types. Raises UsageError where it is missing or broken."""
+    """Return DALI's Pipeline, fn and types. Raises UsageError where it is missing, broken or too old."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from nvidia.dali import Pipeline, fn, types
+            from nvidia.dali import Pipeline, __version__, fn, types
     except Exception as error:  # a broken package raises anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"--loader dali: DALI cannot be imported ({reason}); {NO_DALI}") from error
+    if tuple(map(int, __version__.split(".")[:2])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise UsageError(f"--loader dali: DALI {__version__}, {oldest} is needed; {NO_DALI}")
     return Pipeline, fn, types
 
 
