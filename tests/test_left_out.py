@@ -292,12 +292,12 @@ def test_a_run_goes_on_from_files_or_packed(corrupt, tmp_path, capsys, monkeypat
 
 
 def test_what_was_left_out_is_announced(corrupt, tmp_path, capsys, caplog):
-    wanted = words(corrupt, tmp_path, loader="resident", on_bad_image="skip", grayscale="drop")
+    wanted = words(corrupt, tmp_path, loader="auto", on_bad_image="skip", grayscale="drop")
     wanted.remove("--quiet")
     assert main(wanted) == 0
     said = "".join(capsys.readouterr())
     assert "images left out: 5 unreadable (see bad_images.csv), 1 grey" in said
-    assert "\nresident loader" in said
+    assert "\n--loader auto is resident: " in said
 
 
 def test_evaluation_takes_the_view_from_the_run(corrupt, tmp_path, capsys):

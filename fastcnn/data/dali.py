@@ -194,7 +194,7 @@ class Stream:
 
 
 def import_dali() -> tuple[Any, Any, Any]:
-    """Return DALI's Pipeline, fn and types. Raises UsageError for one missing, broken or too old."""
+    """Return DALI's Pipeline, fn and types. Raises UsageError for a missing, broken, old one."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
