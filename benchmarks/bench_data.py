@@ -47,7 +47,7 @@ from fastcnn.data.decode import decode
 from fastcnn.data.files import Files
 from fastcnn.errors import UsageError
 from fastcnn.ops import load
-from fastcnn.train.host import tune_process
+from fastcnn.train.host import share_the_cores, tune_process
 
 MEAN, STD = (0.49, 0.47, 0.43), (0.24, 0.24, 0.26)
 NORMAL = Normalization("zscore", MEAN, STD)
@@ -379,4 +379,8 @@ def main(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    before = dict(os.environ)
+    share_the_cores()
+    if os.environ != before:  # torch, which is imported already, read it as the process began
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     sys.exit(main())
