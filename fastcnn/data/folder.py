@@ -27,7 +27,6 @@ from fastcnn.data.store import (
     Contents,
     Dataset,
     LeftOut,
-    check_labels,
     digest_of_files,
     fingerprint,
     log,
@@ -155,9 +154,8 @@ def _left_in_files(
     name: str, root: Path, files: dict[str, Stamp], layout: Layout, config: DataConfig
 ) -> Dataset:
     """Scan the images of `layout` and leave them where they are."""
-    view, labels = View.of(config), _labels(layout)
+    view, labels = View.of(config), layout.labels
     names = [path for found in layout.splits.values() for path, _ in found]
-    check_labels(layout.classes, labels)
     known = scan(root, names, files, view, OneSize(root, config))
     chosen, left_out = _chosen(root, names, layout, labels, known, config)
     sides = _common_sides(root, names, known, np.concatenate(list(chosen.values())), config)
@@ -216,11 +214,9 @@ def _common_sides(
     if config.image_size:
         return config.image_size, config.image_size
     shapes = known.shapes[chosen]
-    one_size = OneSize(root, config)
-    odd = np.flatnonzero((shapes != shapes[0]).any(1))[:1].tolist()
-    for at in [0, *odd]:
-        height, width = shapes[at].tolist()
-        one_size(names[chosen[at]], (height, width), False)
+    if (shapes != shapes[0]).any():
+        rows = zip(chosen.tolist(), shapes.tolist(), strict=True)
+        OneSize(root, config)((names[at], (height, width), False) for at, (height, width) in rows)
     return int(shapes[0, 0]), int(shapes[0, 1])
 
 
@@ -232,14 +228,6 @@ def _contents(root: Path, files: dict[str, Stamp], layout: Layout, config: DataC
     )
     mean_bytes = sum(size for size, _, _ in files.values()) / len(files)
     return decoded_contents(root, layout, sources, config, mean_bytes)
-
-
-def _labels(layout: Layout) -> dict[str, np.ndarray]:
-    """Return int64 (N,) per split."""
-    return {
-        split: np.array([label for _, label in items], dtype=np.int64)
-        for split, items in layout.splits.items()
-    }
 
 
 def decoded_contents(
@@ -255,7 +243,7 @@ def decoded_contents(
     What the options leave out is in no block. Of an archive, put the Dataset that the store
     returns through left_out.checked.
     """
-    labels = _labels(layout)
+    labels = layout.labels
     account = Account(
         hashes={split: np.zeros((len(found), 32), np.uint8) for split, found in labels.items()},
         kept={split: np.ones(len(found), dtype=bool) for split, found in labels.items()},
@@ -280,6 +268,7 @@ def _blocks(
     one_size, bad, grey = OneSize(root, config), [], 0
     for chunk in chunks:
         good: dict[str, list[tuple[int, np.ndarray]]] = {}
+        one_size((s.path, r.shape, r.grey) for s, r in chunk if not r.reason)
         for source, record in chunk:
             split, position = source.split, source.position
             if record.pixels is None or (record.grey and config.grayscale == "drop"):
@@ -288,7 +277,6 @@ def _blocks(
                 if record.reason:
                     bad.append((source.path, record.reason))
                 continue
-            one_size(source.path, record.shape, record.grey)
             account.hashes[split][position] = np.frombuffer(record.sha256, np.uint8)
             good.setdefault(split, []).append((position, record.pixels))
         for split, pairs in good.items():
