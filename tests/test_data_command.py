@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -438,6 +439,17 @@ def test_histogram_of_many_classes_is_sorted(tmp_path, monkeypatch):
     assert heights == sorted(heights, reverse=True)
     expected = "classes by their training images: class 6 (16) … class 294 (10)"
     assert axis.get_xlabel() == expected
+
+
+@pytest.mark.parametrize("classes", [2, 60, 300])
+def test_long_names_leave_room_for_bars_and_images(tmp_path, classes):
+    names = [f"{i:03}{'W' * 200}" for i in range(classes)]
+    pixels, labels = noise((classes, 4, 4, 3))[:40], np.arange(classes)[:40]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        counts = {name: {"train": 1, "test": 1} for name in names}
+        data_figures.draw_histogram(tmp_path, "W" * 200, counts)
+        data_figures.draw_samples(tmp_path, "W" * 200, pixels, labels, names)
 
 
 def test_grid_shows_pixels_and_names(tmp_path, monkeypatch):
