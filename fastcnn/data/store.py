@@ -7,6 +7,7 @@ map the pixels into memory and decode nothing.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -202,8 +203,14 @@ def _load(name: str, entry: Path) -> Dataset | None:
             LeftOut(bad, int(meta["grey"])),
         )
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("cache entry %s is damaged (%s); it is built again", entry, error)
+        _warn_damaged(entry, str(error))
         return None
+
+
+@functools.cache
+def _warn_damaged(entry: Path, reason: str) -> None:
+    """Warn once in a process: one start may look for an entry several times."""
+    log.warning("cache entry %s is damaged (%s); it is built again", entry, reason)
 
 
 def _map(path: Path, dtype: Any, shape: Sequence[int]) -> np.ndarray:
