@@ -95,6 +95,25 @@ def test_links_are_followed_and_loops_end(root, tmp_path):
     assert np.bincount(dataset.train.labels).tolist() == [3, 3, 3]
 
 
+def test_folders_that_link_to_each_other_are_refused(root):
+    names = [f"c{i}" for i in range(9)]
+    write_folder(root, ("",), names, count=2)
+    for name in names:
+        for other in set(names) - {name}:
+            (root / name / other).symlink_to(root / other)
+    with pytest.raises(DataError, match=rf"{root}: links lead to {root}/c\d more than 16 times"):
+        load(root)
+
+
+def test_a_folder_may_be_linked_a_few_times(root, tmp_path):
+    write_folder(tmp_path / "elsewhere", ("",), ("shared",))
+    for i in range(folder.MOST_VISITS // 2):
+        for split in ("train", "test"):
+            (root / split).mkdir(parents=True, exist_ok=True)
+            (root / split / f"c{i}").symlink_to(tmp_path / "elsewhere" / "shared")
+    assert len(load(root).classes) == 8
+
+
 def test_fingerprint_decides_on_packing_again(root, monkeypatch):
     write_folder(root)
     calls = []

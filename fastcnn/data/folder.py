@@ -3,6 +3,7 @@
 import contextlib
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -33,6 +34,8 @@ from fastcnn.data.store import (
     pack,
 )
 from fastcnn.errors import DataError
+
+MOST_VISITS = 16  # of one folder, by links: folders that link to each other would have no end
 
 
 def load_folder(path: Path, config: DataConfig, device: torch.device) -> Dataset:
@@ -85,11 +88,13 @@ def image_key(config: DataConfig) -> list[Any]:
 def list_folder(path: Path) -> tuple[dict[str, Stamp], list[str]]:
     """Return {file's relative path: stamp} and the relative paths of folders.
 
-    Links are followed, but not back into a folder above. Raises DataError where the listing fails.
+    Links are followed, but not back into a folder above. Raises DataError where the listing fails,
+    and where links lead to one folder more than MOST_VISITS times.
     """
     files: dict[str, Stamp] = {}
     folders: list[str] = []
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    visits: Counter[tuple[int, int]] = Counter()
     try:
         while waiting:
             inner, above = waiting.pop()
@@ -97,6 +102,12 @@ def list_folder(path: Path) -> tuple[dict[str, Stamp], list[str]]:
             identity = (here.st_dev, here.st_ino)
             if identity in above:
                 continue
+            visits[identity] += 1
+            if visits[identity] > MOST_VISITS:
+                real = os.path.realpath(path / inner)
+                raise DataError(
+                    f"{path}: links lead to {real} more than {MOST_VISITS} times; remove some"
+                )
             for entry in os.scandir(path / inner):
                 if entry.name.startswith("."):
                     continue
