@@ -184,6 +184,18 @@ def test_check_names_every_unreadable_file_and_ends_with_3(capsys, root, kind, w
         assert f"  {name}: {reason}\n" in out
 
 
+@pytest.mark.parametrize("make", [spoiled, lambda root: archived(spoiled(root), "zip")])
+def test_check_and_training_name_a_folder_alike(capsys, root, make):
+    path = make(root)
+    given = f"{path.parent}/./{path.name}"
+    _, out, err = run(capsys, "check", given)
+    with pytest.raises(DataError) as refused:
+        load(given)
+    assert str(refused.value).startswith(f"{path}: 3 unreadable")
+    assert out.startswith(f"{path}: ")
+    assert err.startswith(f"fastcnn: {path}: 3 files")
+
+
 def test_the_advice_of_check_is_accepted_by_pack(capsys, root):
     limit = checked(capsys, spoiled(root), code=3)["advice"][0].split()[-1]
     skip = ["--on-bad-image", "skip"]

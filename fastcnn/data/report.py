@@ -40,9 +40,9 @@ def check(config: DataConfig) -> dict[str, Any]:
     """Decode every image that `config.data` names and return what was found.
 
     `unreadable` lists {path, reason}; `classes` holds {class: {split: images}}; `sizes` is
-    [{width, height, images}], the commonest first. Of a data set with a name alone, which was
-    checked when it was packed, `grey` and `odd` are None. Raises DataError for a layout that
-    training would refuse too.
+    [{width, height, images}], the commonest first; `path` is the folder or archive. Of a
+    data set with a name alone, which was checked when it was packed, `path`, `grey` and `odd` are
+    None. Raises DataError for a layout that training would refuse too.
     """
     path = path_of(config)
     if path is None:
@@ -50,11 +50,12 @@ def check(config: DataConfig) -> dict[str, Any]:
         return _report(
             config, "data set by name", packed_counts(dataset), _packed_sizes(dataset), 0
         )
-    kind, layout, found = _examined(path, config)
+    kind, root, layout, found = _examined(path, config)
     readable = np.ones(len(found.grey), dtype=bool)
     readable[list(found.reasons)] = False
     sizes = Counter(map(tuple, found.shapes[readable].tolist()))
     report = _report(config, kind, _counts(layout), sizes, layout.ignored)
+    report["path"] = str(root)
     names = _names(layout)
     report["grey"] = int(found.grey.sum())
     report["odd"] = int((readable & ~found.plain).sum())
@@ -65,16 +66,17 @@ def check(config: DataConfig) -> dict[str, Any]:
     return report | {"advice": _advice(report, sizes, config)}
 
 
-def _examined(path: Path, config: DataConfig) -> tuple[str, Layout, Scan]:
-    """Return what the images lie in, their layout and, in its order, what is known of them."""
+def _examined(path: Path, config: DataConfig) -> tuple[str, Path, Layout, Scan]:
+    """Return what the images lie in and where, their layout and, in its order, what is known of
+    them."""
     if path.is_dir():
         tiny = tiny_folder(path)
         kind = "folder of Tiny ImageNet" if tiny else "image folder"
         root = tiny or path
         files, layout = list_tiny_folder(root) if tiny else _list_folder(root, config)
-        return kind, layout, scan(root, _names(layout), files, View.of(config))
+        return kind, root, layout, scan(root, _names(layout), files, View.of(config))
     listed = list_zip(path, config) if is_zip(path) else list_tar(path, config)
-    return "archive", listed[0], _scanned(*listed)
+    return "archive", path, listed[0], _scanned(*listed)
 
 
 def _list_folder(root: Path, config: DataConfig) -> tuple[dict[str, Any], Layout]:
@@ -152,6 +154,7 @@ def _report(
 ) -> dict[str, Any]:
     return {
         "data": config.data,
+        "path": None,
         "kind": kind,
         "images": sum(sum(counts.values()) for counts in classes.values()),
         "ignored_files": ignored,
@@ -215,7 +218,7 @@ def check_text(report: dict[str, Any]) -> str:
     """What check found, in lines."""
     classes = report["classes"]
     lines = [
-        f"{report['data']}: {report['kind']}, {len(classes):,} classes, {_images(report['images'])}"
+        f"{_place(report)}: {report['kind']}, {len(classes):,} classes, {_images(report['images'])}"
     ]
     lines += [_split_line(split, spread) for split, spread in report["splits"].items()]
     if report["test_fraction"] is not None:
@@ -237,7 +240,12 @@ def check_text(report: dict[str, Any]) -> str:
 def unreadable_line(report: dict[str, Any]) -> str:
     """The error that ends a check which found unreadable files."""
     bad = len(report["unreadable"])
-    return f"{report['data']}: {_files(bad)} of {report['images']:,} cannot be read"
+    return f"{_place(report)}: {_files(bad)} of {report['images']:,} cannot be read"
+
+
+def _place(report: dict[str, Any]) -> str:
+    """The folder or archive as errors and warnings of training name it, or the name of the data."""
+    return str(report["path"] or report["data"])
 
 
 def _files(count: int) -> str:
