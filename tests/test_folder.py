@@ -366,6 +366,33 @@ def test_file_gone_between_listing_and_reading(root, monkeypatch):
         load(root)
 
 
+def test_what_could_not_be_read_when_it_was_packed_is_tried_again(root, monkeypatch):
+    """As the scan does: the bytes may be there another time, under the same stamp."""
+    write(write_folder(root, count=10) / "train/bee/2.png", b"text")
+    real, skip = examine.read_file, {"on_bad_image": "skip"}
+    packed = []
+    real_contents = folder._contents
+    monkeypatch.setattr(folder, "_contents", lambda *a: packed.append(a) or real_contents(*a))
+
+    def fail(path, length):
+        if path == root / "train/ant/1.png":
+            raise BadImageError("Input/output error")
+        return real(path, length)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(examine, "read_file", fail)
+        for _ in range(2):  # while it stays so, what was packed serves
+            bad = [path for path, _ in load(root, **skip).left_out.bad]
+            assert bad == ["train/ant/1.png", "train/bee/2.png"]
+        assert len(packed) == 1
+    for _ in range(2):
+        found = load(root, **skip)
+        assert [path for path, _ in found.left_out.bad] == ["train/bee/2.png"]
+        assert len(found.train) == 19
+        assert len(packed) == 2
+    assert found.digest == load(root, **skip, **IN_FILES).digest
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_keep_the_order(root, monkeypatch, threads):
     monkeypatch.setattr(examine, "THREADED_BYTES", 0 if threads > 1 else 1 << 20)

@@ -72,8 +72,19 @@ def load_layout(
         # unpacked archives and copies may agree in names, sizes and times: the path tells them
         # apart
         key = fingerprint("folder", str(resolved), used, layout.classes, image_key(config))
-        dataset = pack(name, key, partial(_contents, path, files, layout, config))
+        contents = partial(_contents, path, files, layout, config)
+        dataset = pack(name, key, contents, partial(_readable_now, path, files))
     return replace(checked(dataset, path, config), loader=choice.loader, why=choice.why)
+
+
+def _readable_now(root: Path, files: dict[str, Stamp], left_out: LeftOut) -> bool:
+    """Return whether bytes can be read that could not be read when a folder was packed: under the
+    same stamp, as after a fault of a network's disk. The scan tries such files again too."""
+    for path in left_out.unread:
+        with contextlib.suppress(BadImageError):
+            read_whole(root / path, files[path][0])
+            return True
+    return False
 
 
 def image_key(config: DataConfig) -> list[Any]:
@@ -276,7 +287,7 @@ def _blocks(
 ) -> Iterator[Block]:
     """Yield the images and note in `account` what is left out; refuse that at the end, so that
     every unreadable file is known."""
-    one_size, bad, grey = OneSize(root, config), [], 0
+    one_size, bad, unread, grey = OneSize(root, config), [], [], 0
     for chunk in chunks:
         good: dict[str, list[tuple[int, np.ndarray]]] = {}
         one_size((s.path, r.shape, r.grey) for s, r in chunk if not r.reason)
@@ -287,12 +298,14 @@ def _blocks(
                 grey += record.pixels is not None
                 if record.reason:
                     bad.append((source.path, record.reason))
+                if record.reason and not record.sha256:
+                    unread.append(source.path)
                 continue
             account.hashes[split][position] = np.frombuffer(record.sha256, np.uint8)
             good.setdefault(split, []).append((position, record.pixels))
         for split, pairs in good.items():
             positions, images = zip(*pairs, strict=True)
             yield split, list(positions), np.stack(images)
-    account.left_out = LeftOut(tuple(bad), grey)
+    account.left_out = LeftOut(tuple(bad), grey, tuple(unread))
     refuse_bad(root, account.left_out, sum(map(len, labels.values())), config)
     refuse_lost_classes(root, layout.classes, labels, account.kept)
