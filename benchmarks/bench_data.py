@@ -14,9 +14,9 @@ decoded images in an array, as torchvision's CIFAR10. "torch" is fastcnn's loade
 crop and mirror at random (photos: a random resized crop) and deliver normalised fp32 batches on the
 device. Before anything is timed, all must deliver the same labels and pixels.
 
-A turn takes about a second: whole epochs of as many images as the loader manages in it, so that
-nothing that workers have prefetched is left for the next turn. Ratios are of medians, with the
-extremes of single rounds.
+A turn takes about a second (--seconds): whole epochs of as many images as the loader manages in
+it, so that nothing that workers have prefetched is left for the next turn. Ratios are of medians,
+with the extremes of single rounds.
 """
 
 import argparse
@@ -51,7 +51,6 @@ from fastcnn.train.host import share_the_cores, tune_process
 
 MEAN, STD = (0.49, 0.47, 0.43), (0.24, 0.24, 0.26)
 NORMAL = Normalization("zscore", MEAN, STD)
-TURN_S = 1.0
 WARM_UP = 1  # rounds
 ALONE = ("folder 0", "memory 0")  # torchvision's transforms in the main process
 CHECKED = 128  # images
@@ -235,13 +234,13 @@ def check(name: str, makers: dict[str, Make], data: Set) -> dict[str, float]:
 class Turn:
     """A loader and how many epochs of it make a turn."""
 
-    def __init__(self, make: Make, data: Set, device: torch.device, threads: int):
+    def __init__(self, make: Make, data: Set, device: torch.device, threads: int, turn_s: float):
         self.device, self.threads = device, threads
         self.count, self.epochs = min(2 * data.batch, data.count), 1
         self.loader = make(self.count, True)
         self.seconds()  # workers start, kernels are chosen
         rate = self.count / self.seconds()
-        wanted = max(self.count, round(rate * TURN_S / data.batch) * data.batch)
+        wanted = max(self.count, round(rate * turn_s / data.batch) * data.batch)
         self.count = min(wanted, data.count)
         self.epochs = max(1, round(wanted / self.count))
         self.loader = make(self.count, True)
@@ -266,12 +265,14 @@ class Turn:
             torch.cuda.synchronize()
 
 
-def measure(data: Set, root: Path, scratch: Path, device: torch.device, rounds: int) -> Any:
+def measure(
+    data: Set, root: Path, scratch: Path, device: torch.device, rounds: int, turn_s: float
+) -> Any:
     makers = makers_of(data, root, scratch, device)
     differences = check(data.name, makers, data)
     # one image is too small to be shared by threads: they would only wait for each other
     turns = {
-        name: Turn(make, data, device, 1 if name in ALONE else cores())
+        name: Turn(make, data, device, 1 if name in ALONE else cores(), turn_s)
         for name, make in makers.items()
     }
     found: dict[str, list[float]] = {name: [] for name in turns}
@@ -345,6 +346,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=[s.name for s in SETS], default=[])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a turn, about")
     parser.add_argument("--images", type=int, help="at most so many of each set")
     options = parser.parse_args(words)
     device = torch.device(options.device)
@@ -362,7 +364,9 @@ def main(words: list[str] | None = None) -> int:
             root, source = folder_of(data, Path(scratch))
             count = min(count, len([*itertools.islice(root.rglob("*.*"), count)]))
             data = replace(data, count=count)
-            results[data.name] = measure(data, root, Path(scratch), device, options.rounds)
+            results[data.name] = measure(
+                data, root, Path(scratch), device, options.rounds, options.seconds
+            )
             results[data.name]["images"] = source
             show(data.name, results[data.name])
     lines = judged(results)

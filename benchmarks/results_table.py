@@ -3,9 +3,10 @@
     python benchmarks/results_table.py            # write the tables between README's markers
     python benchmarks/results_table.py --check    # exit code 1 if they are not what README holds
 
-Files are those of `fastcnn bench --json` and of gpu_check.py, and two older forms: accuracies
-("accuracy") and steps timed by what `fastcnn bench` grew from ("times_as_fast_as_eager"). Of two
-rows of the same thing on the same machine the later file's is taken. Layers are left out.
+Files are those of `fastcnn bench --json`, of gpu_check.py and of `bench_data.py --json`, and two
+older forms: accuracies ("accuracy") and steps timed by what `fastcnn bench` grew from
+("times_as_fast_as_eager"). Of two rows of the same thing on the same machine the later file's is
+taken. Layers are left out.
 """
 
 import argparse
@@ -24,6 +25,13 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 README = REPOSITORY / "README.md"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 Cells = tuple[str, ...]
+# bench_data.py's loaders: ours, and torchvision's with their heads
+OURS = ("resident", "dali store", "dali files", "torch 2")
+RIVALS = {
+    "memory 0": "decoded, 0 workers",
+    "folder 0": "ImageFolder, 0 workers",
+    "folder 2": "ImageFolder, 2 workers",
+}
 # heading, heads; the first KEYS columns and the machine name a row
 TABLES: dict[str, tuple[str, Cells, int]] = {
     "gpu": (
@@ -59,6 +67,12 @@ TABLES: dict[str, tuple[str, Cells, int]] = {
         ("network, batch", "loader", "times the step's"),
         2,
     ),
+    "rivals": (
+        "Loaders against torchvision's DataLoader: times as fast as it is with so many workers, on "
+        "decoded images in memory and on files by ImageFolder.",
+        ("images, batch", "loader", *RIVALS.values()),
+        2,
+    ),
     "time": (
         "Time to accuracy: augmentation and evaluation in the clock, compilation out of it.",
         (
@@ -88,6 +102,8 @@ def rows_of(content: dict[str, Any]) -> Iterator[tuple[str, Cells]]:
         }
         if content["mode"] in make:
             yield from make[content["mode"]](content)
+    elif "results" in content:
+        yield from rival_rows(content)
     elif any("times_as_fast_as_eager" in row for row in content.get("rows", [])):
         yield from older_step_rows(content)
 
@@ -139,6 +155,18 @@ def loader_rows(content: dict[str, Any]) -> Iterator[tuple[str, Cells]]:
         ratio = with_spread(row["times_as_fast_as"]["step"], ".1f")
         what = f"{row['network']}, {row['batch']}"
         yield "loaders", (what, row["loader"], ratio, str(row["n"]), machine_of(content))
+
+
+def rival_rows(content: dict[str, Any]) -> Iterator[tuple[str, Cells]]:
+    """Of bench_data.py: our loaders; rates are left out, for on a CPU only ratios are told."""
+    machine = machine_of(content["environment"])
+    for name, result in content["results"].items():
+        what = f"{name} {result['side']}x{result['side']}, {result['batch']}"
+        for loader in OURS:
+            if row := result["loaders"].get(loader):
+                found = row["times_as_fast_as"]
+                ratios = [with_spread(found[r], ".1f") if r in found else "" for r in RIVALS]
+                yield "rivals", (what, loader, *ratios, str(result["n"]), machine)
 
 
 def time_rows(content: dict[str, Any]) -> Iterator[tuple[str, Cells]]:

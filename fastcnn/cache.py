@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import tempfile
@@ -36,8 +37,14 @@ def cache_dir() -> Path:
             f"no cache folder: {wanted}: {reason}; {other}: {other_reason}; "
             "set FASTCNN_CACHE to a folder that can be written"
         )
-    log.warning("cache folder %s: %s; using %s", wanted, reason, other)
+    _warn_once(f"cache folder {wanted}: {reason}; using {other}")
     return other
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Log a warning, the first time that this process has it to say."""
+    log.warning(text)
 
 
 def _wanted_cache() -> Path:

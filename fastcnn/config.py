@@ -49,10 +49,12 @@ class DataConfig:
         "how an image that is not square gets --image-size: stretched, or its middle square",
     )
     grayscale: Literal["rgb", "drop"] = option(
-        "rgb", "grey images of a folder: taken as RGB, or left out"
+        "rgb", "grey images of a folder or archive: taken as RGB, or left out"
     )
     on_bad_image: Literal["refuse", "skip"] = option(
-        "refuse", "unreadable images of a folder: refuse to start, or leave them out and list them"
+        "refuse",
+        "unreadable images of a folder or archive: refuse to start, or leave them out and list "
+        "them",
     )
     bad_limit: float = option(
         0.05,

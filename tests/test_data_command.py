@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 from image_files import (
+    IN_FILES,
     encoded,
     image,
+    load,
     members_of,
     noise,
     tiny_members,
@@ -21,9 +24,11 @@ from image_files import (
 from PIL import Image
 
 from fastcnn.cli import main
-from fastcnn.config import DataConfig
+from fastcnn.config import DataConfig, options_by_name
 from fastcnn.data import load_dataset, report
+from fastcnn.data.left_out import advised_side
 from fastcnn.data.normalize import Normalization
+from fastcnn.errors import DataError
 from fastcnn.insight import data_figures, figures
 from fastcnn.parsers import DATA_ACTIONS
 
@@ -179,6 +184,18 @@ def test_check_names_every_unreadable_file_and_ends_with_3(capsys, root, kind, w
         assert f"  {name}: {reason}\n" in out
 
 
+@pytest.mark.parametrize("make", [spoiled, lambda root: archived(spoiled(root), "zip")])
+def test_check_and_training_name_a_folder_alike(capsys, root, make):
+    path = make(root)
+    given = f"{path.parent}/./{path.name}"
+    _, out, err = run(capsys, "check", given)
+    with pytest.raises(DataError) as refused:
+        load(given)
+    assert str(refused.value).startswith(f"{path}: 3 unreadable")
+    assert out.startswith(f"{path}: ")
+    assert err.startswith(f"fastcnn: {path}: 3 files")
+
+
 def test_the_advice_of_check_is_accepted_by_pack(capsys, root):
     limit = checked(capsys, spoiled(root), code=3)["advice"][0].split()[-1]
     skip = ["--on-bad-image", "skip"]
@@ -234,6 +251,25 @@ def test_check_refuses_a_layout_that_training_refuses(capsys, root):
     assert "class 'ant' is in the train images, not in test" in err
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
+def test_check_names_one_class_as_training_does(capsys, root, kind):
+    path = archived(write_folder(root, ("",), ("ant",)), kind)
+    code, out, err = run(capsys, "check", path)
+    assert (code, out) == (3, "")
+    assert err == f"fastcnn: {path}: one class only (ant); two are needed\n"
+    with pytest.raises(DataError) as refused:
+        load(path)
+    assert err == f"fastcnn: {refused.value}\n"
+
+
+def test_one_image_is_singular(capsys, root):
+    write_folder(root, ("",), ("ant", "bee"), count=2)
+    write(root / "ant/1.png", image(side=16))
+    _, out, _ = run(capsys, "check", root)
+    assert "  16 x 16: 1 image (25.0%)\n" in out
+    assert "  8 x 8: 3 images (75.0%)\n" in out
+
+
 def test_many_classes_are_summed_up(capsys, root):
     write_folder(root, classes=[f"c{i:02}" for i in range(21)], count=1)
     write(root / "train/c07/more.png", image())
@@ -253,11 +289,30 @@ def test_uneven_classes_and_many_sizes(capsys, root):
     assert "  7 more, 8 x 8 to 60 x 50\n" in out
 
 
+@pytest.mark.parametrize("sizes", [{0: 1}, {0: 1, 1: 500}, {2: 500}])
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_check_and_training_advise_the_same_size(capsys, root, kind, sizes):
+    """Numbers of images and their sides: an outlier says nothing, not even the first image."""
+    write_folder(root, count=8, side=24)
+    for number, side in sizes.items():
+        write(root / f"train/ant/{number}.png", image(side=side))
+    path = archived(root, kind)
+    assert "give --image-size 24" in checked(capsys, path)["advice"][0]
+    code, _, err = run(capsys, "pack", path)
+    assert code == 3
+    assert err.endswith("e.g. --image-size 24\n")
+    with pytest.raises(DataError, match=r"e\.g\. --image-size 24$"):
+        load(path, **IN_FILES)
+
+
 def test_the_size_that_is_advised_is_one_that_is_taken():
     def advised(*sides):
-        return report._advised_side([{"width": s, "height": 900, "images": 1} for s in sides])
+        return advised_side({(900, side): 1 for side in sides})
 
-    assert [advised(3, 5), advised(33), advised(100, 101, 102), advised(500)] == [8, 32, 96, 224]
+    assert [advised(1), advised(3, 5), advised(33), advised(100, 101, 102)] == [8, 8, 32, 96]
+    assert advised(500) == 224
+    for side in (1, 2000):
+        options_by_name()["image_size"].check(advised(side))
 
 
 # Pack
@@ -396,6 +451,17 @@ def test_histogram_of_many_classes_is_sorted(tmp_path, monkeypatch):
     assert heights == sorted(heights, reverse=True)
     expected = "classes by their training images: class 6 (16) … class 294 (10)"
     assert axis.get_xlabel() == expected
+
+
+@pytest.mark.parametrize("classes", [2, 60, 300])
+def test_long_names_leave_room_for_bars_and_images(tmp_path, classes):
+    names = [f"{i:03}{'W' * 200}" for i in range(classes)]
+    pixels, labels = noise((classes, 4, 4, 3))[:40], np.arange(classes)[:40]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        counts = {name: {"train": 1, "test": 1} for name in names}
+        data_figures.draw_histogram(tmp_path, "W" * 200, counts)
+        data_figures.draw_samples(tmp_path, "W" * 200, pixels, labels, names)
 
 
 def test_grid_shows_pixels_and_names(tmp_path, monkeypatch):

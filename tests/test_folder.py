@@ -95,6 +95,25 @@ def test_links_are_followed_and_loops_end(root, tmp_path):
     assert np.bincount(dataset.train.labels).tolist() == [3, 3, 3]
 
 
+def test_folders_that_link_to_each_other_are_refused(root):
+    names = [f"c{i}" for i in range(9)]
+    write_folder(root, ("",), names, count=2)
+    for name in names:
+        for other in set(names) - {name}:
+            (root / name / other).symlink_to(root / other)
+    with pytest.raises(DataError, match=rf"{root}: links lead to {root}/c\d more than 16 times"):
+        load(root)
+
+
+def test_a_folder_may_be_linked_a_few_times(root, tmp_path):
+    write_folder(tmp_path / "elsewhere", ("",), ("shared",))
+    for i in range(folder.MOST_VISITS // 2):
+        for split in ("train", "test"):
+            (root / split).mkdir(parents=True, exist_ok=True)
+            (root / split / f"c{i}").symlink_to(tmp_path / "elsewhere" / "shared")
+    assert len(load(root).classes) == 8
+
+
 def test_fingerprint_decides_on_packing_again(root, monkeypatch):
     write_folder(root)
     calls = []
@@ -345,6 +364,33 @@ def test_file_gone_between_listing_and_reading(root, monkeypatch):
     )
     with pytest.raises(DataError, match=r"train/ant/0\.png: No such file"):
         load(root)
+
+
+def test_what_could_not_be_read_when_it_was_packed_is_tried_again(root, monkeypatch):
+    """As the scan does: the bytes may be there another time, under the same stamp."""
+    write(write_folder(root, count=10) / "train/bee/2.png", b"text")
+    real, skip = examine.read_file, {"on_bad_image": "skip"}
+    packed = []
+    real_contents = folder._contents
+    monkeypatch.setattr(folder, "_contents", lambda *a: packed.append(a) or real_contents(*a))
+
+    def fail(path, length):
+        if path == root / "train/ant/1.png":
+            raise BadImageError("Input/output error")
+        return real(path, length)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(examine, "read_file", fail)
+        for _ in range(2):  # while it stays so, what was packed serves
+            bad = [path for path, _ in load(root, **skip).left_out.bad]
+            assert bad == ["train/ant/1.png", "train/bee/2.png"]
+        assert len(packed) == 1
+    for _ in range(2):
+        found = load(root, **skip)
+        assert [path for path, _ in found.left_out.bad] == ["train/bee/2.png"]
+        assert len(found.train) == 19
+        assert len(packed) == 2
+    assert found.digest == load(root, **skip, **IN_FILES).digest
 
 
 @pytest.mark.parametrize("threads", [1, 3])

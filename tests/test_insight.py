@@ -64,6 +64,16 @@ def test_class_names_are_no_formulas(folder):
         assert figures.draw_confusion(folder).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("classes", [2, 20])
+def test_long_class_names_leave_room_for_the_cells(tmp_path, classes):
+    names = [f"{i:02}{'W' * 200}" for i in range(classes)]
+    rows = "".join(f"{name}{',1' * classes}\n" for name in names)
+    (tmp_path / "confusion_matrix.csv").write_text(f"x,{','.join(names)}\n{rows}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures.draw_confusion(tmp_path)
+
+
 def test_a_run_without_an_epoch_has_no_curves(tmp_path):
     (tmp_path / "metrics.csv").write_text(METRICS.splitlines()[0] + "\n")
     assert figures.draw_curves(tmp_path) is None

@@ -123,6 +123,46 @@ def test_loaders_and_times():
     assert "94.10%, median 94.00% (93.00% to 95.00%) | 5 | a GPU" in text
 
 
+def loaders(machine, **loaders):
+    """A file of bench_data.py."""
+    rivals = {"folder 0": FIGURES, "folder 2": FIGURES | {"median": 2.5}}
+    row = {"images_per_s": FIGURES | {"median": 4321.0}, "times_as_fast_as": rivals}
+    held = {"memory 0": row, "resident": row, "torch 2": row, "folder 0": row, **loaders}
+    result = {"batch": 8, "side": 32, "n": 7, "images": "given", "loaders": held}
+    return {"command": "x", "environment": ENVIRONMENT | {"machine": machine}, "targets": []} | {
+        "results": {"cifar": result}
+    }
+
+
+@pytest.mark.parametrize("machine", [MACHINE, GPU])
+def test_loaders_against_torchvision_hold_ratios_of_ours_alone(machine):
+    text = results_table.tables([loaders(machine)])
+    assert "against torchvision's DataLoader" in text
+    heads, _, *rows = [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["cifar 32x32, 8", n] for n in ("resident", "torch 2")]
+    assert {len(row) for row in rows} == {len(heads)}
+    assert dict(zip(heads, rows[0], strict=True)) | {"measured on": ""} == {
+        "images, batch": "cifar 32x32, 8",
+        "loader": "resident",
+        "decoded, 0 workers": "",
+        "ImageFolder, 0 workers": "2.0 (1.0 to 3.0)",
+        "ImageFolder, 2 workers": "2.5 (1.0 to 3.0)",
+        "n": "7",
+        "measured on": "",
+    }
+    assert rows[0][-1] == results_table.machine_of(content(machine, "x"))
+    assert "4321" not in text
+    assert "4,321" not in text
+
+
+def test_loaders_against_decoded_images_and_a_later_file():
+    faster = {"memory 0": {"median": 20.0, "min": 19.0, "max": 21.0}}
+    first = loaders(MACHINE, **{"dali store": {"times_as_fast_as": faster}})
+    lines = results_table.tables([loaders(MACHINE), first]).splitlines()[4:]
+    assert len(lines) == 3
+    assert lines[-1].startswith("| cifar 32x32, 8 | dali store | 20.0 (19.0 to 21.0) |  |  | 7 |")
+
+
 def test_runs_that_differ_by_their_seed_are_a_row():
     def one(seed, top1):
         summary = {"test_top1": top1, "test_top5": 1.0, "versions": {"torch": "2"}}

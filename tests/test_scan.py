@@ -193,6 +193,27 @@ def test_the_scan_ends_at_the_first_odd_size(root, decoded, monkeypatch):
     assert len(decoded) < 10
 
 
+@pytest.mark.parametrize("end", [KeyboardInterrupt, DataError])
+def test_what_a_scan_has_examined_is_kept_however_it_ends(root, decoded, monkeypatch, end):
+    monkeypatch.setattr(examine, "CHUNK", 2)
+    files, _ = folder.list_folder(damaged(root))
+    calls = []
+
+    def interrupt(images):
+        calls.append(images)
+        if len(calls) == 3:
+            raise end
+
+    with pytest.raises(end):
+        scan(root, sorted(files), files, OWN_SIZE, interrupt)
+    assert len(decoded) == 6
+    again = scanned(root)
+    assert len(decoded) == 12
+    assert_same(again, scanned(root))
+    monkeypatch.setenv("FASTCNN_CACHE", str(root.parent / "other"))
+    assert_same(again, scanned(root))
+
+
 @pytest.mark.parametrize(("limit", "lines"), [(12, []), (11, ["examining images: 12"])])
 def test_a_long_scan_is_announced(root, caplog, monkeypatch, limit, lines):
     monkeypatch.setattr("fastcnn.data.scan.SLOW_IMAGES", limit)

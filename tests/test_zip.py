@@ -140,7 +140,9 @@ def test_garbage_with_a_zips_name_or_start(tmp_path):
             load(write(path, b"PK\x03\x04" + b"garbage" * 1000))
 
 
-@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize(
+    "compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+)
 def test_flipped_bit_in_a_member_is_named(root, tmp_path, compression):
     path = write_zip(tmp_path / "x.zip", members(root), compression)
     with zipfile.ZipFile(path) as archive:
@@ -148,9 +150,24 @@ def test_flipped_bit_in_a_member_is_named(root, tmp_path, compression):
     data = bytearray(path.read_bytes())
     data[info.header_offset + 30 + len(info.filename) + info.compress_size // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"x\.zip: train/bee/1\.png: cut, damaged") as error:
+    with pytest.raises(DataError, match=r"1 unreadable image file: train/bee/1\.png: ") as error:
         load(path)
+    assert "damaged in the zip (" in str(error.value)
     assert "\n" not in str(error.value)
+    found = load(path, on_bad_image="skip", bad_limit=0.2)
+    assert [path for path, _ in found.left_out.bad] == ["train/bee/1.png"]
+    assert len(found.train) + len(found.test) == len(members(root)) - 1
+
+
+def test_a_fault_of_the_disk_is_no_damage_of_a_member(root, tmp_path, monkeypatch):
+    path = write_zip(tmp_path / "x.zip", members(root))
+
+    def fail(archive, name):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(zipfile.ZipFile, "read", fail)
+    with pytest.raises(DataError, match=r"cannot read .*x\.zip: Input/output error"):
+        load(path, on_bad_image="skip", bad_limit=1.0)
 
 
 def test_zip_that_grows_is_refused(root, tmp_path, monkeypatch):
@@ -167,7 +184,7 @@ def test_member_that_holds_more_than_it_says_is_refused(root, tmp_path):
     while (at := data.find(size)) >= 0:
         data[at : at + 4] = (100).to_bytes(4, "little")
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"train/ant/9\.bmp: cut, damaged.*CRC"):
+    with pytest.raises(DataError, match=r"train/ant/9\.bmp: damaged in the zip .*CRC"):
         load(path)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -27,13 +28,14 @@ from fastcnn.data.store import (
     Contents,
     Dataset,
     LeftOut,
-    check_labels,
     digest_of_files,
     fingerprint,
     log,
     pack,
 )
 from fastcnn.errors import DataError
+
+MOST_VISITS = 16  # of one folder, by links: folders that link to each other would have no end
 
 
 def load_folder(path: Path, config: DataConfig, device: torch.device) -> Dataset:
@@ -70,8 +72,19 @@ def load_layout(
         # unpacked archives and copies may agree in names, sizes and times: the path tells them
         # apart
         key = fingerprint("folder", str(resolved), used, layout.classes, image_key(config))
-        dataset = pack(name, key, partial(_contents, path, files, layout, config))
+        contents = partial(_contents, path, files, layout, config)
+        dataset = pack(name, key, contents, partial(_readable_now, path, files))
     return replace(checked(dataset, path, config), loader=choice.loader, why=choice.why)
+
+
+def _readable_now(root: Path, files: dict[str, Stamp], left_out: LeftOut) -> bool:
+    """Return whether bytes can be read that could not be read when a folder was packed: under the
+    same stamp, as after a fault of a network's disk. The scan tries such files again too."""
+    for path in left_out.unread:
+        with contextlib.suppress(BadImageError):
+            read_whole(root / path, files[path][0])
+            return True
+    return False
 
 
 def image_key(config: DataConfig) -> list[Any]:
@@ -86,11 +99,13 @@ def image_key(config: DataConfig) -> list[Any]:
 def list_folder(path: Path) -> tuple[dict[str, Stamp], list[str]]:
     """Return {file's relative path: stamp} and the relative paths of folders.
 
-    Links are followed, but not back into a folder above. Raises DataError where the listing fails.
+    Links are followed, but not back into a folder above. Raises DataError where the listing fails,
+    and where links lead to one folder more than MOST_VISITS times.
     """
     files: dict[str, Stamp] = {}
     folders: list[str] = []
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    visits: Counter[tuple[int, int]] = Counter()
     try:
         while waiting:
             inner, above = waiting.pop()
@@ -98,6 +113,12 @@ def list_folder(path: Path) -> tuple[dict[str, Stamp], list[str]]:
             identity = (here.st_dev, here.st_ino)
             if identity in above:
                 continue
+            visits[identity] += 1
+            if visits[identity] > MOST_VISITS:
+                real = os.path.realpath(path / inner)
+                raise DataError(
+                    f"{path}: links lead to {real} more than {MOST_VISITS} times; remove some"
+                )
             for entry in os.scandir(path / inner):
                 if entry.name.startswith("."):
                     continue
@@ -155,9 +176,8 @@ def _left_in_files(
     name: str, root: Path, files: dict[str, Stamp], layout: Layout, config: DataConfig
 ) -> Dataset:
     """Scan the images of `layout` and leave them where they are."""
-    view, labels = View.of(config), _labels(layout)
+    view, labels = View.of(config), layout.labels
     names = [path for found in layout.splits.values() for path, _ in found]
-    check_labels(layout.classes, labels)
     known = scan(root, names, files, view, OneSize(root, config))
     chosen, left_out = _chosen(root, names, layout, labels, known, config)
     sides = _common_sides(root, names, known, np.concatenate(list(chosen.values())), config)
@@ -216,11 +236,9 @@ def _common_sides(
     if config.image_size:
         return config.image_size, config.image_size
     shapes = known.shapes[chosen]
-    one_size = OneSize(root, config)
-    odd = np.flatnonzero((shapes != shapes[0]).any(1))[:1].tolist()
-    for at in [0, *odd]:
-        height, width = shapes[at].tolist()
-        one_size(names[chosen[at]], (height, width), False)
+    if (shapes != shapes[0]).any():
+        rows = zip(chosen.tolist(), shapes.tolist(), strict=True)
+        OneSize(root, config)((names[at], (height, width), False) for at, (height, width) in rows)
     return int(shapes[0, 0]), int(shapes[0, 1])
 
 
@@ -232,14 +250,6 @@ def _contents(root: Path, files: dict[str, Stamp], layout: Layout, config: DataC
     )
     mean_bytes = sum(size for size, _, _ in files.values()) / len(files)
     return decoded_contents(root, layout, sources, config, mean_bytes)
-
-
-def _labels(layout: Layout) -> dict[str, np.ndarray]:
-    """Return int64 (N,) per split."""
-    return {
-        split: np.array([label for _, label in items], dtype=np.int64)
-        for split, items in layout.splits.items()
-    }
 
 
 def decoded_contents(
@@ -255,7 +265,7 @@ def decoded_contents(
     What the options leave out is in no block. Of an archive, put the Dataset that the store
     returns through left_out.checked.
     """
-    labels = _labels(layout)
+    labels = layout.labels
     account = Account(
         hashes={split: np.zeros((len(found), 32), np.uint8) for split, found in labels.items()},
         kept={split: np.ones(len(found), dtype=bool) for split, found in labels.items()},
@@ -277,9 +287,10 @@ def _blocks(
 ) -> Iterator[Block]:
     """Yield the images and note in `account` what is left out; refuse that at the end, so that
     every unreadable file is known."""
-    one_size, bad, grey = OneSize(root, config), [], 0
+    one_size, bad, unread, grey = OneSize(root, config), [], [], 0
     for chunk in chunks:
         good: dict[str, list[tuple[int, np.ndarray]]] = {}
+        one_size((s.path, r.shape, r.grey) for s, r in chunk if not r.reason)
         for source, record in chunk:
             split, position = source.split, source.position
             if record.pixels is None or (record.grey and config.grayscale == "drop"):
@@ -287,13 +298,14 @@ def _blocks(
                 grey += record.pixels is not None
                 if record.reason:
                     bad.append((source.path, record.reason))
+                if record.reason and not record.sha256:
+                    unread.append(source.path)
                 continue
-            one_size(source.path, record.shape, record.grey)
             account.hashes[split][position] = np.frombuffer(record.sha256, np.uint8)
             good.setdefault(split, []).append((position, record.pixels))
         for split, pairs in good.items():
             positions, images = zip(*pairs, strict=True)
             yield split, list(positions), np.stack(images)
-    account.left_out = LeftOut(tuple(bad), grey)
+    account.left_out = LeftOut(tuple(bad), grey, tuple(unread))
     refuse_bad(root, account.left_out, sum(map(len, labels.values())), config)
     refuse_lost_classes(root, layout.classes, labels, account.kept)

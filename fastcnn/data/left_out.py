@@ -5,19 +5,22 @@ import contextlib
 import csv
 import io
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fastcnn.cache import cache_dir
-from fastcnn.config import DataConfig
+from fastcnn.config import DataConfig, options_by_name
 from fastcnn.data.store import Dataset, LeftOut, fingerprint
 from fastcnn.errors import DataError
 
 log = logging.getLogger(__name__)
 
 NAMED_BAD = 3  # unreadable files that an error names
+LARGEST_ADVISED = 224  # --image-size that is advised at most: what networks for photographs take
+Shaped = tuple[str, tuple[int, int], bool]  # path, height and width, and greyness of an image
 
 
 class OneSize:
@@ -27,19 +30,36 @@ class OneSize:
     def __init__(self, where: Path, config: DataConfig):
         self.where, self.config = where, config
         self.first: tuple[str, tuple[int, int]] | None = None
+        self.sizes: Counter[tuple[int, int]] = Counter()
 
-    def __call__(self, path: str, shape: tuple[int, int], grey: bool) -> None:
-        """shape: height and width of an image. Grey ones do not count if they are left out."""
-        if self.config.image_size or (grey and self.config.grayscale == "drop"):
+    def __call__(self, images: Iterable[Shaped]) -> None:
+        """Look at some more images, whose sizes all count for the advice. Grey ones do not count
+        if they are left out."""
+        if self.config.image_size:
             return
-        self.first = self.first or (path, shape)
-        (first, (height, width)), (odd_height, odd_width) = self.first, shape
-        if shape != (height, width):
+        odd: tuple[str, tuple[int, int]] | None = None
+        for path, shape, grey in images:
+            if grey and self.config.grayscale == "drop":
+                continue
+            self.sizes[shape] += 1
+            self.first = self.first or (path, shape)
+            if odd is None and shape != self.first[1]:
+                odd = path, shape
+        if self.first and odd:
+            (first, (height, width)), (path, (odd_height, odd_width)) = self.first, odd
             raise DataError(
                 f"{self.where}: images of different sizes: {path} has {odd_width} x {odd_height} "
                 f"pixels, {first} {width} x {height}; give one size with --image-size, e.g. "
-                f"--image-size {min(height, width)}"
+                f"--image-size {advised_side(self.sizes)}"
             )
+
+
+def advised_side(sizes: Mapping[tuple[int, int], int]) -> int:
+    """Return the --image-size to advise for so many images of each height and width: the median of
+    their shorter sides, a multiple of 8, within what the option and networks take."""
+    sides = np.repeat([min(size) for size in sizes], list(sizes.values()))
+    side, lowest = int(np.median(sides)), options_by_name()["image_size"].bounds["low"]
+    return max(lowest, min(LARGEST_ADVISED, side - side % 8))
 
 
 def refuse_bad(where: Path, left_out: LeftOut, images: int, config: DataConfig) -> None:

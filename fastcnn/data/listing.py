@@ -16,7 +16,7 @@ import numpy as np
 from fastcnn.data.decode import EXTENSIONS
 from fastcnn.data.draws import derive_seed
 from fastcnn.data.paths import check_utf8
-from fastcnn.data.store import SPLITS
+from fastcnn.data.store import SPLITS, check_labels
 from fastcnn.errors import DataError
 
 TEST_SPLIT_SEED = 0  # class folders are split alike in every run, whatever its seed
@@ -34,6 +34,23 @@ class Layout:
     splits: dict[str, list[tuple[str, int]]]
     ignored: int
 
+    @property
+    def labels(self) -> dict[str, np.ndarray]:
+        """int64 (N,) per split."""
+        return {
+            split: np.array([label for _, label in items], dtype=np.int64)
+            for split, items in self.splits.items()
+        }
+
+    def refuse_useless(self, where: str) -> "Layout":
+        """Return the layout; raises DataError, which names `where`, for fewer than two classes
+        and for an empty split."""
+        try:
+            check_labels(self.classes, self.labels)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        return self
+
 
 def find_layout(
     where: str, files: Iterable[str], folders: Iterable[str], test_fraction: float
@@ -41,8 +58,8 @@ def find_layout(
     """Sort the files below the root `where` into splits and classes.
 
     `folders` are those that exist, maybe empty. Raises DataError for a name that is not UTF-8, no
-    images, a class without images, train/ without its test images, folders that look like splits
-    under other names, and splits with different classes.
+    images, one class only, a class without images, train/ without its test images, folders that
+    look like splits under other names, and splits with different classes.
     """
     seen, kept = _visible(where, files), _visible(where, folders)
     if not seen:
@@ -57,7 +74,8 @@ def find_layout(
         split: [(path, label) for label, name in enumerate(classes) for path in found[name]]
         for split, found in splits.items()
     }
-    return Layout(classes, numbered, len(seen) - sum(map(len, numbered.values())))
+    ignored = len(seen) - sum(map(len, numbered.values()))
+    return Layout(classes, numbered, ignored).refuse_useless(where)
 
 
 def _visible(where: str, paths: Iterable[str]) -> list[Parts]:

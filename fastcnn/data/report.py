@@ -20,6 +20,7 @@ from fastcnn.data import load_dataset, path_of
 from fastcnn.data.draws import derive_seed
 from fastcnn.data.examine import Source, View, examine_all
 from fastcnn.data.folder import list_folder
+from fastcnn.data.left_out import advised_side
 from fastcnn.data.listing import Layout, find_layout
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.progress import progress_bar
@@ -33,16 +34,15 @@ DIGITS_SIDE = 32  # of the digits, which have no size of their own
 SIZES_SHOWN = 5  # of the commonest sizes of images, in the text
 CLASSES_SHOWN = 20  # with more, the text names the extremes alone
 UNEVEN = 10  # times as many images in one class as in another are worth a line
-LARGEST_ADVISED = 224  # --image-size that is advised at most: what networks for photographs take
 
 
 def check(config: DataConfig) -> dict[str, Any]:
     """Decode every image that `config.data` names and return what was found.
 
     `unreadable` lists {path, reason}; `classes` holds {class: {split: images}}; `sizes` is
-    [{width, height, images}], the commonest first. Of a data set with a name alone, which was
-    checked when it was packed, `grey` and `odd` are None. Raises DataError for a layout that
-    training would refuse too.
+    [{width, height, images}], the commonest first; `path` is the folder or archive. Of a
+    data set with a name alone, which was checked when it was packed, `path`, `grey` and `odd` are
+    None. Raises DataError for a layout that training would refuse too.
     """
     path = path_of(config)
     if path is None:
@@ -50,11 +50,12 @@ def check(config: DataConfig) -> dict[str, Any]:
         return _report(
             config, "data set by name", packed_counts(dataset), _packed_sizes(dataset), 0
         )
-    kind, layout, found = _examined(path, config)
+    kind, root, layout, found = _examined(path, config)
     readable = np.ones(len(found.grey), dtype=bool)
     readable[list(found.reasons)] = False
     sizes = Counter(map(tuple, found.shapes[readable].tolist()))
     report = _report(config, kind, _counts(layout), sizes, layout.ignored)
+    report["path"] = str(root)
     names = _names(layout)
     report["grey"] = int(found.grey.sum())
     report["odd"] = int((readable & ~found.plain).sum())
@@ -62,19 +63,20 @@ def check(config: DataConfig) -> dict[str, Any]:
         {"path": names[i], "reason": reason} for i, reason in sorted(found.reasons.items())
     ]
     report["test_fraction"] = config.test_fraction if _is_split_by_fraction(layout) else None
-    return report | {"advice": _advice(report, config)}
+    return report | {"advice": _advice(report, sizes, config)}
 
 
-def _examined(path: Path, config: DataConfig) -> tuple[str, Layout, Scan]:
-    """Return what the images lie in, their layout and, in its order, what is known of them."""
+def _examined(path: Path, config: DataConfig) -> tuple[str, Path, Layout, Scan]:
+    """Return what the images lie in and where, their layout and, in its order, what is known of
+    them."""
     if path.is_dir():
         tiny = tiny_folder(path)
         kind = "folder of Tiny ImageNet" if tiny else "image folder"
         root = tiny or path
         files, layout = list_tiny_folder(root) if tiny else _list_folder(root, config)
-        return kind, layout, scan(root, _names(layout), files, View.of(config))
+        return kind, root, layout, scan(root, _names(layout), files, View.of(config))
     listed = list_zip(path, config) if is_zip(path) else list_tar(path, config)
-    return "archive", listed[0], _scanned(*listed)
+    return "archive", path, listed[0], _scanned(*listed)
 
 
 def _list_folder(root: Path, config: DataConfig) -> tuple[dict[str, Any], Layout]:
@@ -112,11 +114,7 @@ def _is_split_by_fraction(layout: Layout) -> bool:
 
 
 def _counts(layout: Layout) -> dict[str, dict[str, int]]:
-    labels = {
-        split: np.array([label for _, label in items], dtype=np.int64)
-        for split, items in layout.splits.items()
-    }
-    return _counted(layout.classes, labels)
+    return _counted(layout.classes, layout.labels)
 
 
 def packed_counts(dataset: Dataset) -> dict[str, dict[str, int]]:
@@ -156,6 +154,7 @@ def _report(
 ) -> dict[str, Any]:
     return {
         "data": config.data,
+        "path": None,
         "kind": kind,
         "images": sum(sum(counts.values()) for counts in classes.values()),
         "ignored_files": ignored,
@@ -186,14 +185,16 @@ def _spread(classes: dict[str, dict[str, int]], split: str) -> dict[str, Any]:
     }
 
 
-def _advice(report: dict[str, Any], config: DataConfig) -> list[str]:
+def _advice(
+    report: dict[str, Any], sizes: Counter[tuple[int, int]], config: DataConfig
+) -> list[str]:
     advice = []
     if bad := len(report["unreadable"]):
         part = bad / report["images"]
         skip = f"--on-bad-image skip{f' --bad-limit {_above(part)}' if part > 0.05 else ''}"
         advice.append(f"replace or remove what is unreadable, or leave it out with {skip}")
     if len(report["sizes"]) > 1 and config.image_size is None:
-        side = _advised_side(report["sizes"])
+        side = advised_side(sizes)
         advice.append(f"the images have {len(report['sizes']):,} sizes: give --image-size {side}")
         if any(size["width"] != size["height"] for size in report["sizes"]):
             advice.append("--resize crop keeps the proportions of images that are not square")
@@ -213,20 +214,11 @@ def _above(part: float) -> float:
     return min(1.0, (int(part * 100) + 1) / 100)
 
 
-def _advised_side(sizes: list[dict[str, int]]) -> int:
-    """Return the median of the images' shorter sides, within what options and networks take."""
-    sides = np.repeat(
-        [min(size["width"], size["height"]) for size in sizes], [size["images"] for size in sizes]
-    )
-    side = int(np.median(sides))
-    return max(8, min(LARGEST_ADVISED, side - side % 8))
-
-
 def check_text(report: dict[str, Any]) -> str:
     """What check found, in lines."""
     classes = report["classes"]
     lines = [
-        f"{report['data']}: {report['kind']}, {len(classes):,} classes, {report['images']:,} images"
+        f"{_place(report)}: {report['kind']}, {len(classes):,} classes, {_images(report['images'])}"
     ]
     lines += [_split_line(split, spread) for split, spread in report["splits"].items()]
     if report["test_fraction"] is not None:
@@ -248,15 +240,24 @@ def check_text(report: dict[str, Any]) -> str:
 def unreadable_line(report: dict[str, Any]) -> str:
     """The error that ends a check which found unreadable files."""
     bad = len(report["unreadable"])
-    return f"{report['data']}: {_files(bad)} of {report['images']:,} cannot be read"
+    return f"{_place(report)}: {_files(bad)} of {report['images']:,} cannot be read"
+
+
+def _place(report: dict[str, Any]) -> str:
+    """The folder or archive as errors and warnings of training name it, or the name of the data."""
+    return str(report["path"] or report["data"])
 
 
 def _files(count: int) -> str:
     return f"{count:,} file" if count == 1 else f"{count:,} files"
 
 
+def _images(count: int) -> str:
+    return f"{count:,} image" if count == 1 else f"{count:,} images"
+
+
 def _split_line(split: str, spread: dict[str, Any]) -> str:
-    line = f"  {split}: {spread['images']:,} images, "
+    line = f"  {split}: {_images(spread['images'])}, "
     if spread["min"] == spread["max"]:
         return f"{line}{spread['min']:,} a class"
     return (
@@ -272,7 +273,7 @@ def _class_line(name: str, counts: dict[str, int]) -> str:
 def _size_lines(sizes: list[dict[str, int]]) -> list[str]:
     images = sum(size["images"] for size in sizes)
     lines = ["sizes, width x height:"] + [
-        f"  {size['width']} x {size['height']}: {size['images']:,} images "
+        f"  {size['width']} x {size['height']}: {_images(size['images'])} "
         f"({size['images'] / images:.1%})"
         for size in sizes[:SIZES_SHOWN]
     ]
@@ -327,7 +328,7 @@ def pack_text(report: dict[str, Any]) -> str:
     """What pack did, in lines."""
     images = report["images"]
     counts = ", ".join(f"{name} {count:,}" for name, count in images.items())
-    what = f"{sum(images.values()):,} images ({counts}) of {report['width']} x {report['height']}"
+    what = f"{_images(sum(images.values()))} ({counts}) of {report['width']} x {report['height']}"
     if report["new"]:
         rate = f"{report['seconds']:.1f} s, {report['images_per_s']:,} images/s"
         how = f"packed {what} pixels in {rate}"

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 # Bytes, mtime and ctime in ns; the ctime tells of contents replaced under an old mtime (cp -p)
 Stamp = tuple[int, int, int]
 ARRAYS = ("shapes", "sums", "grey", "plain", "hashes")  # of a Scan, one row a file
-Check = Callable[[str, tuple[int, int], bool], None]
+Check = Callable[[list[tuple[str, tuple[int, int], bool]]], None]
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def scan(
     """Return what is known of the files `names` below `root`, in their order; of `files`, their
     stamps count.
 
-    check: called with path, shape and greyness of each readable file that is examined now; it may
-    raise, to end the scan.
+    check: called with path, shape and greyness of the readable files among a few that were examined
+    now; it may raise. However the scan ends, what was examined is kept.
     """
     key = fingerprint("scan", str(root.resolve()), view.side, view.resize)
     cached = cache_dir() / f"{key}.scan.npz"
@@ -92,14 +92,19 @@ def scan(
     )
     mean_bytes = float(stamps[missing, 0].mean())
     slow = len(missing) > SLOW_IMAGES
-    with progress_bar("examining images", len(missing), announce=slow) as advance:
-        for records in examine_all(sources, view, mean_bytes, keep_pixels=False):
-            for source, record in records:
-                found.put(source.position, record)
-                if check is not None and not record.reason:
-                    check(source.path, record.shape, record.grey)
-            advance(len(records))
-    _keep(cached, names, stamps, found)
+    examined = 0
+    try:
+        with progress_bar("examining images", len(missing), announce=slow) as advance:
+            for records in examine_all(sources, view, mean_bytes, keep_pixels=False):
+                for source, record in records:
+                    found.put(source.position, record)
+                examined += len(records)
+                if check is not None:
+                    check([(s.path, r.shape, r.grey) for s, r in records if not r.reason])
+                advance(len(records))
+    finally:
+        if examined:  # rows without a hash, of files not reached, are examined next time
+            _keep(cached, names, stamps, found)
     return found
 
 

@@ -7,6 +7,7 @@ map the pixels into memory and decode nothing.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -28,7 +29,7 @@ from fastcnn.errors import DataError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of a cache entry; part of every fingerprint
+FORMAT = 3  # of a cache entry; part of every fingerprint
 SPLITS = ("train", "test", "val")
 Block = tuple[str, Sequence[int], np.ndarray]  # split, positions, pixels of a few images
 SLOW_IMAGES = 5000  # more are announced in a log: reading them may take a minute
@@ -63,10 +64,12 @@ class Images:
 @dataclass(frozen=True)
 class LeftOut:
     """Images that a reader left out: `bad`, path and reason of each unreadable one; `grey`, how
-    many had no colours (--grayscale drop)."""
+    many had no colours (--grayscale drop). `unread`: the bad ones whose very bytes could not be
+    read, which may succeed another time though the file stays the same."""
 
     bad: tuple[tuple[str, str], ...] = ()
     grey: int = 0
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,14 @@ def load_packed(name: str, key: str) -> Dataset | None:
     return _load(name, entry) if entry.exists() else None
 
 
-def pack(name: str, key: str, read: Callable[[], Contents]) -> Dataset:
-    """Return the dataset of the cache entry `key`; `read` is called only to build the entry.
+def pack(
+    name: str,
+    key: str,
+    read: Callable[[], Contents],
+    stale: Callable[[LeftOut], bool] = lambda left_out: False,
+) -> Dataset:
+    """Return the dataset of the cache entry `key`; `read` is called only to build the entry, and
+    again where `stale` says of what it left out that this has changed.
 
     Raises DataError for labels out of range, fewer than two classes, an empty split, blocks that
     miss a position, and a full disk.
@@ -142,7 +151,9 @@ def pack(name: str, key: str, read: Callable[[], Contents]) -> Dataset:
     cache = cache_dir()
     entry = cache / key
     if (dataset := load_packed(name, key)) is not None:
-        return dataset
+        if not stale(dataset.left_out):
+            return dataset
+        _discard(entry)
     remove_stale(cache)
     temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{key[:16]}-", dir=cache))
     try:
@@ -161,11 +172,16 @@ def _publish(name: str, temporary: Path, entry: Path) -> Dataset:
             temporary.rename(entry)
         if (dataset := _load(name, entry)) is not None:
             return dataset
-        aside = Path(tempfile.mkdtemp(prefix=".tmp-damaged-", dir=entry.parent))
-        with contextlib.suppress(OSError):
-            entry.rename(aside / "entry")
-        shutil.rmtree(aside, ignore_errors=True)
+        _discard(entry)
     raise DataError(f"cannot write the cache entry {entry}; remove it and start again")
+
+
+def _discard(entry: Path) -> None:
+    """Remove an entry, at once for every other process; those that have it mapped keep it."""
+    aside = Path(tempfile.mkdtemp(prefix=".tmp-damaged-", dir=entry.parent))
+    with contextlib.suppress(OSError):
+        entry.rename(aside / "entry")
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_stale(cache: Path) -> None:
@@ -199,11 +215,17 @@ def _load(name: str, entry: Path) -> Dataset | None:
             found["test"],
             found.get("val"),
             str(meta["digest"]),
-            LeftOut(bad, int(meta["grey"])),
+            LeftOut(bad, int(meta["grey"]), tuple(map(str, meta["unread"]))),
         )
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("cache entry %s is damaged (%s); it is built again", entry, error)
+        _warn_damaged(entry, str(error))
         return None
+
+
+@functools.cache
+def _warn_damaged(entry: Path, reason: str) -> None:
+    """Warn once in a process: one start may look for an entry several times."""
+    log.warning("cache entry %s is damaged (%s); it is built again", entry, reason)
 
 
 def _map(path: Path, dtype: Any, shape: Sequence[int]) -> np.ndarray:
@@ -231,6 +253,7 @@ def _write(folder: Path, contents: Contents) -> None:
         "digest": _digest(folder, contents, labels, sides),
         "bad": left_out.bad,
         "grey": left_out.grey,
+        "unread": left_out.unread,
     }
     with open(folder / "meta.json", "w", encoding="utf-8") as file:
         json.dump(meta, file)

@@ -42,7 +42,8 @@ def tiny_layout(where: str, files: Iterable[str], read: Read) -> Layout:
 
     Classes stand in the order of their wnids. Raises DataError, which names file and line, for a
     list that holds odd lines, for a wnid that wnids.txt lacks, a class without training images, an
-    image without an annotation and an annotation without an image.
+    image without an annotation and an annotation without an image, one class only and no
+    validation images.
     """
     wnids = _wnids(where, read(WNIDS))
     labels = {wnid: label for label, wnid in enumerate(sorted(wnids))}
@@ -83,7 +84,7 @@ def tiny_layout(where: str, files: Iterable[str], read: Read) -> Layout:
         "test": sorted(tested, key=lambda item: (item[1], item[0])),
     }
     words = read(WORDS) if WORDS in files else b""
-    return Layout(_names(where, words, labels), splits, others)
+    return Layout(_names(where, words, labels), splits, others).refuse_useless(where)
 
 
 def _wnids(where: str, data: bytes) -> dict[str, int]:

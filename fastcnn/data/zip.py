@@ -26,6 +26,18 @@ from fastcnn.errors import DataError
 ENCRYPTED = 0x1  # bit of a member's flags
 APPENDED = "__MACOSX"  # a folder of metadata that macOS adds to the zips it writes
 
+# what zipfile raises for it
+DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    OSError,
+    ValueError,
+    NotImplementedError,  # a way of compressing that zipfile does not know
+)
+
 Members = dict[str, zipfile.ZipInfo]  # by normalised name
 
 
@@ -139,15 +151,24 @@ def _sources(path: Path, layout: Layout) -> Iterator[Source]:
 
 
 def _reader(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], bytes]:
+    """Return what gives the bytes of a member, or raises BadImageError for a damaged one: members
+    are independent. Raises DataError where the archive's file cannot be read."""
     if info.file_size > MAX_FILE_BYTES:
-
-        def refuse() -> bytes:
-            raise BadImageError(f"{info.file_size} bytes, over {MAX_FILE_BYTES}")
-
-        return refuse
-    with _damage(f"{path}: {info.filename}"):
+        return _refusal(f"{info.file_size} bytes, over {MAX_FILE_BYTES}")
+    try:
         data = archive.read(info)
+    except DAMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None:  # bz2's own have no number
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+        return _refusal(f"damaged in the zip ({error or type(error).__name__})")
     return lambda: data
+
+
+def _refusal(reason: str) -> Callable[[], bytes]:
+    def refuse() -> bytes:
+        raise BadImageError(reason)
+
+    return refuse
 
 
 @contextlib.contextmanager
@@ -161,14 +182,5 @@ def _damage(where: str) -> Iterator[None]:
     """Raise DataError for whatever is wrong with an archive or a member."""
     try:
         yield
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        lzma.LZMAError,
-        struct.error,
-        EOFError,
-        OSError,
-        ValueError,
-        NotImplementedError,  # a way of compressing that zipfile does not know
-    ) as error:
+    except DAMAGE as error:
         raise DataError(f"{where}: cut, damaged or not a zip ({error}); get it again") from error

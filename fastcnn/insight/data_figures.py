@@ -39,7 +39,7 @@ def draw_histogram(folder: Path, name: str, classes: dict[str, dict[str, int]]) 
             axis.set_ylim(longest - 0.4, -0.6)  # the first class on top
     total = sum(int(found.sum()) for found in counts.values())
     axes[0].set_title(
-        figures.plain(f"{name}: {total:,} images in {len(names):,} classes"),
+        figures.plain(f"{figures.shortened(name)}: {total:,} images in {len(names):,} classes"),
         loc="left",
         fontsize=11,
         color=figures.INK,
@@ -58,7 +58,9 @@ def _named_bars(axis: Any, names: list[str], counts: dict[str, np.ndarray]) -> N
         axis.barh(range(len(names)), values, left=left, label=split, color=SPLIT_COLORS[split])
         left += values
     axis.set_yticks(
-        range(len(names)), [figures.plain(shortened(name, 28)) for name in names], fontsize=9
+        range(len(names)),
+        [figures.plain(figures.shortened(name)) for name in names],
+        fontsize=9,
     )
     axis.set_xlabel("images")
     axis.grid(color=figures.FAINT, linewidth=0.6, axis="x")
@@ -74,7 +76,7 @@ def _sorted_steps(axis: Any, names: list[str], counts: dict[str, np.ndarray]) ->
             range(len(names)), values[order], width=1.0, bottom=bottom, label=split, color=color
         )
         bottom += values[order]
-    ends = (f"{shortened(names[i], 28)} ({counts['train'][i]:,})" for i in order[[0, -1]])
+    ends = (f"{figures.shortened(names[i])} ({counts['train'][i]:,})" for i in order[[0, -1]])
     axis.set_xlabel(figures.plain("classes by their training images: " + " … ".join(ends)))
     axis.set_xticks([])
     axis.set_ylabel("images")
@@ -98,14 +100,9 @@ def draw_samples(
     for axis, image, label in zip(axes, pixels, labels.tolist(), strict=False):
         # pixels as they are: small images are enlarged without making up what lies between
         axis.imshow(image, interpolation="nearest")
-        axis.set_title(figures.plain(shortened(classes[label], SHOWN)), fontsize=7, pad=2)
+        axis.set_title(figures.plain(figures.shortened(classes[label], SHOWN)), fontsize=7, pad=2)
     shown = len(set(labels.tolist()))
     which = "all" if shown == len(classes) else f"{shown} of {len(classes):,}"
-    title = f"{name}: {len(pixels)} training images, drawn from {which} classes"
+    title = f"{figures.shortened(name)}: {len(pixels)} training images, drawn from {which} classes"
     figure.suptitle(figures.plain(title), x=0.01, ha="left", fontsize=11, color=figures.INK)
     return figures.save(figure, folder / "samples.png")
-
-
-def shortened(name: str, length: int) -> str:
-    """Return a name of at most `length` characters, its end replaced by … where it is longer."""
-    return name if len(name) <= length else f"{name[: length - 1]}…"

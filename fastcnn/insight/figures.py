@@ -9,6 +9,7 @@ INK, FAINT = "#1f2430", "#d5d9e0"
 TRAIN, VAL, TOP5 = "#c2571a", "#1f5fa8", "#3b8f5a"
 LOG_FROM = 30  # spread of the losses above which a linear axis would hide the small ones
 NUMBERED_CLASSES = 20  # more cells than this leave no room for their figures
+NAMED = 24  # characters of a name beside or above axes; longer ones leave these no room
 
 
 def read_metrics(folder: Path) -> dict[str, list[float]]:
@@ -67,7 +68,7 @@ def draw_confusion(folder: Path) -> Path:
     image = axis.imshow(rates, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axis, fraction=0.046, label="share of the true class")
     if len(classes) <= NUMBERED_CLASSES:
-        names = [plain(name) for name in classes]
+        names = [plain(shortened(name)) for name in classes]
         axis.set_xticks(range(len(classes)), names, rotation=45, ha="right")
         axis.set_yticks(range(len(classes)), names)
         _number_cells(axis, counts, rates)
@@ -112,6 +113,11 @@ def _lines(axis: Any, epochs: list[float], curves: list[tuple[str, list[float], 
 def plain(name: str) -> str:
     """Return a class name as Matplotlib shall write it: a pair of $ would be a formula."""
     return name.replace("$", r"\$")
+
+
+def shortened(name: str, length: int = NAMED) -> str:
+    """Return a name of at most `length` characters, its end replaced by … where it is longer."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def save(figure: Any, path: Path) -> Path:
