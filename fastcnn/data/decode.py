@@ -18,8 +18,8 @@ EXTENSIONS = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
 GREY_MODES = frozenset(("1", "L", "LA", "La", "I", "F"))
-# DALI's pixels are Pillow's own here (16-bit, CMYK, palette and turned ones included)
-PLAIN_FORMATS = frozenset(("JPEG", "PNG", "BMP", "PPM"))
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # behind EXTENSIONS, no other
+DEPTH = 24  # where a PNG file tells the bits of a channel
 
 
 class BadImageError(ValueError):
@@ -28,8 +28,8 @@ class BadImageError(ValueError):
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image: pixels uint8 (H, W, 3), upright. grey: its file has no colours. plain: any decoder
-    gives these pixels, for nothing had to be decided (transparency) and the format is common."""
+    """An image: pixels uint8 (H, W, 3), upright. grey: its file has no colours. plain: DALI gives
+    these pixels too, for nothing had to be decided (transparency, rounding of more than 8 bits)."""
 
     pixels: np.ndarray
     grey: bool
@@ -46,11 +46,11 @@ def decode(data: bytes) -> Decoded:
     if not data:
         raise BadImageError("empty")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImageError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS}")
             grey = image.mode in GREY_MODES or image.mode.startswith("I;16")
-            plain = image.format in PLAIN_FORMATS and not _transparent(image)
+            plain = _is_plain(image, data)
             return Decoded(np.asarray(_to_rgb(image)), grey, plain)
     except BadImageError:
         raise
@@ -90,6 +90,13 @@ def _to_rgb(image: Any) -> Any:
         page = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(page, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _is_plain(image: Any, data: bytes) -> bool:
+    """Whether it is an opaque JPEG, PNG or BMP of 8 bits a channel at most."""
+    if image.format == "PNG" and data[DEPTH] > 8:
+        return False
+    return image.format in ("JPEG", "PNG", "BMP") and not _transparent(image)
 
 
 def _transparent(image: Any) -> bool:
