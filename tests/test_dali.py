@@ -158,13 +158,19 @@ def write_odd(root):
     clear.putalpha(100)
     clear.save(root / "clear.png")
     write_deep(root)
+    good, photo = encode(pixels), encode(pixels, "JPEG")
+    write(root / "no end.png", good[:-12])
+    write(root / "checksum.png", good[:-16] + bytes(4) + good[-12:])
+    write(root / "filled.jpg", photo[:2] + b"\xff\xff" + photo[2:])
     names = sorted(os.listdir(root))
-    assert len(names) == len(ODD) + 8 + len(DEEP)
+    assert len(names) == len(ODD) + 8 + len(DEEP) + len(UNSOUND)
     return names
 
 
+NOT_DALIS = ["bmp", "gif", "ppm", "tiff", "webp"]
 DEEP = ["grey 16.png", "grey 16.pgm", "rgb 16.png", "1023.pgm", "100.pgm", "100.ppm", "ascii.ppm"]
-NOT_PLAIN = {*DEEP, "rgba.png", "clear.png", "x.gif", "x.ppm", "x.tiff", "x.webp"}
+UNSOUND = ["no end.png", "checksum.png", "filled.jpg"]  # Pillow reads them
+NOT_PLAIN = {*DEEP, *UNSOUND, "rgba.png", "clear.png", *(f"x.{x}" for x in NOT_DALIS)}
 
 
 def write_deep(root):

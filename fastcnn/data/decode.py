@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from fastcnn.data.plain import is_plain
+
 MAX_PIXELS = 89_478_485  # Pillow's own limit, where it begins to warn of decompression bombs
 EXTENSIONS = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
 GREY_MODES = frozenset(("1", "L", "LA", "La", "I", "F"))
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # behind EXTENSIONS, no other
-DEPTH = 24  # where a PNG file tells the bits of a channel
 
 
 class BadImageError(ValueError):
@@ -29,7 +30,7 @@ class BadImageError(ValueError):
 @dataclass(frozen=True)
 class Decoded:
     """An image: pixels uint8 (H, W, 3), upright. grey: its file has no colours. plain: DALI gives
-    these pixels too, for nothing had to be decided (transparency, rounding of more than 8 bits)."""
+    these pixels too (plain.py), for nothing had to be decided, as with transparency."""
 
     pixels: np.ndarray
     grey: bool
@@ -50,7 +51,7 @@ def decode(data: bytes) -> Decoded:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImageError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS}")
             grey = image.mode in GREY_MODES or image.mode.startswith("I;16")
-            plain = _is_plain(image, data)
+            plain = not _transparent(image) and is_plain(image.format, data)
             return Decoded(np.asarray(_to_rgb(image)), grey, plain)
     except BadImageError:
         raise
@@ -90,13 +91,6 @@ def _to_rgb(image: Any) -> Any:
         page = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(page, image).convert("RGB")
     return image.convert("RGB")
-
-
-def _is_plain(image: Any, data: bytes) -> bool:
-    """Whether it is an opaque JPEG, PNG or BMP of 8 bits a channel at most."""
-    if image.format == "PNG" and data[DEPTH] > 8:
-        return False
-    return image.format in ("JPEG", "PNG", "BMP") and not _transparent(image)
 
 
 def _transparent(image: Any) -> bool:
