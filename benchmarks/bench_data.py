@@ -21,6 +21,7 @@ with the extremes of single rounds.
 
 import argparse
 import copy
+import hashlib
 import itertools
 import json
 import os
@@ -44,7 +45,7 @@ from fastcnn.data import Images, Normalization, make_loader
 from fastcnn.data.choose import has_dali
 from fastcnn.data.dali_sources import cores
 from fastcnn.data.decode import decode
-from fastcnn.data.files import Files
+from fastcnn.data.files import Files, Stamp
 from fastcnn.errors import UsageError
 from fastcnn.ops import load
 from fastcnn.train.host import share_the_cores, tune_process
@@ -141,6 +142,12 @@ class OnDevice:
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
 
+def stamp_of(path: Path) -> Stamp:
+    """What a scan notes of a file: bytes, mtime and ctime."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def listed(root: Path, chosen: list[tuple[str, int]], side: int) -> Files:
     """The files of an ImageFolder's samples as fastcnn's scan lists them."""
     data = [Path(path).read_bytes() for path, _ in chosen]
@@ -149,7 +156,8 @@ def listed(root: Path, chosen: list[tuple[str, int]], side: int) -> Files:
         root=root,
         paths=np.array([os.path.relpath(path, root) for path, _ in chosen]),
         labels=np.array([label for _, label in chosen]),
-        lengths=np.array([len(part) for part in data]),
+        stamps=np.array([stamp_of(Path(path)) for path, _ in chosen]),
+        hashes=np.array([np.frombuffer(hashlib.sha256(part).digest(), np.uint8) for part in data]),
         shapes=np.array([image.pixels.shape[:2] for image in found], np.int32),
         sums=np.zeros((len(chosen), 6)),
         plain=np.array([image.plain for image in found]),

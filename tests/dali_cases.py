@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from image_files import noise, write
-from loader_cases import UNIT
+from loader_cases import UNIT, hashes_of, stamp_of
 from PIL import Image
 
 from fastcnn.config import DataConfig
@@ -34,7 +34,8 @@ def scanned(root: Path, names, sides=None, resize="stretch", labels=None) -> Fil
         root=root,
         paths=np.array(names),
         labels=np.arange(count) if labels is None else np.asarray(labels),
-        lengths=np.array([len(part) for part in data], np.int64),
+        stamps=np.array([stamp_of(root / name) for name in names]),
+        hashes=hashes_of(data),
         shapes=shapes,
         sums=np.zeros((count, 6)),
         plain=np.array([image.plain for image in found]),

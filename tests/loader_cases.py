@@ -1,5 +1,6 @@
 """The loaders on small images: one way to make each, and to compare what they give."""
 
+import hashlib
 import os
 
 import numpy as np
@@ -109,13 +110,26 @@ def listed(pixels, labels, sides, root, resize):
         root=root,
         paths=np.array(paths),
         labels=np.asarray(labels, dtype=np.int64),
-        lengths=np.array([path.stat().st_size for path in written]),
+        stamps=np.array([stamp_of(path) for path in written]),
+        hashes=hashes_of([path.read_bytes() for path in written]),
         shapes=np.array([p.shape[:2] for p in pixels], dtype=np.int32),
         sums=np.zeros((count, 6)),  # for a normalisation; the tests have their own
         plain=np.ones(count, dtype=bool),
         sides=sides,
         resize=resize,
     )
+
+
+def stamp_of(path):
+    """The stamp of a file as a listing has it."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def hashes_of(contents):
+    """The hashes of files as a scan has them."""
+    found = [hashlib.sha256(data).digest() for data in contents]
+    return np.array([np.frombuffer(digest, np.uint8) for digest in found])
 
 
 def worker_pids(loader):

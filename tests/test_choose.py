@@ -13,6 +13,7 @@ from fastcnn.errors import UsageError
 
 CPU = torch.device("cpu")
 GB = 10**9
+imported = []
 module = sys.modules["fastcnn.data.choose"]  # its name in the package is the function's
 
 
@@ -24,7 +25,9 @@ def machine(monkeypatch):
         monkeypatch.setattr(module, "free_memory", lambda device: (memory, "memory"))
         monkeypatch.setattr(module, "free_disk", lambda: disk)
         monkeypatch.setattr(module, "has_dali", lambda: dali)
+        monkeypatch.setattr(module, "import_dali", lambda: imported.append(1))
 
+    imported.clear()
     be()
     return be
 
@@ -37,6 +40,7 @@ def chosen(images=50_000, sides=(32, 32), folder=True, **options):
 def test_small_images_are_resident():
     loader, store, why = chosen()
     assert (loader, store) == ("resident", "packed")
+    assert not imported
     assert why == "--loader auto is resident: 154 MB of pixels, 8.0 GB of memory free"
 
 

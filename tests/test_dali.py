@@ -6,9 +6,11 @@ Faults under a running epoch are in test_dali_faults.py.
 
 import gc
 import os
+import struct
 import subprocess
 import sys
 from dataclasses import replace
+from zlib import compress, crc32
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from fastcnn.data.decode import decode
 from fastcnn.data.draws import generator
 from fastcnn.data.geometry import resize_box
 from fastcnn.data.store import Images
-from fastcnn.errors import DataError, UsageError
+from fastcnn.errors import UsageError
 from fastcnn.train.graph import Replay
 
 pytest.importorskip("nvidia.dali")
@@ -152,50 +154,77 @@ def write_odd(root):
         exif[0x112] = turned
         lying = pixels if turned < 5 else pixels.transpose(1, 0, 2).copy()
         write(root / f"exif {turned}.jpg", encode(lying, "JPEG", exif=exif))
-    grey = np.asarray(Image.fromarray(pixels).convert("L")).astype(np.uint16) * 257
-    Image.fromarray(grey).save(root / "16 bit.png")
     clear = Image.fromarray(pixels).convert("RGBA")
     clear.putalpha(100)
     clear.save(root / "clear.png")
+    write_deep(root)
+    good, photo = encode(pixels), encode(pixels, "JPEG")
+    write(root / "no end.png", good[:-12])
+    write(root / "checksum.png", good[:-16] + bytes(4) + good[-12:])
+    write(root / "filled.jpg", photo[:2] + b"\xff\xff" + photo[2:])
     names = sorted(os.listdir(root))
-    assert len(names) == len(ODD) + 9
+    assert len(names) == len(ODD) + 8 + len(DEEP) + len(UNSOUND)
     return names
+
+
+NOT_DALIS = ["bmp", "gif", "ppm", "tiff", "webp"]
+DEEP = ["grey 16.png", "grey 16.pgm", "rgb 16.png", "1023.pgm", "100.pgm", "100.ppm", "ascii.ppm"]
+UNSOUND = ["no end.png", "checksum.png", "filled.jpg"]  # Pillow reads them
+NOT_PLAIN = {*DEEP, *UNSOUND, "rgba.png", "clear.png", *(f"x.{x}" for x in NOT_DALIS)}
+
+
+def write_deep(root):
+    """Images of values that must be rounded to 8 bits, all residues of 257 among them."""
+    rng = np.random.default_rng(0)
+    grey = (np.arange(600) * 109 + rng.integers(0, 109, 600)).astype(">u2")
+    assert len(np.unique(grey % 257)) > 230
+    write(root / "grey 16.png", png(grey.reshape(20, 30), 0))
+    write(root / "grey 16.pgm", b"P5\n30 20\n65535\n" + grey.tobytes())
+    write(root / "rgb 16.png", png(rng.integers(0, 65536, (20, 90)).astype(">u2"), 2))
+    ten = rng.integers(0, 1024, 600).astype(">u2")
+    write(root / "1023.pgm", b"P5\n30 20\n1023\n" + ten.tobytes())
+    write(root / "100.pgm", b"P5\n30 20\n100\n" + rng.integers(0, 101, 600, "u1").tobytes())
+    write(root / "100.ppm", b"P6\n30 20\n100\n" + rng.integers(0, 101, 1800, "u1").tobytes())
+    text = " ".join(map(str, rng.integers(0, 256, 1800)))
+    write(root / "ascii.ppm", f"P3\n30 20\n255\n{text}\n".encode())
+
+
+def png(rows, colours):
+    """A PNG file of uint16 (H, channels * W), which Pillow does not write in colour."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 30, 20, 16, colours, 0, 0, 0)
+    data = compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
 
 
 @pytest.mark.parametrize("sides", [None, (9, 11)])
 def test_odd_files_are_decoded_as_by_decode_py(root, sides):
     names = write_odd(root / "odd")
     files = scanned(root / "odd", names, sides)
-    assert (~files.plain).sum() == 5  # rgba, clear, gif, webp, tiff
+    assert {name for name, plain in zip(names, files.plain, strict=True) if not plain} == NOT_PLAIN
+    assert_decoded(files)
+
+
+def assert_decoded(files):
+    """DALI's pixels of each file are decode.py's, resized."""
     found = by_label(made(files, normalization=Normalization("unit", (0,) * 3, (1,) * 3)))
-    for number, name in enumerate(names):
-        pixels = decode((root / "odd" / name).read_bytes()).pixels
-        wanted = resize_box(pixels, np.array([0, 0, 20, 30]), sides or (20, 30))
+    for number, name in enumerate(files.paths.tolist()):
+        pixels = decode((files.root / name).read_bytes()).pixels
+        wanted = resize_box(pixels, np.array([0, 0, *pixels.shape[:2]]), files.sides)
         got = (found[number].permute(1, 2, 0) * 255).round().byte().numpy()
         assert np.array_equal(got, wanted), name
 
 
-def test_files_are_converted_once_and_named_after_their_contents(root, monkeypatch):
-    names = write_odd(root / "odd")
-    files = scanned(root / "odd", names)
-    first = dali_sources.converted(files)
-    folder = root / "cache" / "converted"
-    made_files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert len(made_files) == 5
-    assert all(path.suffix == ".png" for path in made_files)
-    again = dali_sources.converted(files)
-    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == made_files
-    assert (again.paths == first.paths).all()
-    assert (first.paths == files.paths).sum() == len(names) - 5
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("PIL.Image.Image.save", full)
-    for path in made_files:
-        path.unlink()
-    with pytest.raises(DataError, match=r"cannot convert .* into .*converted: No space left"):
-        dali_sources.converted(files)
+@pytest.mark.parametrize("first", b"\t\n\r #\0\xff")
+def test_decoded_pixels_reach_dali_whatever_they_begin_with(root, first):
+    pixels = np.full((3, 4, 3), first, np.uint8)
+    pixels[1:] = smooth(2, 4)
+    write(root / "x.tiff", encode(pixels, "TIFF"))
+    assert_decoded(scanned(root, ["x.tiff"]))
 
 
 # random resized crops of files

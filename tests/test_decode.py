@@ -7,7 +7,8 @@ import pytest
 from image_files import encoded, load, noise, write, write_folder
 from PIL import Image
 
-from fastcnn.data.decode import BadImageError, decode
+from fastcnn.data.decode import EXTENSIONS, FORMATS, BadImageError, decode
+from fastcnn.data.plain import is_plain
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -92,7 +93,9 @@ def test_floating_point_is_refused():
     [
         (encoded(GREY), True, True),
         (encoded(GREY > 127), True, True),
-        (encoded(GREY.astype(np.uint16) * 257), True, True),
+        (encoded(GREY.astype(np.uint16) * 257), True, False),
+        (encoded(GREY, "PPM"), True, False),
+        (encoded(GREY, "BMP"), True, False),
         (encoded(noise((5, 7, 2))), True, False),
         (encoded(noise((5, 7, 3))), False, True),
         (encoded(noise((5, 7, 3)), "JPEG"), False, True),
@@ -103,3 +106,34 @@ def test_floating_point_is_refused():
 def test_greyness_and_plainness(data, grey, plain):
     decoded = decode(data)
     assert (decoded.grey, decoded.plain) == (grey, plain)
+
+
+def test_no_format_but_those_of_images_is_opened():
+    """An EPS file would be run by Ghostscript, whatever it is called."""
+    assert {form for form in FORMATS if form in Image.registered_extensions().values()} == {
+        Image.registered_extensions()[extension] for extension in EXTENSIONS
+    }
+    for form in ("EPS", "PCX", "TGA", "ICO"):
+        with pytest.raises(BadImageError, match="cannot identify image file"):
+            decode(encoded(noise((16, 16, 3)), form))
+
+
+def test_no_program_is_started_for_an_eps(monkeypatch):
+    started = []
+    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: started.append(a))
+    with pytest.raises(BadImageError):
+        decode(encoded(noise((16, 16, 3)), "EPS"))
+    assert not started
+
+
+def test_of_a_file_that_is_cut_or_spoilt_no_part_is_plain():
+    """Whatever Pillow makes of it: DALI may die of a file that it cannot parse."""
+    for good in (encoded(noise((5, 7, 3))), encoded(noise((5, 7, 3)), "JPEG")):
+        form = "PNG" if good[1:4] == b"PNG" else "JPEG"
+        assert is_plain(form, good)
+        assert is_plain(form, good + b"behind the end")
+        assert not any(is_plain(form, good[:length]) for length in range(26, len(good) - 1))
+    good = encoded(noise((5, 7, 3)))
+    for place in range(25, len(good)):
+        spoilt = good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :]
+        assert not is_plain("PNG", spoilt)

@@ -59,12 +59,22 @@ def replace_by_text(path):
     path.write_bytes(b"x" * path.stat().st_size)
 
 
+def replace_by_good(path):
+    """Another image of as many bytes and equal sides, under the old mtime."""
+    other = path.parent.parent / "ant/1.png"
+    length, times = path.stat().st_size, (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    assert other.stat().st_size <= length
+    path.write_bytes(other.read_bytes().ljust(length, b"\0"))
+    os.utime(path, ns=times)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, "changed: .* bytes when it was listed, 30 now"),
-        (os.remove, "No such file"),
-        (replace_by_text, "cannot identify image file; it was readable before"),
+        (truncate, "changed since it was scanned: .* bytes then, 30 now"),
+        (os.remove, "No such file or directory; it was readable when it was scanned"),
+        (replace_by_text, "changed since it was scanned; put it back"),
+        (replace_by_good, "changed since it was scanned; put it back"),
     ],
 )
 def test_a_file_that_changes_later_is_named(root, damage, message):
@@ -73,6 +83,18 @@ def test_a_file_that_changes_later_is_named(root, damage, message):
     files.pixels_of([0, 1])
     with pytest.raises(DataError, match=rf"train/bee/1\.png: {message}"):
         files.pixels_of([3, 4])
+
+
+def test_a_file_that_is_touched_or_copied_goes_on(root):
+    files = load(write_folder(root), **IN_FILES).train
+    wanted = files.pixels_of([3, 4])
+    for path in (root / "train/bee").iterdir():
+        os.utime(path, ns=(5, 5))
+        path.chmod(0o600)
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data)
+    assert np.array_equal(files.pixels_of([3, 4]), wanted)
 
 
 def test_no_images_have_no_pixels(root):

@@ -3,9 +3,11 @@
 import importlib.util
 import os
 import shutil
+import textwrap
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -17,6 +19,8 @@ NO_DALI = (
     "pip install 'fastcnn[dali]' (CUDA 12 and CPU) or 'fastcnn[dali-cu13]', "
     "or take --loader resident or --loader torch"
 )
+OLDEST = (2, 2)  # DALI: before it, a part of a photograph is cut out before it is turned upright
+REASON = 200  # characters of another package's error
 PART = 2  # images may take one part in so many of the free memory
 # limit and use of a container's memory: cgroup v2, v1
 CGROUPS = (
@@ -26,6 +30,14 @@ CGROUPS = (
         "/sys/fs/cgroup/memory/memory.usage_in_bytes",
     ),
 )
+
+
+class NoDaliError(UsageError):
+    """DALI is missing, broken or too old, as `reason` says."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"--loader dali: {reason}; {NO_DALI}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -47,8 +59,8 @@ def choose(
     """Return what suits `images` uint8 RGB images of `sides` (height, width) on `device`.
 
     auto is the resident loader where the pixels take less than half of the free memory (the GPU's
-    for a GPU) and, of a folder, fit on the cache's disk; else DALI's if it is installed, else
-    torch's.
+    for a GPU) and, of a folder, fit on the cache's disk; else DALI's if it can be imported,
+    else torch's.
     folder: whether they can be decoded from their files every epoch; an archive's are packed in any
     case. Raises UsageError for --store files of an archive and beside --loader resident, and for
     --loader dali where it is not installed.
@@ -75,7 +87,7 @@ def _check(config: DataConfig, folder: bool) -> None:
             "--loader dali or --loader torch"
         )
     if config.loader == "dali" and not has_dali():
-        raise UsageError(f"--loader dali: DALI is not installed; {NO_DALI}")
+        raise NoDaliError("DALI is not installed")
 
 
 def _suited(
@@ -92,9 +104,13 @@ def _suited(
             return "resident", why
         if PART * size < free:
             why = f"{_gb(size)} of pixels, {_gb(room)} free on the cache's disk"
-    if has_dali():
-        return "dali", why
-    return "torch", f"{why}; DALI, which is faster, is not installed"
+    if not has_dali():
+        return "torch", f"{why}; DALI, which is faster, is not installed"
+    try:
+        import_dali()
+    except NoDaliError as error:
+        return "torch", f"{why}; {error.reason}"
+    return "dali", why
 
 
 def has_dali() -> bool:
@@ -103,6 +119,20 @@ def has_dali() -> bool:
         return importlib.util.find_spec("nvidia.dali") is not None
     except (ImportError, ValueError):  # no package nvidia; a test's None in its place
         return False
+
+
+def import_dali() -> tuple[Any, Any, Any]:
+    """Return DALI's Pipeline, fn and types. Raises NoDaliError for a missing, broken, old one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from nvidia.dali import Pipeline, __version__, fn, types
+    except Exception as error:  # a broken package raises anything
+        said = textwrap.shorten(str(error), REASON, placeholder=" …") or type(error).__name__
+        raise NoDaliError(f"DALI cannot be imported ({said})") from error
+    if tuple(map(int, __version__.split(".")[:2])) < OLDEST:
+        raise NoDaliError(f"DALI {__version__}, {'.'.join(map(str, OLDEST))} is needed")
+    return Pipeline, fn, types
 
 
 def free_memory(device: torch.device) -> tuple[int, str]:

@@ -1,15 +1,17 @@
-"""The DALI loader: NVIDIA DALI reads and decodes ahead of the step, images too many for memory.
+"""The DALI loader: NVIDIA DALI decodes ahead of the step, for images too many for memory.
 
-DALI's own threads (as many as the process has cores) are two batches ahead while the step runs. It
-delivers uint8 images of one size, on a GPU decoded and resized there; on a CPU they are resized
-here (geometry.py), at a twentieth of the time that DALI takes. Crop, flip, cutout, normalisation
-and cast are the one kernel of the other loaders on the device, so that all agree.
+DALI's own threads (as many as the process has cores) are two batches ahead while the step runs, and
+as many threads read the files of a third one. It delivers uint8 images of one size, on a GPU
+decoded and resized there; on a CPU they are resized here (geometry.py), at a twentieth of the time
+that DALI takes. Crop, flip, cutout, normalisation and cast are the one kernel of the other loaders
+on the device, so that all agree.
 
 Order and position are ours: DALI is told which samples come next. It never repeats or pads one.
 """
 
 import contextlib
-import warnings
+import re
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -19,22 +21,21 @@ import numpy as np
 import torch
 
 from fastcnn.config import AugmentConfig
-from fastcnn.data.choose import NO_DALI
+from fastcnn.data.choose import import_dali
 from fastcnn.data.dali_sources import Fed, FileSource, PackedSource, Source, cores
 from fastcnn.data.device_loader import DeviceLoader
 from fastcnn.data.files import Files
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.store import Images
 from fastcnn.data.upload import upload
-from fastcnn.errors import UsageError
+from fastcnn.errors import DataError, UsageError
 
-OLDEST = (2, 2)  # DALI: before it, a part of a photograph is cut out before it is turned upright
 AHEAD = 2  # batches that DALI works on while the step runs
 
 
 class DaliLoader(DeviceLoader):
     """See loaders.make_loader. Raises UsageError where DALI is missing or cannot use the device;
-    while it runs, DataError that names a file which is gone, cut, replaced or undecodable."""
+    while it runs, DataError that names a file which is gone or changed."""
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ class DaliLoader(DeviceLoader):
         self.source = (
             FileSource(images, augment, seed) if isinstance(images, Files) else PackedSource(images)
         )
+        weakref.finalize(self, self.source.close)  # DALI keeps it for longer, in a cycle
         self.stream = Stream(self.source, largest, device)
 
     def begin(self) -> list[int]:
@@ -86,17 +88,29 @@ class DaliLoader(DeviceLoader):
 
 
 class Feed:
-    """What DALI calls for its next batch. under_way: the samples of those that it has been given
-    and that were not taken yet, oldest first."""
+    """What DALI calls for its next batch, which is being read already. under_way: the samples of
+    those that it has been given and that were not taken yet, oldest first."""
 
-    def __init__(self, read: Callable[[np.ndarray], Fed]) -> None:
+    def __init__(self, read: Callable[[np.ndarray], Callable[[], Fed]]) -> None:
         self.read = read
-        self.batches: Iterator[np.ndarray] = iter(())
         self.under_way: deque[np.ndarray] = deque()
+        self.begin(())
+
+    def begin(self, batches: Iterable[np.ndarray]) -> None:
+        """Go on with `batches`, samples each."""
+        self.batches = iter(batches)
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        samples = next(self.batches, None)
+        self.ahead = None if samples is None else (samples, self.read(samples))
 
     def __call__(self) -> Fed:
-        samples = next(self.batches)
-        fed = self.read(samples)
+        if self.ahead is None:
+            raise StopIteration
+        samples, wait = self.ahead
+        fed = wait()
+        self._read_ahead()
         self.under_way.append(samples)
         return fed
 
@@ -118,7 +132,7 @@ class Stream:
         if self.pipeline is None:
             self.feed = Feed(self.source.read)
             self.pipeline = self._built()
-        self.feed.batches = iter(batches)
+        self.feed.begin(batches)
         self.pipeline.reset()
         with self._or_none(), self._blaming():
             self.pipeline.schedule_run()  # the first of an epoch fills DALI's queue
@@ -142,7 +156,7 @@ class Stream:
 
     def _drain(self) -> None:
         """Take what is left of an iteration that was given up, so that the next one can begin."""
-        self.feed.batches = iter(())
+        self.feed.begin(())
         if self.pipeline is None or not self.feed.under_way:
             return
         with contextlib.suppress(RuntimeError), self._or_none():
@@ -166,7 +180,8 @@ class Stream:
         try:
             yield
         except RuntimeError as error:
-            raise self.source.blame(list(self.feed.under_way), reason_of(error)) from error
+            oldest = self.feed.under_way[0] if self.feed.under_way else np.empty(0, np.int64)
+            raise failure(error, self.source.name, oldest) from error
 
     def _built(self) -> Any:
         pipeline_class, fn, types = import_dali()
@@ -193,23 +208,16 @@ class Stream:
         return pipeline
 
 
-def import_dali() -> tuple[Any, Any, Any]:
-    """Return DALI's Pipeline, fn and types. Raises UsageError for a missing, broken, old one."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from nvidia.dali import Pipeline, __version__, fn, types
-    except Exception as error:  # a broken package raises anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"--loader dali: DALI cannot be imported ({reason}); {NO_DALI}") from error
-    if tuple(map(int, __version__.split(".")[:2])) < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        raise UsageError(f"--loader dali: DALI {__version__}, {oldest} is needed; {NO_DALI}")
-    return Pipeline, fn, types
-
-
 def reason_of(error: RuntimeError) -> str:
     """Return the line of DALI's message that says what happened, without its traceback."""
     text = str(error).rpartition("encountered:")[2]
     lines = [line.strip() for line in text.splitlines()]
     return next((line for line in lines if line), type(error).__name__)
+
+
+def failure(error: RuntimeError, name: Callable[[int], str], samples: np.ndarray) -> DataError:
+    """Return what DALI's error about a batch says; `name`: of the sample that it may count out."""
+    found = re.search(r"sample #(\d+)", str(error))
+    place = int(found[1]) if found else len(samples)
+    what = f"{name(int(samples[place]))}: " if place < len(samples) else ""
+    return DataError(f"{what}--loader dali: DALI failed: {reason_of(error)}")

@@ -1,34 +1,26 @@
 """Where the DALI loader's pixels come from: the packed store, or image files.
 
-A source says what DALI is fed of a batch (`read`), what its pipeline does with that (`graph`), how
-the outcome gets into the loader's buffer (`fill`), and which file is to blame when something fails
-(`blame`). DALI reads and decodes; it draws nothing at random.
+A source says what DALI is fed of a batch (`read`), what its pipeline does with that (`graph`) and
+how the outcome gets into the loader's buffer (`fill`). DALI decodes; it draws nothing at random.
 """
 
-import hashlib
 import os
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-from fastcnn.cache import cache_dir
 from fastcnn.config import AugmentConfig
 from fastcnn.data import augment as augmentation
-from fastcnn.data.decode import BadImageError, decode
 from fastcnn.data.draws import generator
-from fastcnn.data.files import Files, read_file
+from fastcnn.data.files import Files
 from fastcnn.data.geometry import resize_box, whole_boxes
-from fastcnn.data.progress import progress_bar
 from fastcnn.data.store import Images
 from fastcnn.errors import DataError
 
-SLOW_IMAGES = 1000  # more that are converted are announced in a log
 Fed = tuple[Any, ...]
 
 
@@ -51,8 +43,11 @@ class PackedSource:
     def begin(self, epoch: int) -> None:
         """Nothing changes from epoch to epoch."""
 
-    def read(self, samples: np.ndarray) -> Fed:
-        """Return uint8 (n, H, W, 3). Raises DataError for a file that was cut."""
+    def read(self, samples: np.ndarray) -> Callable[[], Fed]:
+        """Return what reads uint8 (n, H, W, 3). That raises DataError for a file that was cut."""
+        return partial(self._read, samples)
+
+    def _read(self, samples: np.ndarray) -> Fed:
         if self.file is None:
             return (self.pixels[samples],)
         batch = np.empty((len(samples), *self.pixels.shape[1:]), np.uint8)
@@ -88,8 +83,14 @@ class PackedSource:
     def fill(self, outputs: Any, samples: np.ndarray, pixels: torch.Tensor) -> None:
         pixels.copy_(torch.from_dlpack(outputs[0].as_tensor()), non_blocking=True)
 
-    def blame(self, batches: Iterable[np.ndarray], reason: str) -> DataError:
-        return DataError(f"--loader dali: DALI failed: {reason}")
+    def close(self) -> None:
+        """Close the file."""
+        if self.file is not None:
+            self.file.close()
+
+    def name(self, sample: int) -> str:
+        """Return what a message calls a sample."""
+        return f"image {sample}"
 
 
 def _file_of(pixels: np.ndarray) -> tuple[BinaryIO | None, int]:
@@ -121,15 +122,21 @@ def _granularity() -> int:
 
 class FileSource:
     """Image files, of which the part that is seen (geometry.py, or a random resized crop) is
-    decoded. `crops`: smallest area of a random resized crop, 1 for none."""
+    decoded. `crops`: smallest area of a random resized crop, 1 for none.
+
+    DALI gets their bytes, not their paths, and none but those that the scan has decoded: where it
+    cannot parse one image of a batch it may kill the process (DALI 2.4: an error leaves the decoder
+    while its threads still use what it leaves).
+    """
 
     def __init__(self, files: Files, augment: AugmentConfig | None, seed: int) -> None:
-        self.files = files = converted(files)
-        self.root = os.fsencode(files.root.absolute())
+        self.files = files
         self.crops = 1.0 if augment is None else augment.resized_crop
         self.seed = seed
         self.boxes = whole_boxes(files.shapes, files.resize).astype(np.int32)
         self.resized = self.crops < 1 or bool((self.boxes[:, 2:] != files.sides).any())
+        self.threads = cores()
+        self.pool = ThreadPoolExecutor(self.threads)
 
     def begin(self, epoch: int) -> None:
         """Draw the epoch's random resized crops."""
@@ -139,31 +146,27 @@ class FileSource:
             boxes = augmentation.resized_boxes(shapes, self.crops, source)
             self.boxes = boxes.numpy().astype(np.int32)
 
-    def read(self, samples: np.ndarray) -> Fed:
-        """Return paths (as bytes in uint8), corners and sides of what is seen, int32 (n, 2).
-
-        Raises DataError for a file that is gone or has another length. DALI finds that too, but
-        writes a line of its own about it that names no file.
-        """
-        paths = [
-            os.path.join(self.root, os.fsencode(path))
-            for path in self.files.paths[samples].tolist()
-        ]
-        self._check_lengths(samples, np.array([_length_of(path) for path in paths]))
+    def read(self, samples: np.ndarray) -> Callable[[], Fed]:
+        """Begin to read files, and return what waits for them: their bytes (as uint8), corners and
+        sides of what is seen, int32 (n, 2). That raises DataError for a file gone or changed."""
+        parts = np.array_split(samples, self.threads)
+        reading = [self.pool.submit(_encoded, self.files, part) for part in parts]
         boxes = self.boxes[samples]
-        fed = [np.frombuffer(path, np.uint8) for path in paths]
-        return fed, boxes[:, :2].copy(), boxes[:, 2:].copy()
+
+        def wait() -> Fed:
+            encoded = [data for part in reading for data in part.result()]
+            return encoded, boxes[:, :2].copy(), boxes[:, 2:].copy()
+
+        return wait
 
     def graph(self, fn: Any, types: Any, feed: Any, on_gpu: bool) -> tuple[Any, ...]:
-        path, corner, sides = fn.external_source(
+        encoded, corner, sides = fn.external_source(
             source=feed,
             num_outputs=3,
             batch=True,
             dtype=[types.UINT8, types.INT32, types.INT32],
             ndim=[1, 1, 1],
         )
-        # a file that is cut while it is mapped would kill the process
-        encoded = fn.io.file.read(path, dont_use_mmap=True)
         device = "mixed" if on_gpu else "cpu"
         pixels = fn.decoders.image_slice(
             encoded, corner, sides, axis_names="HW", device=device, output_type=types.RGB
@@ -176,12 +179,10 @@ class FileSource:
                 interp_type=types.INTERP_LINEAR,
                 antialias=True,
             )
-        return pixels, encoded.shape()
+        return (pixels,)
 
     def fill(self, outputs: Any, samples: np.ndarray, pixels: torch.Tensor) -> None:
-        """Raises DataError for a file that has another length than when it was listed."""
-        decoded, lengths = outputs
-        self._check_lengths(samples, np.asarray(lengths.as_tensor())[:, 0])
+        decoded = outputs[0]
         if pixels.is_cuda or not self.resized:
             pixels.copy_(torch.from_dlpack(decoded.as_tensor()), non_blocking=True)
             return
@@ -190,102 +191,26 @@ class FileSource:
             image = np.asarray(decoded[i])
             target[i] = resize_box(image, np.array([0, 0, *image.shape[:2]]), self.files.sides)
 
-    def _check_lengths(self, samples: np.ndarray, found: np.ndarray) -> None:
-        wrong = np.flatnonzero(found != self.files.lengths[samples])
-        if len(wrong):
-            sample = samples[wrong[0]]
-            raise self._problem(sample) or DataError(
-                f"{self._path(sample)}: changed: {self.files.lengths[sample]} bytes when it was "
-                f"listed, {found[wrong[0]]} now"
-            )
+    def close(self) -> None:
+        """End the threads."""
+        self.pool.shutdown(cancel_futures=True)
 
-    def blame(self, batches: Iterable[np.ndarray], reason: str) -> DataError:
-        """Return the error that names the file for which DALI failed, of those under way.
-
-        DALI rarely says which: they are read again, those first whose length has changed.
-        """
-        samples = np.concatenate(list(batches)).tolist()
-        suspects = sorted(samples, key=self._has_its_length)
-        pool = ThreadPoolExecutor(cores())
-        try:
-            problems = (found for found in pool.map(self._problem, suspects) if found)
-            if problem := next(problems, None):
-                return problem
-        finally:
-            pool.shutdown(cancel_futures=True)
-        return DataError(
-            f"{self._path(samples[0])}, or another of its batch: DALI cannot read it: {reason}"
-        )
-
-    def _path(self, sample: int) -> Path:
-        return self.files.root / str(self.files.paths[sample])
-
-    def _has_its_length(self, sample: int) -> bool:
-        return _length_of(self._path(sample)) == self.files.lengths[sample]
-
-    def _problem(self, sample: int) -> DataError | None:
-        try:
-            height, width, _ = self.files.read(sample).shape
-        except DataError as error:
-            return error
-        was_height, was_width = self.files.shapes[sample].tolist()
-        if (height, width) == (was_height, was_width):
-            return None
-        return DataError(
-            f"{self._path(sample)}: changed: {was_width} x {was_height} pixels when it was "
-            f"listed, {width} x {height} now"
-        )
+    def name(self, sample: int) -> str:
+        """Return a sample's path."""
+        return self.files.path(sample)
 
 
-def _length_of(path: "str | bytes | Path") -> int:
-    """Return the bytes of a file, -1 for one that is gone."""
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
+def _encoded(files: Files, samples: np.ndarray) -> list[np.ndarray]:
+    """Return files for DALI; those of which it might make other pixels, decoded, as PPM files."""
+    found = []
+    for sample in samples.tolist():
+        if files.plain[sample]:
+            data = files.encoded(sample)
+        else:
+            pixels = files.read(sample)
+            data = b"P6\n%d %d\n255\n" % pixels.shape[1::-1] + pixels.tobytes()
+        found.append(np.frombuffer(data, np.uint8))
+    return found
 
 
 Source = PackedSource | FileSource
-
-
-def converted(files: Files) -> Files:
-    """Return the files with those that are not `plain` replaced by PNG files in the cache, of the
-    same pixels, which DALI reads as decode.py reads the originals.
-
-    They are named after the originals' contents. Raises DataError for a file that cannot be read or
-    written.
-    """
-    odd = np.flatnonzero(~files.plain).tolist()
-    if not odd:
-        return files
-    folder = cache_dir() / "converted"
-    folder.mkdir(exist_ok=True)
-    names, lengths = files.paths.tolist(), files.lengths.copy()
-    announce = len(odd) > SLOW_IMAGES
-    with (
-        ThreadPoolExecutor(cores()) as pool,
-        progress_bar("converting images for DALI", len(odd), announce=announce) as advance,
-    ):
-        made = pool.map(lambda sample: _convert(files, sample, folder), odd)
-        for sample, path in zip(odd, made, strict=True):
-            names[sample], lengths[sample] = str(path.absolute()), path.stat().st_size
-            advance(1)
-    return replace(files, paths=np.array(names), lengths=lengths)
-
-
-def _convert(files: Files, sample: int, folder: Path) -> Path:
-    from PIL import Image
-
-    path = files.root / str(files.paths[sample])
-    try:
-        data = read_file(path, int(files.lengths[sample]))
-        target = folder / f"{hashlib.sha256(data).hexdigest()}.png"
-        if not target.exists():
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=".tmp-", delete=False) as file:
-                Image.fromarray(decode(data).pixels).save(file, "PNG", compress_level=1)
-            os.replace(file.name, target)
-    except BadImageError as error:
-        raise DataError(f"{path}: {error}; it was readable before") from error
-    except OSError as error:
-        raise DataError(f"cannot convert {path} into {folder}: {error.strerror}") from error
-    return target

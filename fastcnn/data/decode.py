@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from fastcnn.data.plain import is_plain
+
 MAX_PIXELS = 89_478_485  # Pillow's own limit, where it begins to warn of decompression bombs
 EXTENSIONS = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
 GREY_MODES = frozenset(("1", "L", "LA", "La", "I", "F"))
-# DALI's pixels are Pillow's own here (16-bit, CMYK, palette and turned ones included)
-PLAIN_FORMATS = frozenset(("JPEG", "PNG", "BMP", "PPM"))
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # behind EXTENSIONS, no other
 
 
 class BadImageError(ValueError):
@@ -28,8 +29,8 @@ class BadImageError(ValueError):
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image: pixels uint8 (H, W, 3), upright. grey: its file has no colours. plain: any decoder
-    gives these pixels, for nothing had to be decided (transparency) and the format is common."""
+    """An image: pixels uint8 (H, W, 3), upright. grey: its file has no colours. plain: DALI gives
+    these pixels too (plain.py), for nothing had to be decided, as with transparency."""
 
     pixels: np.ndarray
     grey: bool
@@ -46,11 +47,11 @@ def decode(data: bytes) -> Decoded:
     if not data:
         raise BadImageError("empty")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImageError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS}")
             grey = image.mode in GREY_MODES or image.mode.startswith("I;16")
-            plain = image.format in PLAIN_FORMATS and not _transparent(image)
+            plain = not _transparent(image) and is_plain(image.format, data)
             return Decoded(np.asarray(_to_rgb(image)), grey, plain)
     except BadImageError:
         raise

@@ -17,10 +17,10 @@ from fastcnn.config import DataConfig
 from fastcnn.data.choose import choose
 from fastcnn.data.decode import EXTENSIONS, BadImageError, decode, no_warnings
 from fastcnn.data.examine import Record, Source, View, examine_all, read_whole
-from fastcnn.data.files import Files
+from fastcnn.data.files import Files, Stamp
 from fastcnn.data.left_out import OneSize, checked, refuse_bad, refuse_lost_classes
 from fastcnn.data.listing import Layout, find_layout
-from fastcnn.data.scan import Scan, Stamp, scan
+from fastcnn.data.scan import Scan, scan
 from fastcnn.data.store import (
     SLOW_IMAGES,
     Account,
@@ -185,7 +185,8 @@ def _left_in_files(
         root=root,
         paths=np.array(names),
         labels=np.concatenate(list(labels.values())),
-        lengths=np.array([files[path][0] for path in names], dtype=np.int64),
+        stamps=np.array([files[path] for path in names], dtype=np.int64),
+        hashes=known.hashes,
         shapes=known.shapes,
         sums=known.sums,
         plain=known.plain,

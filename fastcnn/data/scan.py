@@ -17,13 +17,13 @@ import numpy as np
 
 from fastcnn.cache import cache_dir
 from fastcnn.data.examine import Record, Source, View, examine_all, read_whole
+from fastcnn.data.files import Stamp
 from fastcnn.data.progress import progress_bar
 from fastcnn.data.store import SLOW_IMAGES, fingerprint, remove_stale
 
 log = logging.getLogger(__name__)
 
-# Bytes, mtime and ctime in ns; the ctime tells of contents replaced under an old mtime (cp -p)
-Stamp = tuple[int, int, int]
+RULES = 2  # of what decode.py reads and calls plain; part of the file's name
 ARRAYS = ("shapes", "sums", "grey", "plain", "hashes")  # of a Scan, one row a file
 Check = Callable[[list[tuple[str, tuple[int, int], bool]]], None]
 
@@ -80,7 +80,7 @@ def scan(
     check: called with path, shape and greyness of the readable files among a few that were examined
     now; it may raise. However the scan ends, what was examined is kept.
     """
-    key = fingerprint("scan", str(root.resolve()), view.side, view.resize)
+    key = fingerprint("scan", RULES, str(root.resolve()), view.side, view.resize)
     cached = cache_dir() / f"{key}.scan.npz"
     stamps = np.array([files[name] for name in names], dtype=np.int64).reshape(-1, 3)
     found, missing = _recall(cached, names, stamps)

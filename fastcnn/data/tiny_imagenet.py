@@ -13,11 +13,11 @@ import torch
 from fastcnn.cache import cache_dir
 from fastcnn.config import DataConfig
 from fastcnn.data.download import check_md5, download
+from fastcnn.data.files import Stamp
 from fastcnn.data.folder import image_key, list_folder, load_layout, warn_ignored
 from fastcnn.data.left_out import checked
 from fastcnn.data.listing import Layout
 from fastcnn.data.paths import given_path, kind_of
-from fastcnn.data.scan import Stamp
 from fastcnn.data.store import Dataset, fingerprint, load_packed, pack
 from fastcnn.data.tiny_layout import ANNOTATIONS, WNIDS, tiny_layout
 from fastcnn.data.zip import zip_contents
