@@ -57,7 +57,7 @@ def test_record_of_a_bad_image():
     ],
 )
 def test_a_reason_is_one_printable_line(monkeypatch, error, reason):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr("PIL.Image.open", fail)
