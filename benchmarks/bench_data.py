@@ -348,7 +348,7 @@ def show(name: str, result: Any) -> None:
         print(f"  {loader:<12}{text}  {times}", flush=True)
 
 
-def main(words: list[str] | None = None) -> int:
+def options_of(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--only", nargs="+", choices=[s.name for s in SETS], default=[])
@@ -356,7 +356,11 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="of a turn, about")
     parser.add_argument("--images", type=int, help="at most so many of each set")
-    options = parser.parse_args(words)
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> int:
+    options = options_of(words)
     device = torch.device(options.device)
     if has_dali():
         from nvidia.dali import fn  # noqa: F401 - before torchvision (NVIDIA/DALI#2872)

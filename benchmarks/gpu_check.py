@@ -3,6 +3,7 @@
     python benchmarks/gpu_check.py                  # all stages; exit code 0 only if all passed
     python benchmarks/gpu_check.py --stages build,tests
     python benchmarks/gpu_check.py --stages build,bench-small,loaders   # the reports' batch sizes
+    python benchmarks/gpu_check.py --stages build,tests,loader-rivals   # with DALI, if installed
     python benchmarks/gpu_check.py --stages build,time-to-accuracy      # needs CIFAR-10
     python benchmarks/gpu_check.py --stages build,conv  # the fused convolution: tests, sanitizers,
                                                         # layers, steps, inference
@@ -305,6 +306,20 @@ def loaders(check: Check, budget_s: float) -> Result:
     return _fastcnn_bench(check, "loaders", budget_s, words)
 
 
+def loader_rivals(check: Check, budget_s: float) -> Result:
+    """Our loaders, DALI's where it is installed, against torchvision's DataLoader."""
+    written = check.scratch / "loader-rivals.json"
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "bench_data.py")]
+    command += ["--device", check.device, "--json", str(written)]
+    if not check.on_gpu:
+        command += ["--only", "cifar", "--rounds", "1", "--images", "64", "--seconds", "0.05"]
+    state, seconds = check.run(command, "loader-rivals.log", budget_s)
+    content = _read(written)
+    if state == "passed" and not content.get("results"):
+        state = "failed"
+    return {"state": state, "seconds": seconds, "content": content}
+
+
 def time_to_accuracy(check: Check, budget_s: float) -> Result:
     """Train vgg16 to 94 % on the images of FASTCNN_BENCH_DATA, else CIFAR-10; five seeds."""
     words = ["--time-to-accuracy", "0.94", "--arch", "vgg16", "--recipe", "fast", "--seeds", "5"]
@@ -394,6 +409,7 @@ STAGES: dict[str, tuple[Callable[[Check, float], Result], float]] = {
     "bench-step": (bench_step, 200),
     "bench-small": (bench_small, 330),
     "loaders": (loaders, 90),
+    "loader-rivals": (loader_rivals, 300),
     "time-to-accuracy": (time_to_accuracy, 300),
     "conv-tests": (conv_tests, 95),
     "conv-sanitizers": (conv_sanitizers, 70),
@@ -403,7 +419,7 @@ STAGES: dict[str, tuple[Callable[[Check, float], Result], float]] = {
 }
 GROUPS = {"conv": [name for name in STAGES if name.startswith("conv-")]}
 # the time of all others; time-to-accuracy needs CIFAR-10 as well
-NAMED_ALONE = ("bench-small", "loaders", "time-to-accuracy", *GROUPS["conv"])
+NAMED_ALONE = ("bench-small", "loaders", "loader-rivals", "time-to-accuracy", *GROUPS["conv"])
 UNASKED = [name for name in STAGES if name not in NAMED_ALONE]
 NEED_THE_LIBRARY = [name for name in STAGES if name not in ("build", "tests")]
 
@@ -446,7 +462,9 @@ def line_of(name: str, result: Result) -> str:
     if names := result.get("not_collected"):
         words.append(f"not collected: {', '.join(names)}")
     words += [f"{tool} {one['state']}" for tool, one in result.get("tools", {}).items()]
-    if content := result.get("content"):
+    content = result.get("content") or {}
+    words += content.get("targets", [])
+    if content.get("rows"):
         words += timed(content)
     if compiled := result.get("compiled"):
         words += [f"with compile: {word}" for word in timed(compiled)]

@@ -416,6 +416,20 @@ def test_a_comparison_without_ours_has_failed(check, monkeypatch, backend, why, 
     assert gpu_check.bench_step(check, 60)["state"] == state
 
 
+@pytest.mark.parametrize("results", [{}, {"cifar": {}}])
+def test_loaders_without_figures_have_failed(check, monkeypatch, results):
+    from bench_data import options_of
+
+    def run(self, command, log, budget_s):
+        options = options_of(command[2:])
+        assert options.device == check.device
+        Path(options.json).write_text(json.dumps({"results": results}))
+        return "passed", 1.0
+
+    monkeypatch.setattr(gpu_check.Check, "run", run)
+    assert gpu_check.loader_rivals(check, 60)["state"] == ("passed" if results else "failed")
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"], ids=["on a CPU", "on a GPU"])
 def test_the_words_of_each_comparison_are_options(check, monkeypatch, device):
     from fastcnn.bench.options import settings_of
