@@ -43,8 +43,8 @@ from fastcnn.bench.timing import ratios, spread
 from fastcnn.config import AugmentConfig, DataConfig
 from fastcnn.data import Images, Normalization, make_loader
 from fastcnn.data.choose import has_dali
-from fastcnn.data.dali_sources import cores
 from fastcnn.data.decode import decode
+from fastcnn.data.examine import cores
 from fastcnn.data.files import Files, Stamp
 from fastcnn.errors import UsageError
 from fastcnn.ops import load

@@ -16,17 +16,13 @@ import torch
 from fastcnn.config import AugmentConfig
 from fastcnn.data import augment as augmentation
 from fastcnn.data.draws import generator
+from fastcnn.data.examine import cores
 from fastcnn.data.files import Files
 from fastcnn.data.geometry import resize_box, whole_boxes
 from fastcnn.data.store import Images
 from fastcnn.errors import DataError
 
 Fed = tuple[Any, ...]
-
-
-def cores() -> int:
-    """Cores that this process may use: what DALI gets for its threads."""
-    return len(os.sched_getaffinity(0))
 
 
 class PackedSource:

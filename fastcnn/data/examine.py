@@ -77,6 +77,11 @@ class Record:
     pixels: np.ndarray | None = None
 
 
+def cores() -> int:
+    """Return how many cores this process may use: the threads of the scan, and DALI's."""
+    return len(os.sched_getaffinity(0))
+
+
 def examine(read: Callable[[], bytes], view: View, keep_pixels: bool) -> Record:
     """Read an image, decode it and keep the pixels that evaluation sees or, for a scan, their sums
     alone."""
@@ -111,7 +116,7 @@ def examine_all(
 ) -> Iterator[list[tuple[Source, Record]]]:
     """Yield a few images at a time, in order, examined in threads where files are large enough to
     gain by it; few are in memory at once."""
-    threads = len(os.sched_getaffinity(0)) if mean_bytes >= THREADED_BYTES else 1
+    threads = cores() if mean_bytes >= THREADED_BYTES else 1
     chunks = _chunks(sources, max(1, min(CHUNK, int(CHUNK_BYTES / max(mean_bytes, 1)))))
     with no_warnings():
         if threads == 1:

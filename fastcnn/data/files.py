@@ -106,7 +106,7 @@ def read_stamped(path: str | Path, length: int) -> tuple[bytes, Stamp]:
     Raises BadImageError if it cannot be read.
     """
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # at half the time of open()
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             data = os.read(file, length + 1)
             while len(data) < length and (more := os.read(file, length - len(data))):
