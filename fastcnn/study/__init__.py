@@ -1,0 +1,1 @@
+"""Studies: configurations trained over several seeds, compared in one table."""
