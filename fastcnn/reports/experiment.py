@@ -42,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Claim:
-    """A conclusion of the report: `better` reaches a higher `figure` than `worse` (keys of rows)."""
+    """A conclusion of the report: row `better` reaches a higher `figure` than row `worse`."""
 
     text: str
     better: str
