@@ -64,6 +64,9 @@ class DataConfig:
     )
     train_subset: int | None = option(None, "train on this many images, drawn by the seed", low=1)
     test_subset: int | None = option(None, "test on this many images, drawn by the seed", low=1)
+    epoch_images: int | None = option(
+        None, "train on this many images an epoch, drawn anew each time; default: all", low=1
+    )
     val_fraction: float = option(
         0.0,
         "part of the training images held out for validation; 0: the test images are the "
@@ -158,6 +161,11 @@ class OptimConfig:
         0.0, "cosine, one-cycle: last learning rate as a fraction of the peak", low=0, high=1
     )
     time_decay: float = option(1e-6, "inverse-time: d in lr / (1 + d·step)", low=0)
+    loss: Literal["cross-entropy", "softmax-twice"] = option(
+        "cross-entropy",
+        "cross-entropy: of the logits; softmax-twice: of their softmax, taken for logits by "
+        "mistake, as figures of one report suggest",
+    )
     label_smoothing: float = option(0.1, "label smoothing", low=0, high=1, open_high=True)
     mixup: float = option(0.0, "alpha of mixup; 0: off", low=0, high=100)
     cutmix: float = option(0.0, "alpha of cutmix; 0: off", low=0, high=100)
@@ -298,5 +306,7 @@ def check_combinations(config: Config) -> None:
         raise UsageError(f"--milestones: expected rising epochs, got {optim.milestones}")
     if optim.warmup_epochs >= optim.epochs:
         raise UsageError("--warmup-epochs: must be less than --epochs")
+    if config.data.epoch_images is not None and not config.data.shuffle:
+        raise UsageError("--epoch-images: are drawn anew each epoch; leave --no-shuffle out")
     if augment.resized_crop < 1 and augment.crop_padding > 0:
         raise UsageError("--resized-crop: takes the place of pad-and-crop; add --crop-padding 0")

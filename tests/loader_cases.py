@@ -39,6 +39,7 @@ def loader_of(
     seed=0,
     shuffle=True,
     drop_last=False,
+    epoch_images=None,
     rank=0,
     world=1,
 ):
@@ -54,6 +55,7 @@ def loader_of(
         seed=seed,
         shuffle=shuffle,
         drop_last=drop_last,
+        epoch_images=epoch_images,
         backend=backend,
         rank=rank,
         world=world,

@@ -37,6 +37,7 @@ def test_every_default_passes_its_own_check_and_has_a_help_text():
         ({"lr": -1.0}, "--lr: must be more than 0, got -1.0"),
         ({"lr": float("nan")}, "--lr: expected a finite number"),
         ({"lr": "fast"}, "--lr: expected a number, got 'fast'"),
+        ({"epoch_images": 9, "shuffle": False}, "--epoch-images: are drawn anew each epoch"),
         ({"epochs": 0}, "--epochs: must be at least 1, got 0"),
         ({"epochs": 2.5}, "--epochs: expected a whole number, got 2.5"),
         ({"epochs": True}, "--epochs: expected a whole number"),

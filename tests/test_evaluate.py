@@ -134,8 +134,14 @@ def test_training_does_not_depend_on_evaluation(tmp_path, monkeypatch, more):
 @pytest.mark.parametrize("backend", ["torch", "fused"])
 @pytest.mark.parametrize(
     "more",
-    [{}, {"ema": 0.5}, {"amp": True, "test_flip": True}, {"val_fraction": 0.25}],
-    ids=["plain", "ema", "amp", "held out"],
+    [
+        {},
+        {"ema": 0.5},
+        {"amp": True, "test_flip": True},
+        {"val_fraction": 0.25},
+        {"val_fraction": 0.25, "restore_best": True, "loss": "softmax-twice"},
+    ],
+    ids=["plain", "ema", "amp", "held out", "softmax twice"],
 )
 def test_a_run_ends_with_the_figures_of_its_evaluation(tmp_path, more, backend):
     outcome = start(tmp_path, "run", backend=backend, **WITH_NORMS, **more)

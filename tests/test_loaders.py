@@ -113,6 +113,38 @@ def test_loaders_are_bit_equal_without_augmentation(mode, augment):
     assert {bytes(x.numpy()) for x in got} == {bytes(x.numpy()) for x in expected.values()}
 
 
+@pytest.mark.parametrize("kind", LOADERS)
+def test_images_of_an_epoch_are_drawn_anew_each_time(kind):
+    images = numbered(20)
+    loader = loader_of(images, kind, epoch_images=6)
+    whole = loader_of(images, kind)
+    assert (len(loader), loader.samples) == (2, 6)
+    epochs = [epoch_labels(loader) for _ in range(30)]
+    assert all(len(set(labels)) == 6 for labels in epochs)
+    assert epochs[0] == epoch_labels(whole)[:6]  # of the order of all, the first
+    assert set().union(*epochs) == set(range(20))
+
+
+def test_images_of_an_epoch_are_resumed_and_shared_by_processes():
+    images = numbered(20)
+    whole = loader_of(images, epoch_images=10)
+    first = next(iter(whole))[1].tolist()
+    resumed = loader_of(images, epoch_images=10)
+    resumed.load_state_dict({"epoch": 0, "position": 4})
+    rest = [label for _, labels in resumed for label in labels.tolist()]
+    shares = [
+        epoch_labels(loader_of(images, epoch_images=10, rank=rank, world=3)) for rank in range(3)
+    ]
+    expected = epoch_labels(loader_of(images, epoch_images=10))
+    assert first + rest == expected
+    assert shares == [expected[rank::3] for rank in range(3)]
+
+
+def test_more_images_of_an_epoch_than_there_are():
+    with pytest.raises(UsageError, match="--epoch-images 21: there are 20 training images"):
+        loader_of(numbered(20), epoch_images=21)
+
+
 @pytest.mark.parametrize(("kind", "workers", "place"), CASES)
 @pytest.mark.parametrize("augment", [EVERYTHING, FUSED])
 def test_resume_at_every_position(kind, workers, place, augment, tmp_path):

@@ -51,3 +51,13 @@ def test_cross_entropy_is_fp32_with_smoothing():
     log_p = logits.float().log_softmax(1)
     target = torch.full((8, 5), 0.02).scatter(1, labels[:, None], 0.92)
     torch.testing.assert_close(found, -(target * log_p).sum(1).mean())
+
+
+def test_cross_entropy_of_a_softmax_taken_for_logits():
+    logits, labels = torch.randn(8, 5), torch.arange(8) % 5
+    p = logits.softmax(1)
+    expected = -(p.gather(1, labels[:, None])[:, 0] - p.exp().sum(1).log()).mean()
+    torch.testing.assert_close(cross_entropy(logits, labels, loss="softmax-twice"), expected)
+    sure = torch.full((1, 5), -99.0).index_fill(1, torch.tensor([2]), 99.0)
+    floor = cross_entropy(sure, torch.tensor([2]), loss="softmax-twice")
+    assert float(floor) == pytest.approx(torch.log(torch.tensor(4 + torch.e)).item() - 1)

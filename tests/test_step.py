@@ -115,6 +115,23 @@ def linear_step(**options):
     return model, make_step(model, momentum=0.0, nesterov=False, **options), images
 
 
+@pytest.mark.parametrize("mixing", [{}, {"mixup": 1.0}])
+def test_the_step_descends_the_loss_that_is_asked_for(mixing):
+    weights = {}
+    for loss in ("cross-entropy", "softmax-twice"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(3, 10))
+        step = make_step(model, optimizer="sgd", lr=1.0, momentum=0.0, loss=loss, **mixing)
+        images, labels = batch(20, 1)
+        before = model[1].weight.detach().clone()
+        step(images, labels)
+        weights[loss] = model[1].weight.detach() - before
+        reached = step.metrics.read().loss
+        if loss == "softmax-twice":
+            assert 1.46 < reached < 2.47  # ln(9 + e) - 1 to ln(9 + e)
+    assert weights["softmax-twice"].norm() < 0.5 * weights["cross-entropy"].norm()
+
+
 def test_clipping_limits_the_norm_of_the_gradient():
     labels = torch.tensor([0, 1, 2, 0])
     for clip, expected in ((0.5, 0.5), (0.0, None)):

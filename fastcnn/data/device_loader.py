@@ -45,6 +45,7 @@ class DeviceLoader(Loader):
         backend: str,
         rank: int,
         world: int,
+        epoch_images: int | None = None,
     ) -> None:
         super().__init__(
             samples,
@@ -52,6 +53,7 @@ class DeviceLoader(Loader):
             seed=seed,
             shuffle=shuffle,
             drop_last=drop_last,
+            epoch_images=epoch_images,
             rank=rank,
             world=world,
         )

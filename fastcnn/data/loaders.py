@@ -33,9 +33,10 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 class Loader(abc.ABC):
     """The order of samples and the position in it; a subclass delivers the batches.
 
-    Of `total` images a process of several (`rank` of `world`) has every world-th of the epoch's
-    order, `samples` in all. `epoch` and `position` (samples handed out of this epoch) are what
-    `state_dict` saves. One iteration at a time.
+    An epoch has the first `epoch_images` (None: all) of an order of `total` images, of which a
+    process of several (`rank` of `world`) has every world-th, `samples` in all. `epoch` and
+    `position` (samples handed out of this epoch) are what `state_dict` saves. One iteration at a
+    time.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Loader(abc.ABC):
         seed: int,
         shuffle: bool,
         drop_last: bool,
+        epoch_images: int | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -53,18 +55,21 @@ class Loader(abc.ABC):
             raise ValueError(f"rank: expected 0 to {world - 1}, got {rank}")
         if total == 0:
             raise DataError("no images to load")
-        samples = len(range(rank, total, world))
+        if epoch_images is not None and epoch_images > total:
+            raise UsageError(f"--epoch-images {epoch_images}: there are {total} training images")
+        taken = total if epoch_images is None else epoch_images
+        samples = len(range(rank, taken, world))
         if samples == 0:
             raise DataError(
-                f"process {rank} of {world}: {total} images leave none for it; "
-                f"start {total} processes at most"
+                f"process {rank} of {world}: {taken} images leave none for it; "
+                f"start {taken} processes at most"
             )
         if drop_last and samples < batch_size:
             raise UsageError(
                 f"--drop-last: {samples} images make no whole batch of {batch_size}; "
                 f"take --batch-size {samples} or less"
             )
-        self.total, self.samples = total, samples
+        self.total, self.taken, self.samples = total, taken, samples
         self.rank, self.world = rank, world
         self.batch_size = batch_size
         self.seed = seed
@@ -98,7 +103,7 @@ class Loader(abc.ABC):
     def epoch_samples(self) -> torch.Tensor:
         """Return int64 (samples,): the numbers of this process's samples in the epoch's order."""
         order = epoch_order(self.seed, self.epoch, self.total, self.shuffle)
-        return order[self.rank :: self.world]
+        return order[: self.taken][self.rank :: self.world]
 
     def stage(self, count: int) -> None:  # noqa: B027 - the resident loader has nothing to bring
         """Bring the data of the next `count` images to where `batch` takes them from."""
@@ -147,6 +152,7 @@ def make_loader(
     seed: int,
     shuffle: bool,
     drop_last: bool,
+    epoch_images: int | None = None,
     backend: str = "auto",
     rank: int = 0,
     world: int = 1,
@@ -158,11 +164,12 @@ def make_loader(
     torch), "auto" (fused where a library is loaded that has kernels for `dtype`). All give the same
     bits. rank, world: this process's part of the images, every world-th of the epoch's order.
 
-    The order is a permutation by (seed, epoch), each sample once an epoch; what becomes of a sample
+    The order is a permutation by (seed, epoch), each sample once an epoch, or with `epoch_images`
+    so many of them; what becomes of a sample
     depends on (seed, epoch, sample) alone. Raises DataError for no images, in all or for this
     process, ValueError for a rank outside the world, UsageError for a batch larger than the set
-    with `drop_last`, for padding that cannot be reflected, for --loader resident of files, and for
-    a loader whose package is missing.
+    with `drop_last`, for more images an epoch than there are, for padding that cannot be
+    reflected, for --loader resident of files, and for a loader whose package is missing.
     """
     if augment is not None:
         augmentation.check(augment, *images.sides)
@@ -173,6 +180,7 @@ def make_loader(
         "seed": seed,
         "shuffle": shuffle,
         "drop_last": drop_last,
+        "epoch_images": epoch_images,
         "rank": rank,
         "world": world,
     }

@@ -53,6 +53,7 @@ class TorchLoader(Loader):
         drop_last: bool,
         rank: int,
         world: int,
+        epoch_images: int | None = None,
     ) -> None:
         super().__init__(
             len(images),
@@ -60,6 +61,7 @@ class TorchLoader(Loader):
             seed=seed,
             shuffle=shuffle,
             drop_last=drop_last,
+            epoch_images=epoch_images,
             rank=rank,
             world=world,
         )

@@ -33,7 +33,7 @@ class Evaluator:
 
     `folded.network` computes: the model with its norms folded, in the precision's dtype, refreshed
     by each evaluation; the model itself is read and no more. `flip`: the logits are the mean of
-    those of an image and of its mirror image. `required`: see `Replay`.
+    those of an image and of its mirror image. `required`: see `Replay`. `loss`: as the option.
     """
 
     def __init__(
@@ -46,8 +46,9 @@ class Evaluator:
         flip: bool = False,
         recorder: Recorder | None = None,
         required: bool = False,
+        loss: str = "cross-entropy",
     ):
-        self.loader, self.flip = loader, flip
+        self.loader, self.flip, self.loss = loader, flip, loss
         self.dtype = precision.dtype
         self.folded = Folded(model, self.dtype)
         self.metrics = Metrics(device)
@@ -80,7 +81,8 @@ class Evaluator:
         """One batch, on the device alone."""
         images = images.to(self.dtype or images.dtype)
         logits = predict(self.folded.network, images, self.flip)
-        self.metrics.update(cross_entropy(logits, labels), logits, labels)
+        loss = cross_entropy(logits, labels, loss=self.loss)
+        self.metrics.update(loss, logits, labels)
         self.counts += confusion(logits, labels)
 
 
@@ -101,6 +103,7 @@ def evaluate(
     precision: Precision,
     device: torch.device,
     flip: bool = False,
+    loss: str = "cross-entropy",
 ) -> Evaluation:
     """Evaluate once; see `Evaluator`."""
-    return Evaluator(model, loader, classes, precision, device, flip)()
+    return Evaluator(model, loader, classes, precision, device, flip, loss=loss)()

@@ -61,6 +61,7 @@ def new_evaluator(setup: Setup, step: TrainStep, loader: Any) -> Evaluator:
         setup.config.optim.test_flip,
         step.replay.recorder,
         step.replay.required,
+        setup.config.optim.loss,
     )
 
 
@@ -213,8 +214,16 @@ class Training:
     def _evaluate_best(self, loader: Any, stop: StopAtStepEdge) -> Evaluation:
         setup = self.setup
         model = load_trained(self.folder.best, setup.device, setup.backend).model
-        flip = setup.config.optim.test_flip
-        evaluator = Evaluator(model, loader, setup.classes, setup.precision, setup.device, flip)
+        optim = setup.config.optim
+        evaluator = Evaluator(
+            model,
+            loader,
+            setup.classes,
+            setup.precision,
+            setup.device,
+            optim.test_flip,
+            loss=optim.loss,
+        )
         return evaluator(stop.check)
 
     def _summary(self, test: Evaluation) -> dict[str, Any]:

@@ -74,6 +74,12 @@ def confusion(logits: Tensor, labels: Tensor) -> Tensor:
     return counts.scatter_add_(0, pairs, torch.ones_like(pairs)).view(classes, classes)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy in fp32, whatever the dtype of the logits."""
-    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+def cross_entropy(
+    logits: Tensor, labels: Tensor, smoothing: float = 0.0, loss: str = "cross-entropy"
+) -> Tensor:
+    """Mean cross-entropy in fp32, whatever the dtype of the logits; "softmax-twice": of their
+    softmax, as if that were logits, which leaves it within 1 of its start at ln(classes)."""
+    logits = logits.float()
+    if loss == "softmax-twice":
+        logits = logits.softmax(1)
+    return F.cross_entropy(logits, labels, label_smoothing=smoothing)

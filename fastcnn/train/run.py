@@ -194,7 +194,8 @@ def evaluate_run(
     feeding = (config, dataset.loader, trained.normalization, device, backend, precision)
     loader = evaluation_loader(images, *feeding)
     flip = options.get("test_flip", trained.config.optim.test_flip)
-    result = evaluate(trained.model, loader, len(trained.classes), precision, device, flip)
+    loss = trained.config.optim.loss
+    result = evaluate(trained.model, loader, len(trained.classes), precision, device, flip, loss)
     if not math.isfinite(result.figures.loss):
         raise NumbersError(f"{trained.path}: the loss is {result.figures.loss}: broken weights")
     return {

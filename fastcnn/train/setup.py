@@ -93,7 +93,8 @@ def prepare(config: Config) -> Setup:
     backend, why_torch = choose_backend(config.run.backend, device, precision.dtype)
     choose_convolution(config.run.conv, backend, device, precision.dtype)
     notes = [note for note in (precision.note, why_torch) if note]
-    drop_last = drops_last(len(dataset.train), network, config, notes)
+    samples = config.data.epoch_images or len(dataset.train)
+    drop_last = drops_last(samples, network, config, notes)
     train_loader = make_loader(
         dataset.train,
         replace(config.data, loader=dataset.loader),
@@ -105,6 +106,7 @@ def prepare(config: Config) -> Setup:
         seed=config.run.seed,
         shuffle=config.data.shuffle,
         drop_last=drop_last,
+        epoch_images=config.data.epoch_images,
         backend=backend,
     )
     feeding = (config, dataset.loader, normalization, device, backend, precision)

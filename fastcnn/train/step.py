@@ -152,13 +152,13 @@ class TrainStep:
         self._clock += 1
 
     def _forward(self, images: Tensor, labels: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        smoothing = self.config.label_smoothing
+        how = (self.config.label_smoothing, self.config.loss)
         images = images.to(self.precision.dtype or images.dtype)
         if not self.mixes:
             logits = self.network(images)
-            return cross_entropy(logits, labels, smoothing), logits
+            return cross_entropy(logits, labels, *how), logits
         images, own = mix.mix(images, row[2:])
         logits = self.network(images)
-        first = cross_entropy(logits, labels, smoothing)
-        second = cross_entropy(logits, labels.roll(1), smoothing)
+        first = cross_entropy(logits, labels, *how)
+        second = cross_entropy(logits, labels.roll(1), *how)
         return own * first + (1 - own) * second, logits

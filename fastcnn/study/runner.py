@@ -1,0 +1,298 @@
+"""Carry out the runs of a study: finished ones are kept, one that was stopped goes on.
+
+A run trains in this process, or with several jobs in processes of their own, each on a GPU of its
+own where there are several. Whatever stops the study, the same call goes on where it was.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastcnn.config import Config, PlaceConfig
+from fastcnn.errors import CheckpointError, FastcnnError, NumbersError, UsageError
+from fastcnn.insight.figures import read_metrics
+from fastcnn.study.plan import PlannedRun, RunResult, Variant, VariantResult
+from fastcnn.train import run
+from fastcnn.train.host import usable_cores
+from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
+from fastcnn.train.rundir import RunFolder
+
+POLL_S = 0.1
+SHOWN_CHANGES = 4  # of options that differ, in an error's one line
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that ended without a result, and why."""
+
+    planned: PlannedRun
+    reason: str
+
+
+def carry_out(
+    planned: Sequence[PlannedRun],
+    command: list[str],
+    jobs: int = 1,
+    quiet: bool = False,
+    say: Say = lambda text: None,
+) -> list[Failure]:
+    """Train every run that is not finished; return those whose numbers were not finite.
+
+    command: is recorded in each run. say: is told of each run's beginning and end. Raises what
+    ends a run (its other runs would end alike): Interrupted, with everything saved, DataError,
+    UsageError for a folder that holds a run with other options, CheckpointError for a full disk.
+    """
+    open_runs = [one for one in planned if not is_finished(one)]
+    told = Told(len(planned), len(planned) - len(open_runs), say)
+    if jobs == 1 or len(open_runs) < 2:
+        return _one_by_one(open_runs, command, quiet, told)
+    return _side_by_side(open_runs, command, jobs, told)
+
+
+def is_finished(planned: PlannedRun) -> bool:
+    """Whether the run's folder holds its result.
+
+    Raises UsageError where the folder holds a run with other options.
+    """
+    folder = RunFolder(planned.folder)
+    if not (planned.folder / "config.yaml").is_file():
+        return False
+    saved = run.forecast(folder.read_config())
+    wanted = run.forecast(planned.config)
+    if differing := [name for name in wanted if wanted[name] != saved[name]]:
+        changes = [f"{name}: {saved[name]}, now {wanted[name]}" for name in differing]
+        more = ", …" if len(changes) > SHOWN_CHANGES else ""
+        raise UsageError(
+            f"{planned.folder} holds a run with other options "
+            f"({'; '.join(changes[:SHOWN_CHANGES])}{more}); remove it, or give another --output"
+        )
+    return folder.read_summary() is not None
+
+
+def train_one(planned: PlannedRun, command: list[str], quiet: bool) -> None:
+    """Begin the run, or go on with it, in this process."""
+    if (planned.folder / "config.yaml").is_file():
+        place = PlaceConfig(resume=str(planned.folder))
+        machine = {k: v for k, v in planned.config.flat().items() if k in run.NEUTRAL_ON_RESUME}
+        run.resume(place, machine, command, quiet)
+        return
+    _clear(planned.folder)
+    place = PlaceConfig(output=str(planned.folder.parent), name=planned.folder.name)
+    run.start(planned.config, place, command, quiet)
+
+
+def _clear(folder: Path) -> None:
+    """Remove a folder that a run was killed in before it wrote what it is."""
+    with contextlib.suppress(FileNotFoundError):
+        for leftover in folder.glob(".*.part"):
+            leftover.unlink()
+        folder.rmdir()
+
+
+def results(variants: Sequence[Variant], planned: Sequence[PlannedRun]) -> list[VariantResult]:
+    """What the finished runs reached, by variant."""
+    found = []
+    for variant in variants:
+        own = sorted((one for one in planned if one.variant == variant), key=lambda one: one.seed)
+        runs = tuple(_result(one) for one in own if is_finished(one))
+        found.append(VariantResult(variant, runs))
+    return found
+
+
+def _result(planned: PlannedRun) -> RunResult:
+    summary = RunFolder(planned.folder).read_summary() or {}
+    try:
+        history = read_metrics(planned.folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{planned.folder / 'metrics.csv'} cannot be read ({error}); remove {planned.folder}"
+        ) from error
+    return RunResult(planned.seed, planned.folder, summary, history)
+
+
+@contextlib.contextmanager
+def claimed(root: Path) -> Iterator[None]:
+    """Hold `root` against another process that would train the same runs.
+
+    Raises UsageError where another one has it, or where it cannot be made.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file = (root / ".lock").open("a")
+    except OSError as error:
+        raise UsageError(f"--output: cannot write into {root}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{root}: another process is at work there; wait for it, or give another --output"
+            ) from None
+        yield
+
+
+@dataclass
+class Told:
+    """Says how far a study has come."""
+
+    total: int
+    done: int
+    say: Say
+
+    def begin(self, planned: PlannedRun) -> None:
+        self.say(f"[{self.done + 1}/{self.total}] {planned.name}")
+
+    def end(self, planned: PlannedRun) -> None:
+        self.done += 1
+        summary = RunFolder(planned.folder).read_summary() or {}
+        self.say(
+            f"[{self.done}/{self.total}] {planned.name}: top-1 {summary['test_top1']:.2%}, "
+            f"top-5 {summary['test_top5']:.2%} after {summary['epochs']} epochs "
+            f"and {summary['train_seconds']:,.0f} s"
+        )
+
+    def fail(self, failure: Failure) -> None:
+        self.done += 1
+        self.say(f"[{self.done}/{self.total}] {failure.planned.name} failed: {failure.reason}")
+
+
+def _one_by_one(
+    planned: Sequence[PlannedRun], command: list[str], quiet: bool, told: Told
+) -> list[Failure]:
+    failures = []
+    for one in planned:
+        told.begin(one)
+        try:
+            train_one(one, command, quiet)
+        except NumbersError as error:
+            failures.append(Failure(one, str(error)))
+            told.fail(failures[-1])
+        else:
+            told.end(one)
+    return failures
+
+
+def _side_by_side(
+    planned: Sequence[PlannedRun], command: list[str], jobs: int, told: Told
+) -> list[Failure]:
+    """Up to `jobs` runs at a time, each in a process of its own."""
+    waiting, failures = list(planned), []
+    places = [*range(jobs)]
+    children: list[Child] = []
+    with StopAtStepEdge() as stop:
+        try:
+            while waiting or children:
+                stop.check()
+                while waiting and places:
+                    one = waiting.pop(0)
+                    told.begin(one)
+                    children.append(Child(_placed(one, places[0], jobs), command, places.pop(0)))
+                for child in [child for child in children if child.process.poll() is not None]:
+                    children.remove(child)
+                    places.append(child.place)
+                    if failure := child.outcome():
+                        failures.append(failure)
+                        told.fail(failure)
+                    else:
+                        told.end(child.planned)
+                time.sleep(POLL_S)
+        finally:
+            # after an error or a signal: what still trains saves itself
+            for child in children:
+                child.process.terminate()
+            for child in children:
+                child.process.wait()
+    return failures
+
+
+def _placed(planned: PlannedRun, place: int, jobs: int) -> PlannedRun:
+    """The run with this job's share of the machine: a GPU, or some of the cores."""
+    config = planned.config
+    device, threads = config.run.device, config.run.threads
+    if device in ("auto", "cuda"):
+        import torch
+
+        if gpus := torch.cuda.device_count():
+            device = f"cuda:{place % gpus}"
+    threads = threads or max(1, usable_cores() // jobs)
+    config = replace(config, run=replace(config.run, device=device, threads=threads))
+    return replace(planned, config=config)
+
+
+class Child:
+    """A process that trains one run. What it prints goes to <folder>.log beside the run.
+
+    Its standard input stays open: when that ends, this process has died, and the child saves its
+    run and ends as well.
+    """
+
+    def __init__(self, planned: PlannedRun, command: list[str], place: int):
+        self.planned, self.place = planned, place
+        self.log = planned.folder.with_name(f"{planned.folder.name}.log")
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "fastcnn.study.child"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+            )
+        task = {
+            "key": planned.variant.key,
+            "seed": planned.seed,
+            "options": planned.config.flat(),
+            "folder": str(planned.folder),
+            "command": command,
+        }
+        assert self.process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(task).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def outcome(self) -> Failure | None:
+        """None for a run that is done; raises what ended it, but for numbers not finite."""
+        assert self.process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        code = self.process.returncode
+        if code == 0:
+            return None
+        reason = self._last_line() or f"ended with exit code {code}"
+        if code == NumbersError.exit_code:
+            return Failure(self.planned, reason)
+        if code in (128 + 2, 128 + 15, 128 + 1):
+            raise Interrupted(code - 128)
+        error = FastcnnError(f"{self.planned.name}: {reason} (see {self.log})")
+        error.exit_code = code if 0 < code < 128 else 1
+        raise error
+
+    def _last_line(self) -> str:
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return lines[-1].removeprefix("fastcnn: ") if lines else ""
+
+
+def task_of(text: str) -> tuple[PlannedRun, list[str]]:
+    """The run, and the command to record, that a `Child` was given on its standard input."""
+    task: dict[str, Any] = json.loads(text)
+    variant = Variant(task["key"], task["key"], task["options"])
+    config = Config.from_flat(task["options"])
+    return PlannedRun(variant, task["seed"], config, Path(task["folder"])), task["command"]
+
+
+def end_with_parent() -> None:
+    """Wait for standard input to end, as it does when the parent dies; then stop this process."""
+    import signal
+
+    with contextlib.suppress(OSError):
+        sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)
