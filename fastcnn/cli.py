@@ -6,12 +6,12 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastcnn.config import DATA_NAMES, DataConfig, PlaceConfig, options_by_name
-from fastcnn.errors import DataError, FastcnnError, UsageError, nearest
+from fastcnn.errors import DataError, FastcnnError, NumbersError, UsageError, nearest
 from fastcnn.options import options_of, read_config_file
 from fastcnn.parsers import (
     ARCHS_OWN,
@@ -184,6 +184,76 @@ def run_bench(given: dict[str, Any], command: list[str]) -> None:
     show(measure(settings, command), settings, given.get("quiet", False))
 
 
+def run_reproduce(given: dict[str, Any], command: list[str]) -> None:
+    from fastcnn.study.options import read_reproduce
+
+    options, machine = read_reproduce(given)
+    # after the check: the rest takes torch's seconds to import
+    from fastcnn.reports.catalogue import (
+        experiments_named,
+        report_named,
+        reports_table,
+        rows_table,
+    )
+    from fastcnn.study.table import show
+
+    if given.get("report") is None:
+        show(reports_table(), "fastcnn reproduce REPORT [EXPERIMENT …]")
+        return
+    report = report_named(given["report"])
+    experiments = experiments_named(report, given.get("experiments") or [])
+    if options.list_rows:
+        show(rows_table(report, experiments), f"{report.authors}, {report.year}: {report.title}")
+        return
+    from fastcnn.reports.reproduce import reproduce
+
+    quiet = given.get("quiet", False)
+    found = reproduce(report, experiments, options, machine, command, quiet, say_on(quiet))
+    for one in found:
+        show_record(one.record)
+    print(f"written to {found[0].folder} (index.html, tables, figures)")
+    report_failures([failure for one in found for failure in one.failures])
+
+
+def run_sweep(given: dict[str, Any], command: list[str]) -> None:
+    from fastcnn.study.options import read_sweep, sweep_options
+    from fastcnn.study.sweep import values_of_all
+
+    own, values = values_of_all(given)
+    own_names = {option.name for option in sweep_options()}
+    options = read_sweep(own | {k: v for k, v in given.items() if k in own_names})
+    # after the check: the rest takes torch's seconds to import
+    from fastcnn.study.swept import sweep
+
+    quiet = given.get("quiet", False)
+    record, folder, failures = sweep(values, options, command, quiet, say_on(quiet))
+    show_record(record)
+    print(f"written to {folder} (index.html, tables, figures)")
+    report_failures(failures)
+
+
+def say_on(quiet: bool) -> Callable[[str], None]:
+    """What prints a line of a study's progress on standard error, or nothing."""
+    return (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+
+
+def show_record(record: Any) -> None:
+    """Print a study's table and what it says."""
+    from fastcnn.study.table import show
+
+    print(f"\n{record.lead}")
+    show(record.table, record.title)
+    for line in (*record.sentences, *record.notes):
+        print(f"- {line}")
+
+
+def report_failures(failures: Sequence[Any]) -> None:
+    """Raise NumbersError if any run of a study had numbers that were not finite."""
+    if failures:
+        names = ", ".join(failure.planned.name for failure in failures)
+        raise NumbersError(f"{len(failures)} failed ({names}); the other runs are in the table")
+
+
 def run_doctor(given: dict[str, Any], command: list[str]) -> None:
     from fastcnn import doctor
 
@@ -202,6 +272,8 @@ RUNS: dict[str, Callable[[dict[str, Any], list[str]], None]] = {
     "data": run_data,
     "archs": run_archs,
     "bench": run_bench,
+    "reproduce": run_reproduce,
+    "sweep": run_sweep,
     "build": run_build,
     "doctor": run_doctor,
 }

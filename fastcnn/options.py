@@ -166,6 +166,14 @@ def read_config_file(path: str, options: Iterable[Option]) -> dict[str, Any]:
     return values
 
 
+def read_lists(path: str) -> dict[str, Any]:
+    """The values in a YAML file by name, as they stand: one, or a list of several.
+
+    Raises UsageError as `read_config_file`, but for the names.
+    """
+    return {str(name): value for name, value in _mapping(path).items()}
+
+
 def _mapping(path: str) -> dict[Any, Any]:
     # here, so that what reads no file (a benchmark from a bare source tree) does not need it
     import yaml

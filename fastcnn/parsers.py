@@ -262,6 +262,54 @@ def bench_parser() -> Parser:
     return parser
 
 
+def reproduce_parser() -> Parser:
+    from fastcnn.study.options import machine_options, reproduce_options
+
+    parser = new_parser(
+        "reproduce",
+        "Train the experiments of a student report and set the published figures beside ours: "
+        "tables, figures, verdicts. Without a report: list them. Finished runs are kept, so that "
+        "the same command goes on where it was stopped.",
+        "[REPORT [EXPERIMENT …]] ",
+    )
+    parser.add_argument("report", type=str, nargs="?", help="a report, such as marie2019")
+    parser.add_argument(
+        "experiments", type=str, nargs="*", help="experiments of it, such as table1; default: all"
+    )
+    for option in reproduce_options():
+        add_option(parser, option, option.default)
+    other = parser.add_argument_group("options of fastcnn train, for every run")
+    for option in machine_options():
+        shown = None if option.name == "data" else option.default
+        add_option(other, option, shown)
+    parser.add_argument("--quiet", action="store_true", help="print nothing but the tables")
+    add_debug(parser)
+    return parser
+
+
+def sweep_parser() -> Parser:
+    from fastcnn.study.options import sweep_options, swept_options
+
+    parser = new_parser(
+        "sweep",
+        "Train every combination of the values of its options, each with several seeds, and "
+        "compare them in one table: --arch cnn-a cnn-b --lr 1e-3 2e-3. Lists are joined by commas "
+        "(--milestones 30,45), switches are true or false. Finished runs are kept, so that the "
+        "same command goes on where it was stopped.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options, lists for several")
+    for option in sweep_options():
+        add_option(parser, option, option.default)
+    swept = parser.add_argument_group("options of fastcnn train, with one value or several")
+    for option in swept_options():
+        metavar = METAVARS.get(option.element, option.name.upper())
+        words = {"metavar": metavar, "help": option.help, "default": option.default}
+        swept.add_argument(option.flag, nargs="*", **words)
+    parser.add_argument("--quiet", action="store_true", help="print nothing but the table")
+    add_debug(parser)
+    return parser
+
+
 def doctor_parser() -> Parser:
     parser = new_parser("doctor", "Show versions and devices, what is missing, and the remedy.")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -276,6 +324,8 @@ COMMANDS: dict[str, tuple[Callable[[], Parser], str]] = {
     "data": (data_parser, "check, pack or show the images of a data set"),
     "archs": (archs_parser, "list the networks, show their layers"),
     "bench": (bench_parser, "compare training steps, measure loaders and layers"),
+    "reproduce": (reproduce_parser, "train a report's experiments, published figures beside ours"),
+    "sweep": (sweep_parser, "train every combination of options, compare them in one table"),
     "build": (compile_parser, "compile the native library"),
     "doctor": (doctor_parser, "what this machine offers, what is missing"),
 }

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -267,13 +268,14 @@ class Child:
         code = self.process.returncode
         if code == 0:
             return None
-        reason = self._last_line() or f"ended with exit code {code}"
+        stopped = [128 + signum for signum in StopAtStepEdge.SIGNALS]
+        if code in stopped or -code in StopAtStepEdge.SIGNALS:
+            raise Interrupted(code - 128 if code > 0 else -code)
+        reason = f"ended by signal {-code}" if code < 0 else self._last_line()
         if code == NumbersError.exit_code:
             return Failure(self.planned, reason)
-        if code in (128 + 2, 128 + 15, 128 + 1):
-            raise Interrupted(code - 128)
         error = FastcnnError(f"{self.planned.name}: {reason} (see {self.log})")
-        error.exit_code = code if 0 < code < 128 else 1
+        error.exit_code = max(1, code)
         raise error
 
     def _last_line(self) -> str:
@@ -291,8 +293,8 @@ def task_of(text: str) -> tuple[PlannedRun, list[str]]:
 
 def end_with_parent() -> None:
     """Wait for standard input to end, as it does when the parent dies; then stop this process."""
-    import signal
-
+    # not by sys.stdin, whose lock this thread would hold when the process ends
     with contextlib.suppress(OSError):
-        sys.stdin.buffer.read()
+        while os.read(sys.stdin.fileno(), 1024):
+            pass
     os.kill(os.getpid(), signal.SIGTERM)

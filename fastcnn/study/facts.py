@@ -1,0 +1,45 @@
+"""What a study's figures need beside them, from its runs: machine, precision, versions, images."""
+
+import datetime
+import shlex
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fastcnn.bench.environment import commit
+from fastcnn.study.plan import RunResult, VariantResult
+
+Fact = tuple[str, str]
+
+
+def facts_of(runs: Sequence[RunResult], command: Sequence[str]) -> tuple[Fact, ...]:
+    """Name and value of each fact; what differs from run to run stands there with all its values.
+
+    The commit is that of the program that writes this, which may be later than the runs.
+    """
+    summaries = [run.summary for run in runs]
+    found = [
+        ("command", shlex.join(command)),
+        ("date", datetime.date.today().isoformat()),
+        ("commit", commit() or "unknown"),
+        ("machine", _all(s.get("device") for s in summaries)),
+        ("precision", _all(s.get("precision") for s in summaries)),
+        ("backend", _all(s.get("backend") for s in summaries)),
+        ("torch", _all(dict(s.get("versions", {})).get("torch") for s in summaries)),
+        ("images", _all(s.get("data") for s in summaries)),
+    ]
+    return tuple((name, value) for name, value in found if value)
+
+
+def _all(values: Iterable[Any]) -> str:
+    return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
+
+
+def plain_runs(results: Sequence[VariantResult]) -> list[dict[str, Any]]:
+    """A line a run, for a CSV file: accuracies as fractions of 1."""
+    names = ("test_top1", "test_top5", "test_loss", "val_top1", "epochs", "train_seconds")
+    return [
+        {"variant": result.variant.key, "seed": run.seed}
+        | {name: run.summary.get(name) for name in names}
+        for result in results
+        for run in result.runs
+    ]

@@ -1,0 +1,65 @@
+"""A table of texts on the terminal, as Markdown and as CSV."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Table:
+    """header and rows of texts; numbers: the columns (by index) that are set to the right."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numbers: frozenset[int] = frozenset()
+
+    def without_empty(self) -> "Table":
+        """The table without the columns that say nothing in any row."""
+        kept = [i for i in range(len(self.header)) if any(row[i] for row in self.rows)]
+        numbers = frozenset(kept.index(i) for i in self.numbers if i in kept)
+        rows = tuple(tuple(row[i] for i in kept) for row in self.rows)
+        return Table(tuple(self.header[i] for i in kept), rows, numbers)
+
+
+def markdown(table: Table) -> str:
+    """The table in GitHub's Markdown."""
+    rule = ["---:" if i in table.numbers else "---" for i in range(len(table.header))]
+    lines = [table.header, rule, *table.rows]
+    return "".join(f"| {' | '.join(map(_escaped, line))} |\n" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+
+
+def show(table: Table, title: str) -> None:
+    """Print the table on standard output, in the terminal's width where it has one."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table as RichTable
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        # in a pipe or a file nothing wraps
+        console.width = 10_000
+    console.print(title, markup=False)
+    shown = RichTable(box=None, pad_edge=False)
+    for number, name in enumerate(table.header):
+        shown.add_column(
+            escape(name), justify="right" if number in table.numbers else "left", overflow="fold"
+        )
+    for row in table.rows:
+        shown.add_row(*map(escape, row))
+    console.print(shown)
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of plain values, by column, as CSV; None is an empty cell. Every row has the columns of
+    the first."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
