@@ -29,6 +29,7 @@ QUANTILE = 0.05  # of the in-distribution images that a threshold may lose
 TRAINING_IMAGES = 5000  # that the threshold is chosen on where a run held none out
 # how images are read, not which ones: what the run's own images take of the options as well
 READING = {"loader", "store", "workers", "eval_batch_size", "on_bad_image", "bad_limit"}
+VIEW = ("resize", "grayscale", "test_fraction")  # what changes a dataset's digest
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,11 @@ def detect(
     """Judge every score of a finished run on its own test images against those of other data.
 
     The model is the one that the run's summary speaks of. Thresholds come from the run's validation
-    images or, where it has none, from training images, which it knows by heart. out_data: as
-    --data; of its images the test images, brought to the network's size, whatever their classes.
-    limit: at most this many images of each set, drawn by the run's seed. overrides: options by
-    name: device, threads, and those of data, which hold for `out_data`, and for the run's own
-    images where they say no more than how to read them.
+    images or, where it has none, from training images, which score higher than unseen ones.
+    out_data: as --data; of its images the test images, brought to the network's size, whatever
+    their classes. limit: at most this many images of each set, drawn by the run's seed. overrides:
+    options by name: device, threads, and those of data, which hold for `out_data`, and for the
+    run's own images where they say no more than how to read them.
 
     Raises UsageError for data that is the run's own, a quantile outside [0, 1) and a limit below 1;
     CheckpointError for a run that is missing or unfinished; what load_dataset raises.
@@ -173,7 +174,9 @@ def _data(
     size, reading = trained.image_size, _reading(options)
     own_config = replace(trained.config.data, **reading)
     other = load_dataset(_other_config(own_config, out_data, size, options), size, device)
-    if other.digest == load_dataset(own_config, size, device).digest:
+    # seen as the others are: the digest is of what is seen
+    view = {name: options[name] for name in VIEW if name in options}
+    if other.digest == load_dataset(replace(own_config, **view), size, device).digest:
         raise UsageError(f"--data {out_data}: the run's own images; give other data")
     own, test = evaluation_data(trained, None, "test", reading, device)
     if own.digest != trained.data.get("digest"):
@@ -188,14 +191,13 @@ def _reading(options: dict[str, Any]) -> dict[str, Any]:
 def _other_config(
     own: DataConfig, data: str, image_size: int, options: dict[str, Any]
 ) -> DataConfig:
-    """How the other data is read: whole, by `options`, and else as the run's own images.
+    """How the other data is read: by `options`, and else as the run's own images.
 
     The place of the run's own images, and what suits their number, is not that of others.
     """
-    place = {"data_dir": own.data_dir if data == own.data else None}
-    chosen = {**place, "loader": "auto", "store": "auto", **options}
-    whole = {"train_subset": None, "test_subset": None, "val_fraction": 0.0}
-    return replace(own, **{**chosen, **whole, "data": data, "image_size": image_size})
+    place = own.data_dir if data == own.data else None
+    chosen = {"data_dir": place, "loader": "auto", "store": "auto", **options}
+    return replace(own, **{**chosen, "data": data, "image_size": image_size})
 
 
 def _look(
