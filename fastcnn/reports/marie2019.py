@@ -7,11 +7,12 @@ from fastcnn.reports.experiment import Claim, Experiment, Published, Report, Row
 # section 4: 5,000 training and 1,000 test images drawn at random, 100 epochs
 STUDY: dict[str, Any] = {
     "recipe": "report",
-    "train_subset": 5000,
     "test_subset": 1000,
     "val_fraction": 0.0,
     "epochs": 100,
 }
+
+PART: dict[str, Any] = {"train_subset": 5000}
 
 # The recipe as printed overfits, and falls 10 points short of the table; this reading of it does
 # neither. See docs/reports/marie2019.md for what was tried.
@@ -19,7 +20,6 @@ SLIP = "softmax twice"
 SLIPPED: dict[str, Any] = {
     "loss": "softmax-twice",
     "init": "xavier",
-    "train_subset": None,
     "epoch_images": 5000,
 }
 
@@ -76,7 +76,7 @@ REPORT = Report(
             "table1",
             "Statistical study over 5 launches",
             "table 1",
-            (*_table1("", "", {}), *_table1("-slip", SLIP, SLIPPED)),
+            (*_table1("", "", PART), *_table1("-slip", SLIP, SLIPPED)),
             (*_claims("", ""), *_claims("-slip", SLIP)),
             (
                 "CNN C was launched once in the report, since it did not converge.",
@@ -84,7 +84,7 @@ REPORT = Report(
                 "and each epoch draws its 5,000 images anew from all.",
             ),
             modern=("cnn-a", "cnn-b", "cnn-c", "resnet18"),
-            modern_options=STUDY,
+            modern_options=STUDY | PART,
         ),
         Experiment(
             "full",
