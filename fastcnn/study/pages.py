@@ -1,0 +1,30 @@
+"""One HTML page of all records in a folder."""
+
+from pathlib import Path
+
+from fastcnn.study.page import Page, Section, write_page
+from fastcnn.study.record import Record, read
+
+
+def write_pages(folder: Path, title: str, lead: str) -> Path:
+    """Write index.html: a section for each record (<key>.json) in `folder`, by name."""
+    records = [read(path) for path in sorted(folder.glob("*.json"))]
+    sections = tuple(_section(record, folder) for record in records)
+    return write_page(folder / "index.html", Page(title, lead, (), sections))
+
+
+def _section(record: Record, folder: Path) -> Section:
+    figures = tuple(
+        (folder / f"{drawing.name}.png", drawing.alt, drawing.title)
+        for drawing in record.drawings
+    )
+    facts = tuple(f"{name}: {value}" for name, value in record.facts)
+    return Section(
+        record.title,
+        record.key,
+        (record.lead, *record.notes),
+        record.table,
+        record.sentences,
+        figures,
+        facts,
+    )
