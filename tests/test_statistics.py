@@ -84,6 +84,7 @@ def test_intervals_of_shares_end_at_nothing_and_all():
     assert min(loose.interval[1], loose.t_interval[1]) > 100
     assert found.interval == (loose.interval[0], 100)
     assert found.t_interval == (loose.t_interval[0], 100)
+    assert summarise([100.00000000000001], 1000, 100.0).interval[1] == pytest.approx(100)
     found = summarise([0.0, 0.01, 0.001], 100)
     assert found.interval[0] == found.t_interval[0] == 0
 
