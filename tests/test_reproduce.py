@@ -103,7 +103,7 @@ def test_modern_rows_train_on_the_same_images(tmp_path):
     folder = reproduce(["murgolo", "table1"], tmp_path, "--modern", "--rows", "murgolo-improved",
                        "table1-modern-murgolo-improved")  # fmt: skip
     table = table_of(folder, "table1")
-    assert column(table, "row") == ["Improved", "murgolo-improved, modern recipe"]
+    assert column(table, "row") == ["Improved", "murgolo-improved (modern recipe)"]
     assert len(set(column(table, "images"))) == 1
     assert len(set(column(table, "epochs"))) == 1
     path = folder / "table1-modern-murgolo-improved" / "seed-0" / "config.yaml"

@@ -120,10 +120,10 @@ def shortened(name: str, length: int = NAMED) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
-def save(figure: Any, path: Path) -> Path:
-    """Write a figure as PNG."""
+def save(figure: Any, path: Path, metadata: dict[str, Any] | None = None) -> Path:
+    """Write a figure in the format that the path names."""
     with warnings.catch_warnings():
         # a class name in a script that the font lacks is drawn as boxes, and no cause for alarm
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=130, metadata=metadata)
     return path

@@ -36,7 +36,7 @@ def _table1(suffix: str, reading: str, more: dict[str, Any]) -> tuple[Row, ...]:
     return tuple(
         Row(
             f"table1-{arch}{suffix}",
-            NAMES[arch] + (f", {reading}" if reading else ""),
+            NAMES[arch] + (f" ({reading})" if reading else ""),
             {"arch": arch} | STUDY | more,
             published,
             reading,
@@ -58,7 +58,7 @@ FULL_ROWS = (
     Row("full-cnn-a", "CNN A", {"arch": "cnn-a", "recipe": "report"}, FULL),
     Row(
         "full-cnn-a-slip",
-        f"CNN A, {SLIP}",
+        f"CNN A ({SLIP})",
         {"arch": "cnn-a", "recipe": "report", "loss": "softmax-twice", "init": "xavier"},
         FULL,
         SLIP,

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastcnn.insight.study_bars import Bar, draw_bars
 from fastcnn.insight.study_figures import Curves, draw_curves, draw_losses, draw_panels
+from fastcnn.insight.study_lines import Measure
 from fastcnn.reports.experiment import Published, Row
 from fastcnn.reports.judge import (
     JudgedFigure,
@@ -218,9 +219,10 @@ def draw(planned: Planned, results: Mapping[str, VariantResult], folder: Path) -
         draw_losses(folder, name, title, curves)
         drawn.append(Drawing(name, f"Training loss over epochs of {title}", "Training loss"))
     if "panels" in experiment.figures:
-        for figure, what in (("loss", "Loss"), ("top1", "Top-1")):
-            name = f"{experiment.key}-panels-{figure}"
-            draw_panels(folder, name, title, curves, figure)
+        measures: tuple[tuple[Measure, str], ...] = (("loss", "Loss"), ("top1", "Top-1"))
+        for measure, what in measures:
+            name = f"{experiment.key}-panels-{measure}"
+            draw_panels(folder, name, title, curves, measure)
             drawn.append(Drawing(name, f"{what} of {title}, a panel a row", what))
     if "curves" in experiment.figures:
         for row, curve in zip(rows, curves, strict=True):

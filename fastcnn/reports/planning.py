@@ -107,7 +107,7 @@ def _modern(experiment: Experiment, arch: str) -> Row:
     launches = experiment.rows[0].launches
     own = dict(experiment.modern_options) | MODERN | {"arch": arch}
     key = f"{experiment.key}-modern-{arch}"
-    return Row(key, f"{arch}, {MODERN_READING}", own, None, MODERN_READING, launches)
+    return Row(key, f"{arch} ({MODERN_READING})", own, None, MODERN_READING, launches)
 
 
 def plan_experiment(

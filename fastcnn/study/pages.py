@@ -2,29 +2,32 @@
 
 from pathlib import Path
 
-from fastcnn.study.page import Page, Section, write_page
+from fastcnn.study.page import Figure, Page, Section, write_page
 from fastcnn.study.record import Record, read
 
 
 def write_pages(folder: Path, title: str, lead: str) -> Path:
-    """Write index.html: a section for each record (<key>.json) in `folder`, by name."""
+    """Write index.html: a section for each record (<key>.json) in `folder`, by name.
+
+    Raises CheckpointError for a file that is no record.
+    """
     records = [read(path) for path in sorted(folder.glob("*.json"))]
     sections = tuple(_section(record, folder) for record in records)
-    return write_page(folder / "index.html", Page(title, lead, (), sections))
+    return write_page(folder / "index.html", Page(title, lead, sections))
 
 
 def _section(record: Record, folder: Path) -> Section:
-    figures = tuple(
-        (folder / f"{drawing.name}.png", drawing.alt, drawing.title)
+    figures = [
+        Figure(folder / f"{drawing.name}.png", drawing.alt, drawing.title)
         for drawing in record.drawings
-    )
-    facts = tuple(f"{name}: {value}" for name, value in record.facts)
+    ]
     return Section(
         record.title,
         record.key,
         (record.lead, *record.notes),
         record.table,
         record.sentences,
-        figures,
-        facts,
+        # a figure whose file was taken away is left out
+        tuple(figure for figure in figures if figure.path.is_file()),
+        tuple(f"{name}: {value}" for name, value in record.facts),
     )

@@ -49,10 +49,13 @@ def carry_out(
 ) -> list[Failure]:
     """Train every run that is not finished; return those whose numbers were not finite.
 
-    command: is recorded in each run. say: is told of each run's beginning and end. Raises what
+    command: is recorded in each run. quiet: no progress within a run; there is none either where
+    standard error is no terminal. say: is told of each run's beginning and end. Raises what
     ends a run (its other runs would end alike): Interrupted, with everything saved, DataError,
     UsageError for a folder that holds a run with other options, CheckpointError for a full disk.
     """
+    # the lines of a run, where they would not be overwritten by the next ones
+    quiet = quiet or sys.stderr is None or not sys.stderr.isatty()
     open_runs = [one for one in planned if not is_finished(one)]
     told = Told(len(planned), len(planned) - len(open_runs), say)
     if jobs == 1 or len(open_runs) < 2:
