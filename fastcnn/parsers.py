@@ -103,7 +103,9 @@ def one_line(message: str) -> str:
     if found := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
         words = found[1].split() or ["''"]
         word = next((w for w in words if w.startswith("-")), words[0])
-        return f"unknown option {word}{nearest(word.split('=')[0], known_flags())}"
+        # another command may have it
+        flags = [flag for flag in known_flags() if flag != word.split("=")[0]]
+        return f"unknown option {word}{nearest(word.split('=')[0], flags)}"
     if found := re.search(r"invalid choice: '([^']*)'", message):
         return f"unknown command '{found[1]}'{nearest(found[1], COMMANDS)}; see fastcnn --help"
     if 'expected "subcommand"' in message:

@@ -33,14 +33,6 @@ def column(table, name):
     return [row[table.header.index(name)] for row in table.rows]
 
 
-@pytest.fixture
-def no_training(monkeypatch):
-    def train(*arguments):
-        raise AssertionError("a finished run was trained again")
-
-    monkeypatch.setattr(runner, "train_one", train)
-
-
 # foreign images are not among them: that needs the digits as its own
 @pytest.mark.parametrize(
     ("report", "one"),
@@ -67,7 +59,7 @@ def test_every_experiment_ends_in_its_table(report, one, tmp_path, capsys):
     by_key = {row.key: row for row in one.rows}
     for row in rows:
         published = by_key[row["row"]].published.top1
-        assert row["top1_published"] == ("" if published is None else f"{published:g}")
+        assert row["top1_published"] == ("" if published is None else str(float(published)))
         summary = json.loads((folder / row["row"] / "seed-0" / "summary.json").read_text())
         assert float(row["top1_mean"]) == pytest.approx(100 * summary["test_top1"], rel=1e-5)
     page = (folder / "index.html").read_text()
@@ -113,11 +105,13 @@ def test_modern_rows_train_on_the_same_images(tmp_path):
     assert (folder / "murgolo-base").exists() is False
 
 
-def test_finished_runs_are_kept_and_experiments_share_them(tmp_path, no_training, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.undo()
-        reproduce(["marie2019", "full"], tmp_path)
-        patch.setattr(runner, "train_one", None)
+def test_finished_runs_are_kept_and_experiments_share_them(tmp_path, monkeypatch):
+    reproduce(["marie2019", "full"], tmp_path)
+
+    def train(*arguments):
+        raise AssertionError("a finished run was trained again")
+
+    monkeypatch.setattr(runner, "train_one", train)
     folder = reproduce(["marie2019", "full", "figure2"], tmp_path)
     assert (folder / "figure2-curves-full-cnn-a.png").exists()
     page = (folder / "index.html").read_text()
@@ -165,7 +159,7 @@ def test_verdicts_are_given_on_the_report_s_own_images_alone(tmp_path, capsys):
     assert column(table, "published") == ["60.92", "62.48"]
     out = capsys.readouterr().out
     assert "at the report's scale" in out
-    assert "order by mean top-1" in out
+    assert "by mean top-1, best first: " in out
     assert main([*words, "--scale", "0.5"]) == 0
     table = table_of(tmp_path / "murgolo" / "scale-0.5", "table1")
     assert "verdict" not in table.header
@@ -180,7 +174,7 @@ def test_verdicts_are_given_on_the_report_s_own_images_alone(tmp_path, capsys):
         (["murgolo", "--scale", "0"], 2, "--scale: must be more than 0"),
         (["murgolo", "table1", "--rows", "base"], 2, "--rows: table1 has no row 'base'"),
         (["murgolo", "--lr", "1"], 2, "unknown option --lr"),
-        (["murgolo", "--data", "nowhere"], 3, "nowhere"),
+        (["murgolo", "--data", "nowhere"], 2, "--data nowhere: neither cifar10"),
         (["murgolo", "--output", "/dev/null/x"], 2, "--output: cannot write into /dev/null/x"),
     ],
 )

@@ -135,7 +135,7 @@ def test_the_command_trains_compares_and_writes(tmp_path, monkeypatch, capsys):
         (["--seeds", "0"], 2, "fastcnn: --seeds: must be at least 1, got 0"),
         (["--name", "a/b"], 2, "fastcnn: --name: expected the name of a folder, got 'a/b'"),
         (["--seed", "3"], 2, "fastcnn: unknown option --seed; did you mean '--seeds'?"),
-        (["--arch", "cnn-x"], 2, "fastcnn: unknown network 'cnn-x'"),
+        (["--arch", "cnn-x"], 2, "fastcnn: unknown architecture 'cnn-x'"),
         (["--output", "/dev/null/x"], 2, "fastcnn: --output: cannot write into /dev/null/x"),
     ],
 )

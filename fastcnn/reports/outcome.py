@@ -57,7 +57,7 @@ def record_of(
     drawings: Sequence[Drawing],
 ) -> Record:
     """The record of an experiment, of which some runs may be missing."""
-    judged = judge(planned.rows, planned.experiment.claims, results)
+    judged = judge(planned.rows, planned.claims, results)
     runs = [run for result in results.values() for run in result.runs]
     return Record(
         planned.experiment.key,

@@ -10,7 +10,7 @@ from fastcnn.data import Dataset, load_dataset
 from fastcnn.data.cifar import CLASSES as CIFAR10_CLASSES
 from fastcnn.errors import DataError, UsageError, nearest
 from fastcnn.recipes import resolve
-from fastcnn.reports.experiment import Experiment, Report, Row
+from fastcnn.reports.experiment import Claim, Experiment, Report, Row
 from fastcnn.reports.scale import Scaled, scaled
 from fastcnn.study.options import ReproduceOptions
 from fastcnn.study.plan import PlannedRun, Variant, plan
@@ -35,11 +35,12 @@ class Images:
 
 @dataclass(frozen=True)
 class Planned:
-    """An experiment's runs. scaled: of each row by key."""
+    """An experiment's runs. rows, claims: those wanted; scaled: of each row by key."""
 
     report: Report
     experiment: Experiment
     rows: tuple[Row, ...]
+    claims: tuple[Claim, ...]
     variants: tuple[Variant, ...]
     scaled: Mapping[str, Scaled]
     runs: tuple[PlannedRun, ...]
@@ -133,7 +134,10 @@ def plan_experiment(
     folder = "full" if options.scale == 1 else f"scale-{options.scale:g}"
     root = Path(options.output) / report.key / folder
     runs = tuple(plan(variants, seeds, root))
-    return Planned(report, experiment, rows, variants, changed, runs, images, options.scale, root)
+    keys = {row.key for row in rows}
+    claims = tuple(c for c in experiment.claims if {c.better, c.worse} <= keys)
+    scale = options.scale
+    return Planned(report, experiment, rows, claims, variants, changed, runs, images, scale, root)
 
 
 def _fitting(options: Mapping[str, Any], images: Images) -> dict[str, Any]:

@@ -31,6 +31,7 @@ th, td { white-space: nowrap; }
 .number { text-align: right; }
 tbody tr:nth-child(odd) { background: var(--stripe); }
 figure { margin: 1.5rem 0; }
+figure .scroll img { min-width: 36rem; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 ul { padding-left: 1.2rem; }
 @media print {
@@ -73,7 +74,8 @@ ul { padding-left: 1.2rem; }
 {% endfor %}</ul>
 {% endif %}
 {% for figure in section.figures %}
-<figure><img src="data:image/png;base64,{{ figure.data }}" alt="{{ figure.alt }}">
+<figure><div class="scroll" role="region" aria-label="{{ figure.alt }}" tabindex="0">
+<img src="data:image/png;base64,{{ figure.data }}" alt="{{ figure.alt }}"></div>
 <figcaption>{{ figure.caption }}</figcaption></figure>
 {% endfor %}
 <p class="quiet">{% for fact in section.facts %}{{ fact }}{% if not loop.last %} · {% endif %}
