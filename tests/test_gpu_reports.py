@@ -1,0 +1,56 @@
+"""benchmarks/gpu_reports.py: all reports in pieces, tried on the CPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_runs import stop_at_check
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import gpu_reports
+
+from fastcnn.reports.catalogue import REPORTS
+from fastcnn.study.table import Table
+
+SCRIPT = Path(gpu_reports.__file__)
+SMALL = ["--device", "cpu", "--no-amp", "--scale", "0.01", "--cifar10", "digits", "--no-modern"]
+
+
+def test_every_report_has_its_turn():
+    assert sorted(gpu_reports.ORDER) == sorted(REPORTS)
+
+
+def test_a_report_is_reproduced_and_copied_without_its_checkpoints(tmp_path, capsys):
+    words = ["bohnstedt2019", *SMALL, "--output", str(tmp_path / "out")]
+    assert gpu_reports.main([*words, "--copy", str(tmp_path / "copy")]) == 0
+    out = capsys.readouterr().out
+    assert "| VGG16 |" in out
+    assert "target of vgg16, 93.5% top-1: missed" in out
+    folder = tmp_path / "copy" / "bohnstedt2019" / "scale-0.01"
+    assert (folder / "vgg.md").exists()
+    assert (folder / "vgg16" / "seed-0" / "summary.json").exists()
+    assert not [*folder.rglob("*.pt")]
+
+
+@pytest.mark.parametrize(("top1", "word"), [("93.5", "met"), ("93.4", "missed")])
+def test_the_target_is_held_against_the_report_s_row(top1, word):
+    rows = (("resnet18 (modern recipe)", "99.0"), ("VGG16", top1))
+    assert f"{word} ({top1} %)" in gpu_reports.target_line(Table(("row", "top-1, %"), rows))
+
+
+def test_a_piece_that_runs_out_of_time_is_saved_and_goes_on(tmp_path, monkeypatch, capsys):
+    words = ["bohnstedt2019", *SMALL, "--output", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        stop_at_check(patch, 1)
+        assert gpu_reports.main(words) == 143
+    assert "bohnstedt2019: stopped by SIGTERM" in capsys.readouterr().err
+    assert (tmp_path / "bohnstedt2019" / "scale-0.01" / "vgg16" / "seed-0" / "last.pt").exists()
+    assert gpu_reports.main(words) == 0
+
+
+def test_the_time_ends_the_process(tmp_path):
+    words = [sys.executable, str(SCRIPT), "bohnstedt2019", *SMALL, "--output", str(tmp_path)]
+    ended = subprocess.run([*words, "--seconds", "0.01"], timeout=120, capture_output=True)
+    assert ended.returncode in (143, -15)
