@@ -18,6 +18,7 @@ PACKAGES = (
     ("pillow", "image folders", "pip install pillow"),
     ("matplotlib", "curves.png, confusion_matrix.png", "pip install matplotlib"),
     ("jinja2", "index.html", "pip install jinja2"),
+    ("scipy", "reproduce, sweep", "pip install scipy"),
     ("rich", "progress", "pip install rich"),
     ("jsonargparse", "everything", "pip install jsonargparse"),
     ("pybind11", "the module fastcnn._native", "pip install pybind11"),

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.reports import foreign
+from fastcnn.reports.drawings import draw
 from fastcnn.reports.experiment import Experiment, Report
-from fastcnn.reports.outcome import draw, plain_rows, record_of, results_by_key
+from fastcnn.reports.outcome import plain_rows, record_of, results_by_key
 from fastcnn.reports.planning import Planned, images_of, plan_experiment
 from fastcnn.study import record as records
 from fastcnn.study.facts import plain_runs

@@ -1,4 +1,4 @@
-"""`python -m fastcnn.study.child`: train the one run that standard input names (see runner.py)."""
+"""`python -m fastcnn.study.child`: train the run that standard input names (see children.py)."""
 
 import logging
 import sys
@@ -12,7 +12,8 @@ def main() -> int:
     """Return the exit code of `fastcnn train`."""
     share_the_cores()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from fastcnn.study.runner import end_with_parent, task_of, train_one
+    from fastcnn.study.children import end_with_parent, task_of
+    from fastcnn.study.runner import train_one
 
     planned, command = task_of(sys.stdin.readline())
     threading.Thread(target=end_with_parent, daemon=True).start()
