@@ -141,8 +141,8 @@ def draw_histogram(
     kept = {label: [v for v in values if math.isfinite(v)] for label, values in groups.items()}
     everything = [value for values in kept.values() for value in values]
     figure, (axis,) = new_figure(1, 1, (WIDE, 3.8))
-    marked = finite(threshold)
-    edges = _edges([*everything, *([] if marked is None else [marked])])
+    cut = finite(threshold)
+    edges = _edges(everything)
     keys: list[Any] = []
     for (label, values), color in zip(kept.items(), PALETTE, strict=False):
         share = [100 / max(1, len(values))] * len(values)
@@ -150,9 +150,9 @@ def draw_histogram(
         *_, (patch,) = axis.hist(values, edges, weights=share, linewidth=1.3, **look)
         patch.set_label(f"{named(label)}, n = {len(values):,}")
         keys.append(patch)
-    if marked is not None:
-        text = f"threshold {marked:.4g}"
-        keys.append(axis.axvline(marked, color=INK, linestyle="--", linewidth=1.3, label=text))
+    if cut is not None:
+        text = f"threshold {cut:.4g}"
+        keys.append(axis.axvline(cut, color=INK, linestyle="--", linewidth=1.3, label=text))
     axis.set_xlabel(plain(unit), fontsize=9, color=INK)
     axis.set_ylabel("share of the group, %", fontsize=9, color=INK)
     _dress(axis, "y")

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 TWO = (("training", TRAIN, "-"), ("validation", VAL, "-"))
-Key = tuple[str, str, str]  # text, colour, dash
+Key = tuple[str, str, Any]  # text, colour, dash
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _finish(
 
     found = [one for one in drawn if one]
     handles: list[Any] = [
-        Line2D([], [], color=color, ls=dash, label=named(text)) for text, color, dash in keys
+        Line2D([], [], color=color, linestyle=dash, label=named(text)) for text, color, dash in keys
     ]
     if any(one.runs > 1 for one in found):
         label = "line: mean of the runs, band: least to greatest"

@@ -10,7 +10,7 @@ from typing import Any
 from fastcnn.insight.figures import INK, plain, save, shortened
 
 WIDE = 8.6  # inches: a figure as wide as a page
-NAME = 54  # characters of a name in a legend
+NAME = 52  # characters of a name in a legend
 NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 Paths = tuple[Path, Path]

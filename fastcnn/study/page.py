@@ -17,39 +17,58 @@ TEMPLATE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ page.title }}</title>
 <style>
-:root { color-scheme: light dark; --line: #8885; --quiet: #667; --stripe: #8881; }
-@media (prefers-color-scheme: dark) { :root { --quiet: #aab; } }
+:root { color-scheme: light dark; --ink: #1f2430; --soft: #5b6475; --rule: #d5d9e0;
+  --ground: #fff; --stripe: #f5f6f8; --link: #1f5fa8; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e7ec; --soft: #a3abb9; --rule: #3a4150;
+  --ground: #14171d; --stripe: #1b1f27; --link: #7fb2ea; } img { filter: brightness(.88); } }
 * { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-h1, h2, p, li, figcaption { overflow-wrap: anywhere; }
-.quiet, figcaption { color: var(--quiet); font-size: .875rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); }
-th, td { white-space: nowrap; }
-.number { text-align: right; }
-tbody tr:nth-child(odd) { background: var(--stripe); }
-figure { margin: 1.5rem 0; }
-figure .scroll img { min-width: 36rem; }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
-ul { padding-left: 1.2rem; }
-@media print {
-  body { max-width: none; } .scroll { overflow: visible; } figure { break-inside: avoid; }
-}
+html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--ground);
+  max-width: 60rem; margin: 0 auto; padding: 1rem 1rem 4rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0; }
+h2 { font-size: 1.2rem; line-height: 1.3; margin: 3rem 0 .5rem; padding-top: 1rem;
+  border-top: 1px solid var(--rule); }
+p, ul { max-width: 44rem; margin: .6rem 0; } ul { padding-left: 1.2rem; } li { margin: .25rem 0; }
+.lead { font-size: 1.1rem; color: var(--soft); } a { color: var(--link); }
+dl { display: grid; grid-template-columns: minmax(5rem, max-content) minmax(0, 1fr);
+  gap: .2rem 1rem; margin: 1rem 0; font-size: .9rem; }
+dt { color: var(--soft); } dd { margin: 0; white-space: pre-wrap; }
+.scroll { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums;
+  overflow-wrap: normal; }
+th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem .4rem;
+  border-bottom: 1px solid var(--rule); }
+thead th { vertical-align: bottom; border-bottom: 2px solid var(--rule); }
+tbody th { font-weight: 400; min-width: 7rem; max-width: 20rem; overflow-wrap: break-word; }
+td:not(.number) { min-width: 8rem; }
+tbody tr:nth-child(even) > * { background: var(--stripe); }
+.number { text-align: right; white-space: nowrap; }
+figure { margin: 1.5rem 0; } figure .scroll { margin: .5rem 0; }
+figcaption { font-size: .9rem; color: var(--soft); max-width: 44rem; }
+img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px;
+  padding: .4rem; }
+@media screen and (max-width: 40rem) { figure img { width: 40rem; max-width: none; } }
+@media print { :root { --ink: #000; --soft: #444; --rule: #bbb; --ground: #fff; --stripe: #fff;
+  --link: #000; } body { font-size: 10.5pt; max-width: none; padding: 0; }
+  .scroll { overflow: visible; } table { font-size: 8.5pt; } nav { display: none; }
+  img { filter: none; padding: 0; } h2 { break-after: avoid; }
+  figure, tr { break-inside: avoid; } }
 </style>
 </head>
 <body>
+<header>
 <h1>{{ page.title }}</h1>
-<p>{{ page.lead }}</p>
+<p class="lead">{{ page.lead }}</p>
+</header>
 {% if page.sections|length > 1 %}
-<nav><ul>
+<nav aria-label="Contents"><ul>
 {% for section in page.sections %}<li><a href="#{{ section.anchor }}">{{ section.title }}</a></li>
 {% endfor %}</ul></nav>
 {% endif %}
 {% macro aligned(section, place) -%}
 {% if place in section.table.numbers %} class="number"{% endif %}
 {%- endmacro %}
+<main>
 {% for section in page.sections %}
 <section id="{{ section.anchor }}">
 <h2>{{ section.title }}</h2>
@@ -78,10 +97,12 @@ ul { padding-left: 1.2rem; }
 <img src="data:image/png;base64,{{ figure.data }}" alt="{{ figure.alt }}"></div>
 <figcaption>{{ figure.caption }}</figcaption></figure>
 {% endfor %}
-<p class="quiet">{% for fact in section.facts %}{{ fact }}{% if not loop.last %} · {% endif %}
-{%- endfor %}</p>
+<dl>
+{% for name, value in section.facts %}<dt>{{ name }}</dt><dd>{{ value }}</dd>
+{% endfor %}</dl>
 </section>
 {% endfor %}
+</main>
 </body>
 </html>
 """
@@ -102,7 +123,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page. anchor: its name within the page; facts: what small print says of it."""
+    """A part of a page. anchor: its name within the page; facts: names and values, such as the
+    command, the machine, the date."""
 
     title: str
     anchor: str
@@ -110,7 +132,7 @@ class Section:
     table: Table
     sentences: tuple[str, ...] = ()
     figures: tuple[Figure, ...] = ()
-    facts: tuple[str, ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

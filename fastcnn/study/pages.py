@@ -29,5 +29,5 @@ def _section(record: Record, folder: Path) -> Section:
         record.sentences,
         # a figure whose file was taken away is left out
         tuple(figure for figure in figures if figure.path.is_file()),
-        tuple(f"{name}: {value}" for name, value in record.facts),
+        record.facts,
     )
