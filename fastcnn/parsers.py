@@ -304,7 +304,8 @@ def sweep_parser() -> Parser:
         add_option(parser, option, option.default)
     swept = parser.add_argument_group("options of fastcnn train, with one value or several")
     for option in swept_options():
-        metavar = METAVARS.get(option.element, option.name.upper())
+        metavar = "{" + ",".join(option.choices) + "}" if option.choices else None
+        metavar = metavar or METAVARS.get(option.element, option.name.upper())
         words = {"metavar": metavar, "help": option.help, "default": option.default}
         swept.add_argument(option.flag, nargs="*", **words)
     parser.add_argument("--quiet", action="store_true", help="print nothing but the table")

@@ -91,6 +91,12 @@ def test_foreign_images_are_told_apart(tmp_path, capsys):
     assert (folder / "ood-histogram.png").exists()
 
 
+def test_a_trial_s_own_images_are_not_foreign(tmp_path, capsys):
+    folder = reproduce(["murgolo", "ood"], tmp_path)
+    assert table_of(folder, "ood").rows == ()
+    assert "digits are no foreign images here: give --ood-data" in capsys.readouterr().out
+
+
 def test_modern_rows_train_on_the_same_images(tmp_path):
     folder = reproduce(["murgolo", "table1"], tmp_path, "--modern", "--rows", "murgolo-improved",
                        "table1-modern-murgolo-improved")  # fmt: skip

@@ -52,8 +52,8 @@ def test_finished_runs_are_kept(tmp_path, monkeypatch):
     chosen, runs = planned(tmp_path)
     lines = []
     assert carry_out(runs, COMMAND, quiet=True, say=lines.append) == []
-    assert lines[0] == "[1/4] slow seed 0"
-    assert lines[-1].startswith("[4/4] fast seed 1: top-1 ")
+    assert lines[0] == "[0/4 done] slow seed 0 begins"
+    assert lines[-1].startswith("[4/4 done] fast seed 1: top-1 ")
     found = results(chosen, runs)
     assert [[run.seed for run in one.runs] for one in found] == [[0, 1], [0, 1]]
     assert len(found[0].runs[0].history["train_loss"]) == 2
@@ -67,7 +67,8 @@ def test_only_what_is_missing_is_trained(tmp_path):
     carry_out(runs[:1], COMMAND, quiet=True)
     lines = []
     carry_out(runs, COMMAND, quiet=True, say=lines.append)
-    assert [line.split(":")[0] for line in lines] == ["[2/2] fast seed 0"] * 2
+    assert lines[0] == "[1/2 done] fast seed 0 begins"
+    assert len(lines) == 2
 
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):

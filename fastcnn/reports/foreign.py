@@ -36,7 +36,9 @@ def record_of(
     empty.
     """
     runs = [run for result in results.values() for run in result.runs]
-    found = [_detect(planned, run, ood_data, machine) for run in runs]
+    own = planned.images.name == ood_data  # in a trial
+    found = [] if own else [_detect(planned, run, ood_data, machine) for run in runs]
+    why = f"{ood_data} are no foreign images here: give --ood-data" if own else "no run is finished"
     names = list(found[0].rows) if found else []
     means = {name: _mean([result.rows[name] for result in found]) for name in names}
     record = Record(
@@ -45,7 +47,7 @@ def record_of(
         _lead(planned, ood_data, len(runs)),
         facts_of(runs, command),
         Table(HEADER, tuple(_line(name, means[name]) for name in names), NUMBERS),
-        (*(found[0].words if found else ("no run is finished",)), PUBLISHED),
+        (*(found[0].words if found else (why,)), PUBLISHED),
         planned.experiment.notes,
         _draw(planned, found),
     )

@@ -149,20 +149,23 @@ class Told:
     say: Say
 
     def begin(self, planned: PlannedRun) -> None:
-        self.say(f"[{self.done + 1}/{self.total}] {planned.name}")
+        self.say(f"{self._far()} {planned.name} begins")
 
     def end(self, planned: PlannedRun) -> None:
         self.done += 1
         summary = RunFolder(planned.folder).read_summary() or {}
         self.say(
-            f"[{self.done}/{self.total}] {planned.name}: top-1 {summary['test_top1']:.2%}, "
+            f"{self._far()} {planned.name}: top-1 {summary['test_top1']:.2%}, "
             f"top-5 {summary['test_top5']:.2%} after {summary['epochs']} epochs "
             f"and {summary['train_seconds']:,.0f} s"
         )
 
     def fail(self, failure: Failure) -> None:
         self.done += 1
-        self.say(f"[{self.done}/{self.total}] {failure.planned.name} failed: {failure.reason}")
+        self.say(f"{self._far()} {failure.planned.name} failed: {failure.reason}")
+
+    def _far(self) -> str:
+        return f"[{self.done}/{self.total} done]"
 
 
 def _one_by_one(
