@@ -44,7 +44,7 @@ def record_of(
     record = Record(
         planned.experiment.key,
         f"{planned.experiment.title} ({planned.experiment.place})",
-        _lead(planned, ood_data, len(runs)),
+        _lead(planned, ood_data, len(found)),
         facts_of(runs, command),
         Table(HEADER, tuple(_line(name, means[name]) for name in names), NUMBERS),
         (*(found[0].words if found else (why,)), PUBLISHED),
@@ -54,7 +54,7 @@ def record_of(
     rows = [{"score": name, "n": len(found), **means[name]} for name in names]
     by_run = [
         {"seed": run.seed, "score": name, **vars(result.rows[name])}
-        for run, result in zip(runs, found, strict=True)
+        for run, result in zip(runs[: len(found)], found, strict=True)
         for name in names
     ]
     return record, rows, by_run
