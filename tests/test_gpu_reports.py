@@ -15,7 +15,7 @@ from fastcnn.reports.catalogue import REPORTS
 from fastcnn.study.table import Table
 
 SCRIPT = Path(gpu_reports.__file__)
-SMALL = ["--device", "cpu", "--no-amp", "--scale", "0.01", "--cifar10", "digits", "--no-modern"]
+SMALL = ["--device", "cpu", "--scale", "0.01", "--cifar10", "digits", "--no-modern"]
 
 
 def test_every_report_has_its_turn():
