@@ -126,7 +126,7 @@ def test_figure_sentences():
         "the published 55; our mean lies above the published range 54.9 to 60.5"
     )
     assert figure_sentence(found.top5) == (
-        "top-5 90.0 %, 95 % 90.0 to 90.0 (bootstrap, n = 5): "
+        "top-5 90.0 %, 95 % 88.0 to 91.7 (binomial, n = 5): "
         "our interval lies below the published 99"
     )
 
@@ -226,7 +226,7 @@ def test_claim_sentences():
     )
     assert "undecided, the means are equal (+0.0 points" in sentence(A, A)[1]
     assert "Holm p 1.000" in sentence(A, A)[1]
-    assert "Holm p < 0.001" in sentence([0.9, 0.91], [0.1, 0.11])[1]
+    assert "Holm p < 0.001" in sentence([0.9, 0.91, 0.92], [0.1, 0.11, 0.13])[1]
     assert sentence([], A)[1] == "CNN A beats CNN B: not run"
 
 
@@ -237,7 +237,7 @@ def test_the_published_order():
     assert found.same
     assert (found.turned, found.level, found.tau) == ((), (), pytest.approx(1))
     assert order_sentence(found) == (
-        "by mean top-1, best first: CNN A, CNN B, CNN C, the published order; Kendall's tau 1.00"
+        "by mean top-1, best first: CNN A > CNN B > CNN C, the published order; Kendall's tau 1.00"
     )
 
 
@@ -249,7 +249,7 @@ def test_pairs_that_stand_the_other_way_round():
     assert [r.key for r in found.ours] == ["a", "c", "b"]
     assert found.tau == pytest.approx(stats.kendalltau([59.3, 52.9, 33.3], [61, 33, 53.8])[0])
     assert order_sentence(found) == (
-        "by mean top-1, best first: CNN A, CNN C, CNN B; published: CNN A, CNN B, CNN C; "
+        "by mean top-1, best first: CNN A > CNN C > CNN B; published: CNN A > CNN B > CNN C; "
         "the other way round: CNN B and CNN C; Kendall's tau 0.33"
     )
 
@@ -258,7 +258,7 @@ def test_level_rows_are_neither_in_order_nor_turned():
     found = judge_order([row("a", 59.3), row("b", 52.9)], results(a=[0.1 + 0.2], b=[0.3]))
     assert (found.turned, found.same, found.tau) == ((), False, None)
     assert [(a.key, b.key) for a, b in found.level] == [("a", "b")]
-    assert order_sentence(found).endswith("published: CNN A, CNN B; level: CNN A and CNN B")
+    assert order_sentence(found).endswith("published: CNN A > CNN B; level: CNN A and CNN B")
     level_as_published = judge_order([row("a", 50.0), row("b", 50.0)], results(a=A, b=B))
     assert level_as_published.same
     assert level_as_published.tau is None
@@ -282,7 +282,7 @@ def test_orders_are_of_one_reading_each():
     ]
     found = judge(rows, [], results(a=B, b=A, a2=A, b2=B, a3=A)).orders
     assert [(order.reading, order.same) for order in found] == [("", False), ("l2", True)]
-    assert " (reading l2), best first: CNN A2, CNN B2, the" in order_sentence(found[1])
+    assert " (reading l2), best first: CNN A2 > CNN B2, the" in order_sentence(found[1])
     assert "reading" not in order_sentence(found[0])
 
 

@@ -10,6 +10,7 @@ from small_runs import stop_at_check
 
 from fastcnn.cli import main
 from fastcnn.data.cifar import CLASSES
+from fastcnn.reports import planning
 from fastcnn.reports.catalogue import REPORTS
 from fastcnn.study import record as records
 from fastcnn.study import runner
@@ -154,9 +155,10 @@ def test_training_times_are_compared_where_the_report_has_them(tmp_path):
     )
 
 
-def test_verdicts_are_given_on_the_report_s_own_images_alone(tmp_path, capsys):
-    """At full scale of a folder that has CIFAR-10's classes, and few images."""
+def test_verdicts_are_given_on_all_of_the_report_s_images_alone(tmp_path, monkeypatch, capsys):
+    """Of a folder that has CIFAR-10's classes, and few images."""
     data = write_folder(tmp_path / "data", classes=CLASSES, count=4, side=32)
+    monkeypatch.setitem(planning.WHOLE, "cifar10", 80)
     words = ["reproduce", "murgolo", "table1", "--data", str(data), "--output", str(tmp_path)]
     words += ["--rows", "murgolo-base", "murgolo-no-dropout", "--threads", "1", "--quiet"]
     assert main([*words, "--seeds", "2"]) == 0
@@ -166,6 +168,10 @@ def test_verdicts_are_given_on_the_report_s_own_images_alone(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "at the report's scale" in out
     assert "by mean top-1, best first: " in out
+    monkeypatch.setitem(planning.WHOLE, "cifar10", 81)
+    assert main([*words, "--seeds", "2"]) == 0
+    assert "verdict" not in table_of(tmp_path / "murgolo" / "full", "table1").header
+    assert "a part of the report's images: 40 for training and 40 for" in capsys.readouterr().out
     assert main([*words, "--scale", "0.5"]) == 0
     table = table_of(tmp_path / "murgolo" / "scale-0.5", "table1")
     assert "verdict" not in table.header
@@ -178,7 +184,11 @@ def test_verdicts_are_given_on_the_report_s_own_images_alone(tmp_path, capsys):
         (["marie"], 2, "reproduce: no report 'marie'; did you mean 'marie2019'?"),
         (["murgolo", "tabel1"], 2, "reproduce murgolo: no experiment 'tabel1'"),
         (["murgolo", "--scale", "0"], 2, "--scale: must be more than 0"),
-        (["murgolo", "table1", "--rows", "base"], 2, "--rows: table1 has no row 'base'"),
+        (
+            ["murgolo", "table1", "--rows", "base"],
+            2,
+            "--rows: no row 'base'; did you mean 'murgolo-base'?",
+        ),
         (["murgolo", "--lr", "1"], 2, "unknown option --lr"),
         (["murgolo", "--data", "nowhere"], 2, "--data nowhere: neither cifar10"),
         (["murgolo", "--output", "/dev/null/x"], 2, "--output: cannot write into /dev/null/x"),

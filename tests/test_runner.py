@@ -100,7 +100,7 @@ def test_a_folder_with_other_files_is_not_cleared(tmp_path):
     _, runs = planned(tmp_path, seeds=1)
     runs[0].folder.mkdir(parents=True)
     (runs[0].folder / "thesis.tex").write_text("years of work")
-    with pytest.raises(OSError, match="not empty"):
+    with pytest.raises(UsageError, match="holds files that are no run; remove it"):
         carry_out(runs[:1], COMMAND, quiet=True)
     assert (runs[0].folder / "thesis.tex").read_text() == "years of work"
 
@@ -152,7 +152,9 @@ def test_a_damaged_table_of_a_run_is_named(tmp_path):
     chosen, runs = planned(tmp_path, seeds=1)
     carry_out(runs[:1], COMMAND, quiet=True)
     (runs[0].folder / "metrics.csv").write_text("epoch,train_loss\n1,what\n")
-    with pytest.raises(CheckpointError, match=r"metrics.csv cannot be read"):
+    with pytest.raises(
+        CheckpointError, match=r"metrics.csv is damaged .*; remove .*slow.seed-0 to train it"
+    ):
         results(chosen, runs)
 
 

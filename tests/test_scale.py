@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fastcnn.recipes import resolve
 from fastcnn.reports.catalogue import REPORTS
-from fastcnn.reports.scale import LONGEST_STEP, scaled
+from fastcnn.reports.scale import LONGEST_STEP, longer_steps, scaled
 from fastcnn.train.schedule import learning_rate
 
 CIFAR = (50_000, 10_000)
@@ -62,19 +62,35 @@ def distance(options, images):
 @pytest.mark.parametrize("arch", ["mao-default", "murgolo-improved", "murgolo-base"])
 def test_the_rates_of_fewer_steps_of_sgd_come_as_far(arch):
     options = {"arch": arch, "recipe": "report"}
-    found = scaled(options, 0.5, *CIFAR)
+    found = scaled(options, 0.5, *CIFAR, longer_steps([options], 0.5, *CIFAR))
     assert found.train_images == 25_000
     whole = distance(options, 50_000)
     assert distance(found.options, 25_000) == pytest.approx(whole, rel=0.02)
 
 
+def raised(*archs, scale=0.01, **options):
+    rows = [{"arch": arch, "recipe": "report"} | options for arch in archs]
+    longer = longer_steps(rows, scale, *CIFAR)
+    return [scaled(row, scale, *CIFAR, longer).lr for row in rows]
+
+
 def test_a_rate_is_raised_only_as_far_as_is_safe():
-    momentum = scaled({"arch": "murgolo-base", "recipe": "report"}, 0.01, *CIFAR)
-    assert momentum.lr == pytest.approx(LONGEST_STEP * 0.1)
-    plain = scaled({"arch": "mao-default", "recipe": "report"}, 0.01, *CIFAR)
-    assert plain.lr == pytest.approx(LONGEST_STEP)
-    fast = scaled({"arch": "vgg16", "recipe": "report"}, 0.01, *CIFAR)
-    assert fast.lr == 0.1  # its own, which is more than that
+    assert raised("murgolo-base") == [pytest.approx(LONGEST_STEP * 0.1)]
+    assert raised("mao-default") == [pytest.approx(LONGEST_STEP)]
+    assert raised("vgg16") == [0.1]  # its own, which is more than that
+    assert raised("mao-default", scale=1) == [0.001]
+
+
+def test_rates_of_a_report_are_raised_by_one_factor():
+    assert raised("murgolo-base", "murgolo-improved") == [0.01, 0.002]
+    assert raised("murgolo-base", "vgg16") == [0.001, 0.1]
+
+
+def test_a_row_about_the_rate_keeps_its_own():
+    rows = [{"arch": "mao-default", "recipe": "report"}, {"arch": "mao-default", "lr": 0.1}]
+    rows[1]["recipe"] = "report"
+    longer = longer_steps(rows, 0.2, *CIFAR)
+    assert [scaled(row, 0.2, *CIFAR, longer).lr for row in rows] == [pytest.approx(0.0249), 0.1]
 
 
 def test_the_modern_recipe_keeps_its_rate():
@@ -87,6 +103,8 @@ def test_the_epochs_of_drops_are_a_part():
     assert (step.epochs, step.options["step_epochs"]) == (5, 4)
     options = {"arch": "vgg16", "schedule": "milestones", "milestones": [30, 31, 60], "epochs": 90}
     assert scaled(options, 0.1, *CIFAR).options["milestones"] == [3, 6]
+    short = scaled({"arch": "murgolo-improved", "recipe": "report"}, 0.01, *CIFAR)
+    assert (short.epochs, short.options["step_epochs"]) == (2, 1)
     warm = {"arch": "vgg16", "schedule": "cosine", "warmup_epochs": 5.0, "epochs": 90}
     assert scaled(warm, 0.1, *CIFAR).options["warmup_epochs"] == 0.5
 

@@ -184,20 +184,19 @@ def test_single_runs_are_not_tested(n_a, n_b):
 
 
 @pytest.mark.parametrize("first", [1, 2])
-@pytest.mark.parametrize(("shift", "p"), [(0.0, 1.0), (0.1, 0.0), (-0.1, 0.0)])
-def test_without_spread_equal_is_certain_and_so_is_different(first, shift, p):
+@pytest.mark.parametrize(("shift", "p"), [(0.0, 1.0), (0.1, None), (-0.1, None)])
+def test_without_spread_a_difference_is_not_judged(first, shift, p):
     (found,) = compare([(seeded([0.6 + shift] * 3), seeded([0.6] * 3, first))])
-    assert (found.p, found.p_holm) == (p, p)
+    assert (found.p, found.p_holm, found.interval) == (p, p, None)
+    assert (found.test == "none") == (p is None)
     assert found.difference == pytest.approx(shift)
-    assert found.interval == (found.difference, found.difference)
 
 
 def test_rounding_is_no_spread():
     a, b = [0.3, 0.7, 0.4], [0.2, 0.6, 0.3]  # whose differences are 0.1 but for their last bits
     assert len({x - y for x, y in zip(a, b, strict=True)}) > 1
     (found,) = compare([(seeded(a), seeded(b))])
-    assert found.p == 0
-    assert found.interval == (found.difference, found.difference)
+    assert (found.p, found.interval) == (None, None)
     (found,) = compare([(seeded([0.1 + 0.2, 0.3]), seeded([0.3, 0.3]))])
     assert (found.p, found.difference) == (1, 0)
 
@@ -229,6 +228,11 @@ def test_the_other_way_round_only_the_sign_turns(x, y, first):
         (there,), (back,) = compare([(a, b)]), compare([(b, a)])
     assert not caught
     assert back.difference == -there.difference
+    assert back.test == there.test
+    if there.interval is None:
+        assert back.interval is None
+        assert there.p == back.p == (None if there.difference else 1.0)
+        return
     assert back.p == pytest.approx(there.p)
     assert 0 <= there.p <= 1
     assert back.interval == pytest.approx((-there.interval[1], -there.interval[0]))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastcnn.errors import CheckpointError
 from fastcnn.insight.figures import INK, plain, save, shortened
 
 WIDE = 8.6  # inches: a figure as wide as a page
@@ -17,16 +18,28 @@ Paths = tuple[Path, Path]
 
 
 def save_both(figure: Any, folder: Path, name: str) -> Paths:
-    """Write <name>.png and <name>.svg, the same bytes for the same figure."""
+    """Write <name>.png and <name>.svg whole, the same bytes for the same figure.
+
+    Raises CheckpointError where the disk refuses; what was there stays.
+    """
     import matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)
-    png, svg = folder / f"{name}.png", folder / f"{name}.svg"
-    _fewer_colors(save(figure, png))
-    figure.set_layout_engine("none")  # keep the places it found
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastcnn"}):
-        save(figure, svg, {"Date": None, "Creator": None})
-    return png, svg
+    made = folder / f".{name}.part.png", folder / f".{name}.part.svg"
+    wanted = folder / f"{name}.png", folder / f"{name}.svg"
+    try:
+        _fewer_colors(save(figure, made[0]))
+        figure.set_layout_engine("none")  # keep the places it found
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastcnn"}):
+            save(figure, made[1], {"Date": None, "Creator": None})
+        for one, other in zip(made, wanted, strict=True):
+            one.replace(other)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {wanted[0]}: {error.strerror or error}") from error
+    finally:
+        for one in made:
+            one.unlink(missing_ok=True)
+    return wanted
 
 
 def _fewer_colors(path: Path) -> None:

@@ -21,6 +21,7 @@ def draw(planned: Planned, results: Mapping[str, VariantResult], folder: Path) -
         Curves(row.label, tuple(run.history for run in results[row.key].runs)) for row in rows
     ]
     title = f"{planned.report.key}, {experiment.place}"
+    title += f" ({planned.extent})" if planned.extent else ""
     drawn = []
     if "bars" in experiment.figures:
         name = f"{experiment.key}-top1"

@@ -13,7 +13,8 @@ Range = tuple[float, float]
 @dataclass(frozen=True)
 class Published:
     """A row's published figures. top1, top5: the mean or the one figure; ranges: least and
-    greatest of several launches, or the span that a text names; seconds: of the training."""
+    greatest of several launches, or the span that a text names; seconds: of the training; place:
+    the value of the last digit printed."""
 
     top1: float | None = None
     top5: float | None = None
@@ -21,6 +22,7 @@ class Published:
     top5_range: Range | None = None
     seconds: float | None = None
     launches: int = 1
+    place: float = 0.1
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,14 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+import torch
+
+from fastcnn.config import DataConfig
+from fastcnn.data import load_dataset
 from fastcnn.insight.ood import Detection, Result, detect
 from fastcnn.insight.study_bars import draw_histogram
-from fastcnn.reports.planning import Planned
-from fastcnn.study.facts import facts_of
+from fastcnn.reports.planning import Images, Planned
+from fastcnn.study.facts import facts_of, missing_runs
 from fastcnn.study.plan import RunResult, VariantResult
 from fastcnn.study.record import Drawing, Record
 from fastcnn.study.table import Table
@@ -18,9 +22,20 @@ PUBLISHED = (
     "Published: 99.3 % (relu_9) and 100.0 % (relu_10) accuracy with a threshold of 0.32, on images "
     "and with a network that are not public"
 )
+SIDE = 32  # of the report's images
 BASELINES = ("max softmax", "energy")
 
 Rows = list[dict[str, Any]]
+
+
+def check(images: Images, ood_data: str, machine: Mapping[str, Any]) -> None:
+    """Read the foreign images before anything is trained; raises what load_dataset raises."""
+    if images.name == ood_data:
+        return
+    names = ("on_bad_image", "bad_limit")
+    given = {name: machine[name] for name in names if name in machine}
+    config = DataConfig(data=ood_data, image_size=SIDE, **given)
+    load_dataset(config, SIDE, torch.device("cpu"))
 
 
 def record_of(
@@ -36,6 +51,7 @@ def record_of(
     empty.
     """
     runs = [run for result in results.values() for run in result.runs]
+    missing = missing_runs(planned.runs, [*results.values()])
     own = planned.images.name == ood_data  # in a trial
     found = [] if own else [_detect(planned, run, ood_data, machine) for run in runs]
     why = f"{ood_data} are no foreign images here: give --ood-data" if own else "no run is finished"
@@ -47,13 +63,14 @@ def record_of(
         _lead(planned, ood_data, len(found)),
         facts_of(runs, command),
         Table(HEADER, tuple(_line(name, means[name]) for name in names), NUMBERS),
-        (*(found[0].words if found else (why,)), PUBLISHED),
+        (*(found[0].words if found else (why,)), *filter(None, (missing,)), PUBLISHED),
         planned.experiment.notes,
         _draw(planned, found),
     )
-    rows = [{"score": name, "n": len(found), **means[name]} for name in names]
+    scale = {"scale": planned.scale}
+    rows = [{"score": name, **scale, "n": len(found), **means[name]} for name in names]
     by_run = [
-        {"seed": run.seed, "score": name, **vars(result.rows[name])}
+        {"seed": run.seed, "score": name, **scale, **vars(result.rows[name])}
         for run, result in zip(runs[: len(found)], found, strict=True)
         for name in names
     ]
@@ -80,7 +97,7 @@ def _line(name: str, mean: Mapping[str, float]) -> tuple[str, ...]:
 
 
 def _lead(planned: Planned, ood_data: str, runs: int) -> str:
-    scale = "" if planned.scale == 1 else f" trained at scale {planned.scale:g}"
+    scale = f" ({planned.extent})" if planned.extent else ""
     return (
         f"{planned.report.key}, {planned.experiment.place}: {planned.rows[0].label}{scale} tells "
         f"{planned.images.name} from {ood_data.rstrip('/').split('/')[-1]}; means of {runs} "
@@ -100,6 +117,7 @@ def _draw(planned: Planned, found: Sequence[Result]) -> tuple[Drawing, ...]:
     }
     name = f"{planned.experiment.key}-histogram"
     title = f"{planned.report.key}, figure 8: mean activation of {layer}"
+    title += f" ({planned.extent})" if planned.extent else ""
     draw_histogram(planned.root, name, title, groups, first.rows[layer].threshold)
     alt = f"Histogram of the mean activation of {layer} of own and foreign images"
     return (Drawing(name, alt, f"Mean activation of {layer}"),)

@@ -160,7 +160,9 @@ def _judge_figure(row: Row, results: Results, figure: Figure) -> JudgedFigure:
     span: Range | None = getattr(row.published, f"{figure}_range", None)
     standing = None
     if number is not None and ours.interval is not None:
-        standing = verdict(number, ours.interval)
+        low, high = ours.interval
+        half = row.published.place / 2 if row.published else 0.0
+        standing = verdict(number, (low - half, high + half))
     return JudgedFigure(figure, ours, images, number, standing, span, _in_range(ours.mean, span))
 
 
@@ -245,8 +247,8 @@ def claim_sentence(judged: JudgedClaim) -> str:
 
 
 def order_sentence(judged: JudgedOrder) -> str:
-    """Such as "by mean top-1, best first: CNN A, CNN C, CNN B; published: CNN A, CNN B, CNN C; the
-    other way round: CNN B and CNN C; Kendall's tau 0.33"."""
+    """Such as "by mean top-1, best first: CNN A > CNN C > CNN B; published: CNN A > CNN B > CNN C;
+    the other way round: CNN B and CNN C; Kendall's tau 0.33"."""
     of = f" (reading {judged.reading})" if judged.reading else ""
     tau = "" if judged.tau is None else f"; Kendall's tau {judged.tau:.2f}"
     start = f"by mean top-1{of}, best first: {_labels(judged.ours)}"
@@ -280,7 +282,7 @@ def _direction(judged: JudgedClaim) -> str:
 
 
 def _labels(rows: Sequence[Row]) -> str:
-    return ", ".join(row.label for row in rows)
+    return " > ".join(row.label for row in rows)
 
 
 def _named(what: str, pairs: Sequence[tuple[Row, Row]]) -> str:

@@ -14,8 +14,8 @@ from fastcnn.reports.judge import (
     order_sentence,
 )
 from fastcnn.reports.planning import Planned
-from fastcnn.study.facts import facts_of
-from fastcnn.study.plan import RunResult, VariantResult
+from fastcnn.study.facts import facts_of, missing_runs
+from fastcnn.study.plan import VariantResult
 from fastcnn.study.record import Drawing, Record
 from fastcnn.study.runner import Failure
 from fastcnn.study.table import Table
@@ -33,12 +33,12 @@ HEADER = (
     "published",
     "verdict",
     "top-5, %",
-    "95 %",
-    "published",
-    "verdict",
+    "top-5, 95 %",
+    "top-5, published",
+    "top-5, verdict",
 )
 NUMBERS = frozenset((1, 2, 3, 4, 5, 6, 11))
-LARGER = "published by more images and epochs: no verdict on single numbers"
+LARGER = "the published numbers are of more images and epochs: no verdict on single numbers"
 
 
 def results_by_key(results: Sequence[VariantResult]) -> dict[str, VariantResult]:
@@ -64,7 +64,7 @@ def record_of(
         (
             *sentences_of(planned, judged, results),
             *map(_failed, failures),
-            *_missing(planned, runs),
+            *_missing(planned, results),
         ),
         planned.experiment.notes,
         tuple(drawings),
@@ -73,29 +73,32 @@ def record_of(
 
 def lead_of(planned: Planned) -> str:
     """What was run, beside what the report ran."""
-    name = f"{planned.report.key}, {planned.experiment.place}"
-    if planned.scale == 1:
-        size = "at the report's scale"
-    else:
-        size = (
-            f"at scale {planned.scale:g}: {planned.scale:.3g} times the report's images and epochs"
-        )
-        if any(one.lr != one.full.optim.lr for one in planned.scaled.values()):
-            size += "; SGD's rates are raised, so that rate × steps is as long as it can safely be"
-    trial = (
-        ""
-        if planned.images.genuine
-        else (
-            f" A trial on {planned.images.name}, which are not the report's images: the published "
+    parts = [f"{planned.report.key}, {planned.experiment.place}, {_scale(planned)}."]
+    if not planned.images.genuine:
+        parts.append(
+            f"A trial on {planned.images.name}, which are not the report's images: the published "
             "figures say nothing of them."
         )
-    )
-    return f"{name}, {size}.{trial}"
+    elif not planned.images.whole:
+        parts.append(
+            f"{planned.images.name} is a part of the report's images: {planned.images.train:,} for "
+            f"training and {planned.images.test:,} for the test."
+        )
+    return " ".join(parts)
+
+
+def _scale(planned: Planned) -> str:
+    if planned.scale == 1:
+        return "at the report's scale" if planned.images.whole else "all epochs of the report"
+    said = f"at scale {planned.scale:g}: about {planned.scale:.3g} times its images and its epochs"
+    if any(one.lr != one.full.optim.lr for one in planned.scaled.values()):
+        said += ", SGD's rates raised so that rate × steps is as long as is safe"
+    return said
 
 
 def is_comparable(planned: Planned) -> bool:
     """Whether single numbers can be held against the published ones."""
-    return planned.scale == 1 and planned.images.genuine
+    return planned.scale == 1 and planned.images.whole
 
 
 def table_of(planned: Planned, judged: Judgement) -> Table:
@@ -161,6 +164,8 @@ def sentences_of(
         found.append(LARGER)
     found += [order_sentence(order) for order in judged.orders]
     found += [claim_sentence(claim) for claim in judged.claims]
+    left = [claim for claim in planned.experiment.claims if claim not in planned.claims]
+    found += [f"{claim.text}: not judged where other rates are raised" for claim in left]
     return (*found, *_times(planned, results))
 
 
@@ -191,10 +196,9 @@ def _failed(failure: Failure) -> str:
     return f"{failure.planned.name} failed: {failure.reason}"
 
 
-def _missing(planned: Planned, runs: Sequence[RunResult]) -> list[str]:
-    if len(runs) == len(planned.runs):
-        return []
-    return [f"{len(runs)} of {len(planned.runs)} runs are finished"]
+def _missing(planned: Planned, results: Mapping[str, VariantResult]) -> list[str]:
+    missing = missing_runs(planned.runs, [*results.values()])
+    return [missing] if missing else []
 
 
 def plain_rows(planned: Planned, results: Mapping[str, VariantResult]) -> list[dict[str, Any]]:

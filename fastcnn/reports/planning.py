@@ -11,7 +11,7 @@ from fastcnn.data.cifar import CLASSES as CIFAR10_CLASSES
 from fastcnn.errors import DataError, UsageError, nearest
 from fastcnn.recipes import resolve
 from fastcnn.reports.experiment import Claim, Experiment, Report, Row
-from fastcnn.reports.scale import Scaled, scaled
+from fastcnn.reports.scale import Scaled, longer_steps, scaled
 from fastcnn.study.options import ReproduceOptions
 from fastcnn.study.plan import PlannedRun, Variant, plan
 
@@ -23,30 +23,54 @@ MODERN: dict[str, Any] = {"recipe": "modern", "ema": 0.995, "test_flip": True}
 MODERN_READING = "modern recipe"
 
 
+# images of training and test, those left out counted in
+WHOLE = {"cifar10": 60_000, "tiny-imagenet": 110_000}
+
+
 @dataclass(frozen=True)
 class Images:
-    """The images of a reproduction: name, number, and whether they are the report's."""
+    """The images of a reproduction: name, number, whether they are the report's, and all of
+    them."""
 
     name: str
     train: int
     test: int
     genuine: bool
+    whole: bool = True
 
 
 @dataclass(frozen=True)
 class Planned:
-    """An experiment's runs. rows, claims: those wanted; scaled: of each row by key."""
+    """An experiment's runs. scaled: of each row by key. wanted: the runs that are to be trained."""
 
     report: Report
     experiment: Experiment
     rows: tuple[Row, ...]
-    claims: tuple[Claim, ...]
     variants: tuple[Variant, ...]
     scaled: Mapping[str, Scaled]
     runs: tuple[PlannedRun, ...]
+    wanted: tuple[PlannedRun, ...]
     images: Images
     scale: float
     root: Path
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """The conclusions that can be judged: not of a rate beside one that was raised."""
+        if all(one.lr == one.full.optim.lr for one in self.scaled.values()):
+            return self.experiment.claims
+        own = {row.key for row in self.rows if "lr" in row.options}
+        return tuple(c for c in self.experiment.claims if not {c.better, c.worse} & own)
+
+    @property
+    def extent(self) -> str:
+        """How much of the report this is, in few words; "" for all of it."""
+        parts = [] if self.scale == 1 else [f"scale {self.scale:g}"]
+        if not self.images.genuine:
+            parts.append(f"trial on {self.images.name}")
+        elif not self.images.whole:
+            parts.append(f"{self.images.train:,} training images in all")
+        return ", ".join(parts)
 
 
 def images_of(report: Report, options: Mapping[str, Any]) -> Images:
@@ -55,7 +79,8 @@ def images_of(report: Report, options: Mapping[str, Any]) -> Images:
     Raises DataError where it is missing, or is not what the report worked on; digits alone may
     stand in for it, as a trial.
     """
-    given = {"arch": report.experiments[0].rows[0].options["arch"]}
+    row = report.experiments[0].rows[0].options
+    given = {name: row[name] for name in ("arch", "grayscale") if name in row}
     config = resolve(given | {"data": report.data} | _readable(options))
     import torch
 
@@ -71,7 +96,10 @@ def images_of(report: Report, options: Mapping[str, Any]) -> Images:
             f"{len(dataset.classes)} classes ({', '.join(dataset.classes[:3])}, …): give --data "
             f"{report.data}, or --data {TRIAL} for a trial"
         )
-    return Images(dataset.name, len(dataset.train), len(dataset.test), genuine)
+    left_out = dataset.left_out.grey + len(dataset.left_out.bad)
+    there = len(dataset.train) + len(dataset.test) + left_out
+    whole = genuine and there >= WHOLE[report.data]
+    return Images(dataset.name, len(dataset.train), len(dataset.test), genuine, whole)
 
 
 def _readable(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,22 +113,18 @@ def _is_genuine(report: Report, dataset: Dataset) -> bool:
     return len(dataset.classes) == TINY_IMAGENET_CLASSES
 
 
-def rows_of(experiment: Experiment, options: ReproduceOptions) -> tuple[Row, ...]:
-    """The experiment's rows, with --modern those of this project's recipe, of which --rows keeps
-    some. Raises UsageError where it names no row of the experiment."""
-    rows = experiment.rows
-    if options.modern:
-        rows += tuple(_modern(experiment, arch) for arch in experiment.modern)
-    if not options.rows:
-        return rows
-    known = [row.key for row in rows]
+def check_rows(experiments: Sequence[Experiment], options: ReproduceOptions) -> None:
+    """Raise UsageError where --rows names a row that none of the experiments has."""
+    known = [row.key for one in experiments for row in (*one.rows, *_modern_rows(one))]
     for key in options.rows:
         if key not in known:
             raise UsageError(
-                f"--rows: {experiment.key} has no row '{key}'{nearest(key, known)}; "
-                f"it has {', '.join(known)}"
+                f"--rows: no row '{key}'{nearest(key, known)}; --list-rows names them all"
             )
-    return tuple(row for row in rows if row.key in options.rows)
+
+
+def _modern_rows(experiment: Experiment) -> list[Row]:
+    return [_modern(experiment, arch) for arch in experiment.modern]
 
 
 def _modern(experiment: Experiment, arch: str) -> Row:
@@ -118,26 +142,33 @@ def plan_experiment(
     options: ReproduceOptions,
     machine: Mapping[str, Any],
 ) -> Planned:
-    """Every run of an experiment. machine: options of a training run by name, for all of them."""
-    rows = rows_of(experiment, options)
+    """Every run of an experiment. machine: options of a training run by name, for all of them.
+
+    Rows of this project's recipe are those that --modern or --rows asks for, and those begun
+    before. --rows says what is trained; a table has every row that has runs.
+    """
+    folder = "full" if options.scale == 1 else f"scale-{options.scale:g}"
+    root = Path(options.output) / report.key / folder
+    asked = {row.key for row in _modern_rows(experiment) if options.modern}
+    asked |= set(options.rows)
+    modern = [r for r in _modern_rows(experiment) if r.key in asked or (root / r.key).is_dir()]
+    rows = (*experiment.rows, *modern)
     data = {"data": report.data} | dict(machine)
-    changed = {
-        row.key: scaled(
-            _fitting(row.options, images) | data, options.scale, images.train, images.test
-        )
-        for row in rows
-    }
+    given = {row.key: _fitting(row.options, images) | data for row in rows}
+    size = (options.scale, images.train, images.test)
+    longer = longer_steps(
+        [_fitting(row.options, images) for one in report.experiments for row in one.rows], *size
+    )
+    changed = {key: scaled(one, *size, longer) for key, one in given.items()}
     variants = tuple(Variant(row.key, row.label, changed[row.key].options) for row in rows)
     seeds: dict[str, Sequence[int]] = {
         row.key: range(options.seeds or row.launches) for row in rows
     }
-    folder = "full" if options.scale == 1 else f"scale-{options.scale:g}"
-    root = Path(options.output) / report.key / folder
     runs = tuple(plan(variants, seeds, root))
-    keys = {row.key for row in rows}
-    claims = tuple(c for c in experiment.claims if {c.better, c.worse} <= keys)
-    scale = options.scale
-    return Planned(report, experiment, rows, claims, variants, changed, runs, images, scale, root)
+    wanted = tuple(run for run in runs if not options.rows or run.variant.key in options.rows)
+    return Planned(
+        report, experiment, rows, variants, changed, runs, wanted, images, options.scale, root
+    )
 
 
 def _fitting(options: Mapping[str, Any], images: Images) -> dict[str, Any]:

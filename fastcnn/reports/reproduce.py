@@ -9,7 +9,7 @@ from fastcnn.reports import foreign
 from fastcnn.reports.drawings import draw
 from fastcnn.reports.experiment import Experiment, Report
 from fastcnn.reports.outcome import plain_rows, record_of, results_by_key
-from fastcnn.reports.planning import Planned, images_of, plan_experiment
+from fastcnn.reports.planning import Planned, check_rows, images_of, plan_experiment
 from fastcnn.study import record as records
 from fastcnn.study.facts import plain_runs
 from fastcnn.study.options import ReproduceOptions
@@ -43,16 +43,19 @@ def reproduce(
     machine: options of a training run by name, for every run. Raises DataError for images that are
     missing or not the report's, and as `carry_out`; finished runs are kept in any case.
     """
+    check_rows(experiments, options)
     images = images_of(report, machine)
     planned = [plan_experiment(report, one, images, options, machine) for one in experiments]
+    if not options.tables_only and any("histogram" in one.figures for one in experiments):
+        foreign.check(images, options.ood_data, machine)
     found = []
     with claimed(planned[0].root):
         for one in planned:
             failures: list[Failure] = []
             if not options.tables_only:
-                failures = carry_out(one.runs, command, options.jobs, quiet, say)
+                failures = carry_out(one.wanted, command, options.jobs, quiet, say)
             found.append(_write(one, failures, options, machine, command))
-        write_pages(planned[0].root, f"{report.key}: {report.title}", _credit(report))
+            write_pages(one.root, f"{report.key}: {report.title}", _credit(report))
     return found
 
 
@@ -73,6 +76,7 @@ def _write(
     else:
         drawings = draw(planned, reached, planned.root)
         record = record_of(planned, reached, failures, command, drawings)
-        rows, runs = plain_rows(planned, reached), plain_runs([*reached.values()])
+        rows = plain_rows(planned, reached)
+        runs = [{"scale": planned.scale} | run for run in plain_runs([*reached.values()])]
     records.write(record, planned.root, rows, runs)
     return Reproduced(record, planned.root, tuple(failures))

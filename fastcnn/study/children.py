@@ -48,6 +48,9 @@ class Child:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
+                # Ctrl-C is for the parent, which passes it on once: a second signal would end a
+                # child before it has saved its run
+                start_new_session=True,
             )
         task = {
             "key": planned.variant.key,
@@ -76,6 +79,7 @@ class Child:
         if code in stopped or -code in StopAtStepEdge.SIGNALS:
             raise Interrupted(code - 128 if code > 0 else -code)
         reason = f"ended by signal {-code}" if code < 0 else self._last_line()
+        reason = reason or f"ended with exit code {code}"
         if code == NumbersError.exit_code:
             return reason
         error = FastcnnError(f"{self.planned.name}: {reason} (see {self.log})")

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastcnn.bench.environment import commit
-from fastcnn.study.plan import RunResult, VariantResult
+from fastcnn.study.plan import PlannedRun, RunResult, VariantResult
 
 Fact = tuple[str, str]
+NAMED_RUNS = 5
 
 
 def facts_of(runs: Sequence[RunResult], command: Sequence[str]) -> tuple[Fact, ...]:
@@ -43,3 +44,16 @@ def plain_runs(results: Sequence[VariantResult]) -> list[dict[str, Any]]:
         for result in results
         for run in result.runs
     ]
+
+
+def missing_runs(planned: Sequence[PlannedRun], results: Sequence[VariantResult]) -> str:
+    """Which of the planned runs have no result; "" if all have one."""
+    done = {(result.variant.key, run.seed) for result in results for run in result.runs}
+    left = [one.name for one in planned if (one.variant.key, one.seed) not in done]
+    if not left:
+        return ""
+    more = "" if len(left) <= NAMED_RUNS else f" and {len(left) - NAMED_RUNS} more"
+    return (
+        f"{len(planned) - len(left)} of {len(planned)} runs are finished; "
+        f"missing: {', '.join(left[:NAMED_RUNS])}{more}"
+    )

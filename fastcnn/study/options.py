@@ -109,6 +109,7 @@ def read_reproduce(given: Mapping[str, Any]) -> tuple[ReproduceOptions, dict[str
 def read_sweep(given: Mapping[str, Any]) -> SweepOptions:
     """The command's own options; raises UsageError."""
     own = {o.name: o.parse(given[o.name]) for o in sweep_options() if o.name in given}
-    if own.get("name") and "/" in own["name"]:
-        raise UsageError(f"--name: expected the name of a folder, got {own['name']!r}")
+    name = own.get("name")
+    if name is not None and ("/" in name or name in (".", "..") or not name.isprintable()):
+        raise UsageError(f"--name: expected the name of a folder, got {name!r}")
     return SweepOptions(**own)

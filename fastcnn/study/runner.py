@@ -83,7 +83,12 @@ def train_one(planned: PlannedRun, command: list[str], quiet: bool) -> None:
     if (planned.folder / "config.yaml").is_file():
         place = PlaceConfig(resume=str(planned.folder))
         machine = {k: v for k, v in planned.config.flat().items() if k in run.NEUTRAL_ON_RESUME}
-        run.resume(place, machine, command, quiet)
+        try:
+            run.resume(place, machine, command, quiet)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; or remove {planned.folder} to train it anew"
+            ) from error
         return
     _clear(planned.folder)
     place = PlaceConfig(output=str(planned.folder.parent), name=planned.folder.name)
@@ -91,11 +96,18 @@ def train_one(planned: PlannedRun, command: list[str], quiet: bool) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove a folder that a run was killed in before it wrote what it is."""
-    with contextlib.suppress(FileNotFoundError):
-        for leftover in folder.glob(".*.part"):
-            leftover.unlink()
+    """Remove a folder that a run was killed in before it wrote what it is.
+
+    Raises UsageError where it holds anything else.
+    """
+    for leftover in folder.glob(".*.part"):
+        leftover.unlink()
+    try:
         folder.rmdir()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UsageError(f"{folder} holds files that are no run; remove it") from error
 
 
 def results(variants: Sequence[Variant], planned: Sequence[PlannedRun]) -> list[VariantResult]:
@@ -110,11 +122,19 @@ def results(variants: Sequence[Variant], planned: Sequence[PlannedRun]) -> list[
 
 def _result(planned: PlannedRun) -> RunResult:
     summary = RunFolder(planned.folder).read_summary() or {}
+    file = "summary.json"
     try:
+        for name in ("test_top1", "test_top5", "train_seconds", "images_per_s"):
+            float(summary[name])
+        int(summary["images"]["test"])
+        file = "metrics.csv"
         history = read_metrics(planned.folder)
-    except (OSError, ValueError, KeyError) as error:
+        if len(history["epoch"]) != summary["epochs"]:
+            raise ValueError(f"it has {len(history['epoch'])} epochs")
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"{planned.folder / 'metrics.csv'} cannot be read ({error}); remove {planned.folder}"
+            f"{planned.folder / file} is damaged ({error}); remove {planned.folder} to train it "
+            "anew"
         ) from error
     return RunResult(planned.seed, planned.folder, summary, history)
 
@@ -140,6 +160,10 @@ def claimed(root: Path) -> Iterator[None]:
         yield
 
 
+def _epochs(count: int) -> str:
+    return "1 epoch" if count == 1 else f"{count} epochs"
+
+
 @dataclass
 class Told:
     """Says how far a study has come."""
@@ -156,7 +180,7 @@ class Told:
         summary = RunFolder(planned.folder).read_summary() or {}
         self.say(
             f"{self._far()} {planned.name}: top-1 {summary['test_top1']:.2%}, "
-            f"top-5 {summary['test_top5']:.2%} after {summary['epochs']} epochs "
+            f"top-5 {summary['test_top5']:.2%} after {_epochs(summary['epochs'])} "
             f"and {summary['train_seconds']:,.0f} s"
         )
 

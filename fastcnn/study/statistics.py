@@ -51,8 +51,8 @@ def summarise(values: Sequence[float], images: int | None = None, whole: float =
 
     images: of which each value is a share (of `whole`: 1 or 100); intervals then end at 0 and
     `whole`, and a single value has Wilson's interval, which knows of the test images alone and
-    nothing of seeds. Raises ValueError for no values, for one that is not finite and for shares
-    outside 0 to `whole`.
+    nothing of seeds; so have several equal ones. Raises ValueError for no values, for one that is
+    not finite and for shares outside 0 to `whole`.
 
     The bootstrap is of percentiles, its ends moved away from the mean by sqrt(n / (n - 1)) times
     the ratio of Student's quantile to the normal one, since resamples of a few values vary less
@@ -83,6 +83,10 @@ def summarise(values: Sequence[float], images: int | None = None, whole: float =
         method: Literal["binomial", "none"] = "none" if wilson is None else "binomial"
         return Summary(1, mean, None, mean, mean, wilson, method, None)
     std = statistics.stdev(values)
+    if values[0] == values[-1] and images is not None:
+        # a few runs that are level by chance: the test images vary at least
+        return Summary(n, mean, 0.0, mean, mean, _wilson(mean / whole, images, whole), "binomial",
+                       None)  # fmt: skip
     boot, student = _bootstrap(values), _student(mean, std / math.sqrt(n), n - 1)
     if images is not None:
         boot, student = _cut(boot, whole), _cut(student, whole)
@@ -93,8 +97,8 @@ def compare(pairs: Sequence[tuple[Seeded, Seeded]]) -> list[Comparison]:
     """Test the difference of means of every pair; Holm's correction is over all that were tested.
 
     Paired where both sides have the same seeds, Welch's test else; none where a side has less than
-    two. Without any spread p is 1 for equal sides and 0 for others. Raises ValueError for a side
-    without values and for values that are not finite.
+    two, or where there is no spread to judge a difference by. Equal sides have p = 1. Raises
+    ValueError for a side without values and for values that are not finite.
     """
     found = [_compare(a, b) for a, b in pairs]
     corrected = iter(holm([one.p for one in found if one.p is not None]))
@@ -188,7 +192,8 @@ def _compare(a: Seeded, b: Seeded) -> Comparison:
     else:
         error, freedom = _welch_error(x, y, scale)
     interval, p = _tested(difference, error, freedom)
-    return Comparison(difference, interval, test, p, None, len(x), len(y))
+    made = "none" if p is None else test
+    return Comparison(difference, interval, made, p, None, len(x), len(y))
 
 
 def _variance_of_mean(values: Sequence[float], scale: float) -> float:
@@ -212,10 +217,13 @@ def _welch_error(x: list[float], y: list[float], scale: float) -> tuple[float, f
     return math.sqrt(u + v), freedom
 
 
-def _tested(difference: float, error: float, freedom: float) -> tuple[Interval, float]:
+def _tested(
+    difference: float, error: float, freedom: float
+) -> tuple[Interval | None, float | None]:
     from scipy import stats
 
     if error == 0:
-        return (difference, difference), 0.0 if difference else 1.0
+        # a few shares of a few images are often level by chance: no spread says nothing
+        return None, None if difference else 1.0
     p = 2 * float(stats.t.sf(abs(difference) / error, freedom))
     return _student(difference, error, freedom), p

@@ -22,6 +22,8 @@ def values_of(option: Option, given: Any) -> list[Any]:
     UsageError for a wrong value, and for one that stands there twice.
     """
     texts = given if isinstance(given, list) else [given]
+    if option.scalar is list and texts and not any(isinstance(t, str | list) for t in texts):
+        texts = [texts]  # one value in a file: [30, 45]
     if not texts:
         texts = [True] if option.scalar is bool else [""]
     values = [_value(option, text) for text in texts]

@@ -6,8 +6,8 @@ from typing import Any
 
 from fastcnn.insight.study_bars import Bar, draw_bars
 from fastcnn.insight.study_figures import Curves, draw_curves, draw_losses
-from fastcnn.study.facts import facts_of
-from fastcnn.study.plan import VariantResult
+from fastcnn.study.facts import facts_of, missing_runs
+from fastcnn.study.plan import PlannedRun, VariantResult
 from fastcnn.study.record import Drawing, Record
 from fastcnn.study.statistics import Comparison, Summary, compare, summarise
 from fastcnn.study.table import Table
@@ -32,27 +32,27 @@ NUMBERS = frozenset((1, 2, 3, 6, 8, 9, 10))
 def record_of(
     name: str,
     results: Sequence[VariantResult],
-    wanted: int,
+    planned: Sequence[PlannedRun],
     failures: Sequence[str],
     command: Sequence[str],
     drawings: Sequence[Drawing],
 ) -> Record:
-    """The record of a sweep, of whose `wanted` runs some may be missing."""
+    """The record of a sweep, of whose planned runs some may be missing."""
     finished = [result for result in results if result.runs]
     runs = [run for result in finished for run in result.runs]
-    missing = f"{len(runs)} of {wanted} runs are finished"
+    missing = missing_runs(planned, results)
     compared = comparisons(finished)
     return Record(
         KEY,
         name,
-        f"{len(results)} variants, {wanted} runs. Accuracies are of the test images.",
+        f"{len(results)} variants, {len(planned)} runs. Accuracies are of the test images.",
         facts_of(runs, command),
         Table(
             HEADER,
             tuple(_line(*pair) for pair in zip(finished, compared, strict=True)),
             NUMBERS,
         ).without_empty(),
-        (*failures, *([missing] if len(runs) < wanted else [])),
+        (*failures, *([missing] if missing else [])),
         _notes(finished, compared),
         tuple(drawings),
     )

@@ -39,7 +39,7 @@ def sweep(
         reached = results(variants, runs)
         told = [f"{failure.planned.name} failed: {failure.reason}" for failure in failures]
         drawings = draw(name, reached, folder)
-        record = record_of(name, reached, len(runs), told, command, drawings)
+        record = record_of(name, reached, runs, told, command, drawings)
         records.write(record, folder, plain_rows(reached), plain_runs(reached))
         write_pages(folder, name, record.lead)
     return record, folder, failures

@@ -35,24 +35,22 @@ def _escaped(text: str) -> str:
 
 
 def show(table: Table, title: str) -> None:
-    """Print the table on standard output, in the terminal's width where it has one."""
+    """Print the table on standard output; on a narrow terminal lines go on below, unbroken."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table as RichTable
 
     console = Console(highlight=False)
-    if not console.is_terminal:
-        # in a pipe or a file nothing wraps
-        console.width = 10_000
+    console.width = 10_000  # a folded number is none
     console.print(title, markup=False)
     shown = RichTable(box=None, pad_edge=False)
     for number, name in enumerate(table.header):
         shown.add_column(
-            escape(name), justify="right" if number in table.numbers else "left", overflow="fold"
+            escape(name), justify="right" if number in table.numbers else "left", no_wrap=True
         )
     for row in table.rows:
         shown.add_row(*map(escape, row))
-    console.print(shown)
+    console.print(shown, soft_wrap=True)
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
