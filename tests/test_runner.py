@@ -8,10 +8,12 @@ import sys
 import time
 
 import pytest
+import torch
 from small_runs import SMALL, assert_same, final_state, stop_at_check
 
 from fastcnn.errors import CheckpointError, FastcnnError, UsageError
-from fastcnn.study import runner
+from fastcnn.study import children, runner
+from fastcnn.study.children import placed
 from fastcnn.study.plan import Variant, plan
 from fastcnn.study.runner import carry_out, claimed, is_finished, results
 from fastcnn.train import checkpoint
@@ -190,6 +192,48 @@ def test_what_ends_every_run_ends_the_jobs(tmp_path):
     assert caught.value.exit_code == 3
 
 
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_each_job_has_its_share_of_the_machine(tmp_path, monkeypatch, gpus):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(children, "usable_cores", lambda: 8)
+    one = plan([Variant("a", "a", {"arch": "cnn-a"})], {"a": [0]}, tmp_path)[0]
+    found = [placed(one, place, jobs=3).config.run for place in range(3)]
+    devices = ["cuda:0", "cuda:1", "cuda:0"] if gpus else ["auto"] * 3
+    assert [run.device for run in found] == devices
+    assert [run.threads for run in found] == [2] * 3
+    named = plan([Variant("a", "a", {"device": "cpu", "threads": 1})], {"a": [0]}, tmp_path)[0]
+    run = placed(named, 1, jobs=3).config.run
+    assert (run.device, run.threads) == ("cpu", 1)
+
+
+def test_jobs_take_the_places_that_are_free(tmp_path, monkeypatch):
+    """Of runs that end at once, each in the place of one that has ended."""
+    taken = []
+
+    class Ended:
+        def __init__(self, planned, command, place):
+            self.planned, self.place, self.process = planned, place, self
+            self.looks = 0 if planned.seed % 2 else 3
+            taken.append(place)
+
+        def poll(self):
+            self.looks -= 1
+            return 0 if self.looks < 0 else None
+
+        def outcome(self):
+            return "numbers" if self.planned.seed == 3 else ""
+
+    monkeypatch.setattr(runner, "Child", Ended)
+    monkeypatch.setattr(runner, "POLL_S", 0)
+    monkeypatch.setattr(runner.Told, "end", lambda self, planned: None)
+    one = Variant("a", "a", TINY)
+    failures = carry_out(plan([one], {"a": range(6)}, tmp_path), COMMAND, jobs=2)
+    # seeds with an odd number end at once: what comes next is in their place
+    assert taken[:3] == [0, 1, 1]
+    assert set(taken) == {0, 1}
+    assert [failure.planned.seed for failure in failures] == [3]
+
+
 LONG = TINY | {"epochs": 100_000, "eval_batch_size": 40}
 STUDY = """
 import sys
@@ -205,14 +249,17 @@ except Exception as error:
 """
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
 def test_jobs_save_their_runs_when_the_study_is_stopped(tmp_path, signum, code):
+    """SIGINT as a terminal sends it: to the whole group."""
     script = STUDY.format(options=LONG, root=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
     folders = [tmp_path / key / "seed-0" for key in "ab"]
     try:
         wait_for(lambda: all((folder / "last.pt").exists() for folder in folders))
-        os.kill(process.pid, signum)
+        (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
         assert process.wait(60) == code
         # whoever still trained would write metrics.csv again and again
         wait_for(lambda: all("stopped by" in log_of(folder) for folder in folders))

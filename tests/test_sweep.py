@@ -10,7 +10,9 @@ from fastcnn.cli import main
 from fastcnn.config import options_by_name
 from fastcnn.errors import UsageError
 from fastcnn.study import runner
+from fastcnn.study.plan import RunResult, Variant, VariantResult
 from fastcnn.study.sweep import MOST_VARIANTS, study_name, values_of, values_of_all, variants_of
+from fastcnn.study.sweep_record import comparisons, plain_rows, record_of
 
 
 @pytest.mark.parametrize(
@@ -25,6 +27,7 @@ from fastcnn.study.sweep import MOST_VARIANTS, study_name, values_of, values_of_
         ("arch", ["cnn-a", "cnn-b"], ["cnn-a", "cnn-b"]),
         ("milestones", ["30,45", "40"], [[30, 45], [40]]),
         ("milestones", [[30, 45], []], [[30, 45], []]),
+        ("milestones", [30, 45], [[30, 45]]),
         ("train_subset", ["none", "100"], [None, 100]),
         ("flip", ["none", "random"], ["none", "random"]),
     ],
@@ -82,6 +85,12 @@ def test_folders_differ_whatever_the_values(texts):
     assert all(not key.startswith((".", "-")) for key in keys)
 
 
+def test_no_combination_is_left_out():
+    found = variants_of({"batch_size": [*range(1, 41)], "epochs": [*range(1, 21)]})
+    pairs = {(variant.options["batch_size"], variant.options["epochs"]) for variant in found}
+    assert len(pairs) == len(found) == 800
+
+
 def test_too_many_combinations():
     with pytest.raises(UsageError, match=f"at most {MOST_VARIANTS:,}"):
         variants_of({"batch_size": [*range(1, 50)], "epochs": [*range(1, 50)]})
@@ -134,6 +143,7 @@ def test_the_command_trains_compares_and_writes(tmp_path, monkeypatch, capsys):
     [
         (["--seeds", "0"], 2, "fastcnn: --seeds: must be at least 1, got 0"),
         (["--name", "a/b"], 2, "fastcnn: --name: expected the name of a folder, got 'a/b'"),
+        (["--name", ".."], 2, "fastcnn: --name: expected the name of a folder, got '..'"),
         (["--seed", "3"], 2, "fastcnn: unknown option --seed; did you mean '--seeds'?"),
         (["--arch", "cnn-x"], 2, "fastcnn: unknown architecture 'cnn-x'"),
         (["--output", "/dev/null/x"], 2, "fastcnn: --output: cannot write into /dev/null/x"),
@@ -144,3 +154,33 @@ def test_mistakes_are_one_line(words, code, line, capsys):
     err = capsys.readouterr().err
     assert err.startswith(line)
     assert err.count("\n") == 1
+
+
+def result(key, top1, top5=0.9):
+    summary = {"images": {"test": 1000}, "images_per_s": 10.0, "epochs": 1, "train_seconds": 1.0}
+    runs = tuple(
+        RunResult(seed, None, summary | {"test_top1": value, "test_top5": top5})
+        for seed, value in enumerate(top1)
+    )
+    return VariantResult(Variant(key, key, {}), runs)
+
+
+def test_differences_are_those_from_the_first():
+    found = [result("a", [0.5, 0.52, 0.51]), result("b", [0.6, 0.63, 0.62], 0.95)]
+    [none, against] = comparisons(found)
+    assert none is None
+    assert against.difference == pytest.approx(100 * (0.6 + 0.63 + 0.62 - 0.5 - 0.52 - 0.51) / 3)
+    record = record_of("x", found, [], [], ["x"], [])
+    header, rows = record.table.header, record.table.rows
+    assert rows[1][header.index("against the first")] == f"{against.difference:+.1f}"
+    assert rows[1][header.index("top-5, %")] == "95.0"
+    plain = plain_rows(found)
+    assert plain[1]["difference"] == against.difference
+    assert (plain[0]["top5_mean"], plain[1]["top5_mean"]) == pytest.approx((90.0, 95.0))
+
+
+def test_holm_counts_every_variant():
+    values = {"a": [0.5, 0.52, 0.51], "b": [0.53, 0.56, 0.53], "c": [0.54, 0.55, 0.56]}
+    found = comparisons([result(key, top1) for key, top1 in values.items()])
+    p = sorted(one.p for one in found[1:])
+    assert sorted(one.p_holm for one in found[1:])[0] == pytest.approx(min(1, 2 * p[0]))

@@ -79,7 +79,8 @@ def _draw_published(axis: Any, at: float, bar: Bar, most: float) -> None:
         axis.barh(at, value, height=THICK, color=PUBLISHED)
     if span:
         _draw_whisker(axis, at, span)
-    text = _number(value) if value is not None else "–".join(map(_number, span or ()))
+    # as it is printed
+    text = f"{value:g}" if value is not None else "–".join(f"{end:g}" for end in span or ())
     _write(axis, at, max(value or 0, *(span or (0, 0))), most, text)
 
 

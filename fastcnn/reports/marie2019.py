@@ -85,8 +85,8 @@ REPORT = Report(
             (
                 "CNN C was launched once in the report, since it did not converge.",
                 f"{SLIP}: the network's softmax goes into a cross-entropy that takes it once more, "
-                "initial weights and L2 are as Keras has them, and each epoch draws its 5,000 "
-                "images anew from all.",
+                "initial weights and L2 are as Keras has them, and each epoch draws its images "
+                "anew from all.",
             ),
             modern=("cnn-a", "cnn-b", "cnn-c", "resnet18"),
             modern_options=STUDY | PART,

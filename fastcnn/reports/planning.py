@@ -176,4 +176,5 @@ def _fitting(options: Mapping[str, Any], images: Images) -> dict[str, Any]:
     own = dict(options)
     if not images.genuine:
         own.pop("grayscale", None)
+        own.pop("test_flip", None)  # a mirrored digit is none
     return own

@@ -55,7 +55,8 @@ def reproduce(
             if not options.tables_only:
                 failures = carry_out(one.wanted, command, options.jobs, quiet, say)
             found.append(_write(one, failures, options, machine, command))
-            write_pages(one.root, f"{report.key}: {report.title}", _credit(report))
+            order = [experiment.key for experiment in report.experiments]
+            write_pages(one.root, f"{report.key}: {report.title}", _credit(report), order)
     return found
 
 

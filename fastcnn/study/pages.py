@@ -1,17 +1,20 @@
 """One HTML page of all records in a folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastcnn.study.page import Figure, Page, Section, write_page
 from fastcnn.study.record import Record, read
 
 
-def write_pages(folder: Path, title: str, lead: str) -> Path:
-    """Write index.html: a section for each record (<key>.json) in `folder`, by name.
+def write_pages(folder: Path, title: str, lead: str, order: Sequence[str] = ()) -> Path:
+    """Write index.html: a section for each record (<key>.json) in `folder`, those of `order` first.
 
     Raises CheckpointError for a file that is no record.
     """
-    records = [read(path) for path in sorted(folder.glob("*.json"))]
+    places = {key: place for place, key in enumerate(order)}
+    paths = sorted(folder.glob("*.json"), key=lambda p: (places.get(p.stem, len(places)), p.stem))
+    records = [read(path) for path in paths]
     sections = tuple(_section(record, folder) for record in records)
     return write_page(folder / "index.html", Page(title, lead, sections))
 
