@@ -165,11 +165,11 @@ def make_loader(
     bits. rank, world: this process's part of the images, every world-th of the epoch's order.
 
     The order is a permutation by (seed, epoch), each sample once an epoch, or with `epoch_images`
-    so many of them; what becomes of a sample
-    depends on (seed, epoch, sample) alone. Raises DataError for no images, in all or for this
-    process, ValueError for a rank outside the world, UsageError for a batch larger than the set
-    with `drop_last`, for more images an epoch than there are, for padding that cannot be
-    reflected, for --loader resident of files, and for a loader whose package is missing.
+    so many of them; what becomes of a sample depends on (seed, epoch, sample) alone. Raises
+    DataError for no images, in all or for this process, ValueError for a rank outside the world,
+    UsageError for a batch larger than the set with `drop_last`, for more images an epoch than there
+    are, for padding that cannot be reflected, for --loader resident of files, and for a loader
+    whose package is missing.
     """
     if augment is not None:
         augmentation.check(augment, *images.sides)

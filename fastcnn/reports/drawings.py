@@ -20,8 +20,7 @@ def draw(planned: Planned, results: Mapping[str, VariantResult], folder: Path) -
     curves = [
         Curves(row.label, tuple(run.history for run in results[row.key].runs)) for row in rows
     ]
-    title = f"{planned.report.key}, {experiment.place}"
-    title += f" ({planned.extent})" if planned.extent else ""
+    title = planned.entitled(experiment.place)
     drawn = []
     if "bars" in experiment.figures:
         name = f"{experiment.key}-top1"

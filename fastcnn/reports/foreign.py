@@ -14,6 +14,7 @@ from fastcnn.reports.planning import Images, Planned
 from fastcnn.study.facts import facts_of, missing_runs
 from fastcnn.study.plan import RunResult, VariantResult
 from fastcnn.study.record import Drawing, Record
+from fastcnn.study.runner import Failure
 from fastcnn.study.table import Table
 
 HEADER = ("score", "accuracy, %", "balanced, %", "AUROC, %", "FPR at 95 % TPR, %", "threshold")
@@ -41,6 +42,7 @@ def check(images: Images, ood_data: str, machine: Mapping[str, Any]) -> None:
 def record_of(
     planned: Planned,
     results: Mapping[str, VariantResult],
+    failures: Sequence[Failure],
     ood_data: str,
     machine: Mapping[str, Any],
     command: Sequence[str],
@@ -63,7 +65,12 @@ def record_of(
         _lead(planned, ood_data, len(found)),
         facts_of(runs, command),
         Table(HEADER, tuple(_line(name, means[name]) for name in names), NUMBERS),
-        (*(found[0].words if found else (why,)), *filter(None, (missing,)), PUBLISHED),
+        (
+            *(found[0].words if found else (why,)),
+            *map(str, failures),
+            *filter(None, (missing,)),
+            PUBLISHED,
+        ),
         planned.experiment.notes,
         _draw(planned, found),
     )
@@ -116,8 +123,7 @@ def _draw(planned: Planned, found: Sequence[Result]) -> tuple[Drawing, ...]:
         "out of distribution": first.held_out.by_name()[layer].tolist(),
     }
     name = f"{planned.experiment.key}-histogram"
-    title = f"{planned.report.key}, figure 8: mean activation of {layer}"
-    title += f" ({planned.extent})" if planned.extent else ""
+    title = planned.entitled(f"figure 8: mean activation of {layer}")
     draw_histogram(planned.root, name, title, groups, first.rows[layer].threshold)
     alt = f"Histogram of the mean activation of {layer} of own and foreign images"
     return (Drawing(name, alt, f"Mean activation of {layer}"),)

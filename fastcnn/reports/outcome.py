@@ -63,7 +63,7 @@ def record_of(
         table_of(planned, judged),
         (
             *sentences_of(planned, judged, results),
-            *map(_failed, failures),
+            *map(str, failures),
             *_missing(planned, results),
         ),
         planned.experiment.notes,
@@ -190,10 +190,6 @@ def _seconds(result: VariantResult) -> float:
 
 def _published_seconds(row: Row) -> float:
     return (row.published or Published()).seconds or 1.0
-
-
-def _failed(failure: Failure) -> str:
-    return f"{failure.planned.name} failed: {failure.reason}"
 
 
 def _missing(planned: Planned, results: Mapping[str, VariantResult]) -> list[str]:

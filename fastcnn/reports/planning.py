@@ -22,7 +22,6 @@ TRIAL = "digits"  # takes the place of a report's images where there is no netwo
 MODERN: dict[str, Any] = {"recipe": "modern", "ema": 0.995, "test_flip": True}
 MODERN_READING = "modern recipe"
 
-
 # images of training and test, those left out counted in
 WHOLE = {"cifar10": 60_000, "tiny-imagenet": 110_000}
 
@@ -71,6 +70,10 @@ class Planned:
         elif not self.images.whole:
             parts.append(f"{self.images.train:,} training images in all")
         return ", ".join(parts)
+
+    def entitled(self, what: str) -> str:
+        """A figure's title: the report, what of it, and how much of it."""
+        return f"{self.report.key}, {what}" + (f" ({self.extent})" if self.extent else "")
 
 
 def images_of(report: Report, options: Mapping[str, Any]) -> Images:

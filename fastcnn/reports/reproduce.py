@@ -73,7 +73,9 @@ def _write(
 ) -> Reproduced:
     reached = results_by_key(results(planned.variants, planned.runs))
     if "histogram" in planned.experiment.figures:
-        record, rows, runs = foreign.record_of(planned, reached, options.ood_data, machine, command)
+        record, rows, runs = foreign.record_of(
+            planned, reached, failures, options.ood_data, machine, command
+        )
     else:
         drawings = draw(planned, reached, planned.root)
         record = record_of(planned, reached, failures, command, drawings)

@@ -75,8 +75,8 @@ def longer_steps(
     Its rows make fewer steps by about scale squared. The rates are raised, all by one factor, so
     that rate × steps stays, as far as the largest lr / (1 - momentum) is 0.1 at most. Such slow
     rates follow the gradient's flow, where that product is the distance gone; without it, a tenth
-    of mao2022 would show how seven networks sit on their first plateau. Adam's steps stay, and so
-    do the rates of rows that are about the rate.
+    of mao2022 would make 2,370 steps of 0.001 in place of 234,600. Adam's steps stay, and so do the
+    rates of rows that are about the rate.
     """
     factors = []
     for options in rows:

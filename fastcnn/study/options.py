@@ -51,7 +51,7 @@ class ReproduceOptions:
         low=1,
         high=1000,
     )
-    rows: list[str] = option([], "only these rows; --list-rows names them")
+    rows: list[str] = option([], "train only these rows; --list-rows names them")
     modern: bool = option(
         False,
         "further rows: networks of the report, and the one it recommends next, with this project's "

@@ -34,6 +34,9 @@ class Failure:
     planned: PlannedRun
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.planned.name} failed: {self.reason}"
+
 
 def carry_out(
     planned: Sequence[PlannedRun],
@@ -186,7 +189,7 @@ class Told:
 
     def fail(self, failure: Failure) -> None:
         self.done += 1
-        self.say(f"{self._far()} {failure.planned.name} failed: {failure.reason}")
+        self.say(f"{self._far()} {failure}")
 
     def _far(self) -> str:
         return f"[{self.done}/{self.total} done]"

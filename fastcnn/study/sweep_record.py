@@ -108,10 +108,14 @@ def _notes(
 ) -> tuple[str, ...]:
     """How intervals and tests were made."""
     notes = []
-    if any(len(result.runs) > 1 for result in finished):
+    methods = [summary_of(result).method for result in finished]
+    if "bootstrap" in methods:
         notes.append("95 % of the mean over seeds: bootstrap")
-    if any(len(result.runs) == 1 for result in finished):
-        notes.append("95 % of a single run: binomial, of its test images alone, not of seeds")
+    if "binomial" in methods:
+        notes.append(
+            "95 % of a single run, and of equal ones: binomial, of its test images alone, not of "
+            "seeds"
+        )
     for test in dict.fromkeys(one.test for one in compared if one and one.p is not None):
         notes.append(f"differences: {test} test over seeds, p corrected by Holm's procedure")
     return tuple(notes)

@@ -37,7 +37,7 @@ def sweep(
         if not options.tables_only:
             failures = carry_out(runs, command, options.jobs, quiet, say)
         reached = results(variants, runs)
-        told = [f"{failure.planned.name} failed: {failure.reason}" for failure in failures]
+        told = [*map(str, failures)]
         drawings = draw(name, reached, folder)
         record = record_of(name, reached, runs, told, command, drawings)
         records.write(record, folder, plain_rows(reached), plain_runs(reached))
