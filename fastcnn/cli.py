@@ -1,282 +1,56 @@
 """The `fastcnn` command: parse, call, print."""
 
 import contextlib
-import json
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from fastcnn.config import DATA_NAMES, DataConfig, PlaceConfig, options_by_name
-from fastcnn.errors import DataError, FastcnnError, NumbersError, UsageError, nearest
-from fastcnn.options import options_of, read_config_file
-from fastcnn.parsers import (
-    ARCHS_OWN,
-    BUILD_OWN,
-    DATA_ACTIONS,
-    DATA_SHARED,
-    EVAL_OWN,
-    EVAL_SHARED,
-    SHOW_OWN,
-    parse,
-    read_values,
-)
+import fastcnn
+from fastcnn.commands import archs, bench, build, data, doctor, evaluate, reproduce, sweep, train
+from fastcnn.commands.parser import PARSERS, Parser, PlainHelp
+from fastcnn.errors import FastcnnError
 from fastcnn.train.host import share_the_cores
 
 BROKEN_PIPE = 141  # what a shell reports of a command that SIGPIPE ended
 
-
-def run_train(given: dict[str, Any], command: list[str]) -> None:
-    from fastcnn.insight import figures, page
-    from fastcnn.recipes import resolve
-    from fastcnn.train import run
-
-    place_options = options_of("place", PlaceConfig)
-    explicit = read_values(given, options_by_name().values())
-    place = PlaceConfig(**read_values(given, place_options))
-    if "config" in given:
-        wanted = [*options_by_name().values(), *place_options]
-        values = read_config_file(given["config"], wanted)
-        place_names = {option.name for option in place_options}
-        placed = {name: values.pop(name) for name in place_names & values.keys()}
-        place = PlaceConfig(**(placed | read_values(given, place_options)))
-        explicit = values | explicit
-    if place.resume is not None:
-        if given.keys() & {"name", "output"}:
-            raise UsageError(
-                "--resume: a resumed run stays in its folder; leave --name, --output out"
-            )
-        outcome = run.resume(place, explicit, command, given.get("quiet", False))
-    else:
-        outcome = run.start(resolve(explicit), place, command, given.get("quiet", False))
-    for draw in (figures.draw_curves, figures.draw_confusion, page.write_page):
-        try:
-            draw(outcome.folder.path)
-        except ImportError as error:
-            report_missing(draw.__name__, error)
-    print(page.lead(outcome.summary))
-    print(f"run folder: {outcome.folder.path}")
-
-
-def run_eval(given: dict[str, Any], command: list[str]) -> None:
-    from fastcnn.train.run import evaluate_run
-
-    own = read_values(given, EVAL_OWN)
-    result = evaluate_run(
-        given["run"],
-        data=own.get("data"),
-        split_name=own.get("split", "test"),
-        weights=own.get("weights"),
-        overrides=read_values(given, [options_by_name()[name] for name in EVAL_SHARED]),
-    )
-    if given.get("json"):
-        print(json.dumps(result, indent=2))
-        return
-    flipped = " seen both ways" if result["test_flip"] else ""
-    print(
-        f"{result['arch']} ({result['checkpoint']}) on {result['data']} {result['split']}, "
-        f"{result['images']:,} images{flipped}: top-1 {result['top1']:.2%}, "
-        f"top-5 {result['top5']:.2%}, loss {result['loss']:.4f}, "
-        f"{result['images_per_s']:,.0f} images/s"
-    )
-
-
-def run_data(given: dict[str, Any], command: list[str]) -> None:
-    action, target = given.get("action"), given.get("target")
-    if action not in DATA_ACTIONS:
-        problem = "no action given" if action is None else f"unknown action '{action}'"
-        hint = "" if action is None else nearest(action, DATA_ACTIONS)
-        raise UsageError(f"data: {problem}{hint}; one of {', '.join(DATA_ACTIONS)}")
-    if target is None:
-        raise UsageError(f"data {action}: give a path or one of {', '.join(DATA_NAMES)}")
-    own = read_values(given, SHOW_OWN)
-    if own and action != "show":
-        flag = next(option.flag for option in SHOW_OWN if option.name in own)
-        raise UsageError(f"data {action}: {flag} belongs to fastcnn data show")
-    values = read_values(given, [options_by_name()[name] for name in DATA_SHARED])
-    config = DataConfig(data=target, **values)
-    # after the check: the rest takes torch's seconds to import
-    from fastcnn.data import report
-
-    as_json = given.get("json", False)
-    if action == "show":
-        show_data(config, own, as_json)
-    elif action == "pack":
-        packed = report.pack(config)
-        print(as_text(packed) if as_json else report.pack_text(packed))
-    else:
-        found = report.check(config)
-        print(as_text(found) if as_json else report.check_text(found))
-        if found["unreadable"]:
-            raise DataError(report.unreadable_line(found))
-
-
-def as_text(content: Any) -> str:
-    """JSON as every command prints it."""
-    return json.dumps(content, indent=2, ensure_ascii=False)
-
-
-def show_data(config: DataConfig, own: dict[str, Any], as_json: bool) -> None:
-    from fastcnn.data import report
-    from fastcnn.insight import data_figures
-
-    found, drawn = report.show(config, own.get("samples", 40), own.get("seed", 0))
-    folder = Path(own.get("output") or f"show-{found['name']}")
-    folder.mkdir(parents=True, exist_ok=True)
-    name, classes = found["name"], found["classes"]
-    found["figures"] = []
-    try:
-        for path in (
-            data_figures.draw_histogram(folder, name, classes),
-            data_figures.draw_samples(folder, name, drawn.pixels, drawn.labels, list(classes)),
-        ):
-            found["figures"].append(str(path))
-    except ImportError as error:
-        report_missing("data show", error)
-    print(as_text(found) if as_json else report.show_text(found))
-
-
-def report_missing(what: str, error: ImportError) -> None:
-    """Say that something was not drawn, for want of a package that can be done without."""
-    package = (error.name or str(error)).split(".")[0]
-    print(f"note: {what}: {package} is missing; see fastcnn doctor", file=sys.stderr)
-
-
-def run_archs(given: dict[str, Any], command: list[str]) -> None:
-    from fastcnn.archs import table
-
-    own = read_values(given, ARCHS_OWN)
-    size, classes = own.get("image_size"), own.get("classes")
-    if given.get("name"):
-        content: Any = table.network_table(given["name"], size, classes)
-        show: Callable[[Any], None] = table.print_network
-    else:
-        content = table.zoo_table(size, classes)
-        show = table.print_zoo
-    if given.get("json"):
-        print(as_text(content))
-    else:
-        show(content)
-
-
-def run_build(given: dict[str, Any], command: list[str]) -> None:
-    from fastcnn.ops import build
-
-    quiet = given.get("quiet", False)
-    named = read_values(given, BUILD_OWN).get("archs")
-    archs = build.archs_of_flags(named, given.get("cuda", False), given.get("cpu", False))
-    built = build.ensure(archs, given.get("force", False), quiet)
-    print(built.summary)
-    path, reason = build.ensure_module(built, quiet)
-    print(f"Python module: {path}" if path else f"note: {reason}")
-
-
-def run_bench(given: dict[str, Any], command: list[str]) -> None:
-    from fastcnn.bench.options import settings_of
-
-    settings = settings_of(given)
-    # after the check: the rest takes torch's seconds to import
-    from fastcnn.bench.run import measure, show
-
-    show(measure(settings, command), settings, given.get("quiet", False))
-
-
-def run_reproduce(given: dict[str, Any], command: list[str]) -> None:
-    from fastcnn.study.options import read_reproduce
-
-    options, machine = read_reproduce(given)
-    # after the check: the rest takes torch's seconds to import
-    from fastcnn.reports.catalogue import (
-        experiments_named,
-        report_named,
-        reports_table,
-        rows_table,
-    )
-    from fastcnn.study.table import show
-
-    if given.get("report") is None:
-        show(reports_table(), "fastcnn reproduce REPORT [EXPERIMENT …]")
-        return
-    report = report_named(given["report"])
-    experiments = experiments_named(report, given.get("experiments") or [])
-    if options.list_rows:
-        show(rows_table(report, experiments), f"{report.authors}, {report.year}: {report.title}")
-        return
-    from fastcnn.reports.reproduce import reproduce
-
-    quiet = given.get("quiet", False)
-    found = reproduce(report, experiments, options, machine, command, quiet, say_on(quiet))
-    for one in found:
-        show_record(one.record)
-    print(f"written to {found[0].folder} (index.html, tables, figures)")
-    report_failures([failure for one in found for failure in one.failures])
-
-
-def run_sweep(given: dict[str, Any], command: list[str]) -> None:
-    from fastcnn.study.options import read_sweep, sweep_options
-    from fastcnn.study.sweep import values_of_all
-
-    own, values = values_of_all(given)
-    own_names = {option.name for option in sweep_options()}
-    options = read_sweep(own | {k: v for k, v in given.items() if k in own_names})
-    # after the check: the rest takes torch's seconds to import
-    from fastcnn.study.swept import sweep
-
-    quiet = given.get("quiet", False)
-    record, folder, failures = sweep(values, options, command, quiet, say_on(quiet))
-    show_record(record)
-    print(f"written to {folder} (index.html, tables, figures)")
-    report_failures(failures)
-
-
-def say_on(quiet: bool) -> Callable[[str], None]:
-    """What prints a line of a study's progress on standard error, or nothing."""
-    return (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
-
-
-def show_record(record: Any) -> None:
-    """Print a study's table and what it says."""
-    from fastcnn.study.table import show
-
-    print(f"\n{record.lead}")
-    show(record.table, record.title)
-    for line in (*record.sentences, *record.notes):
-        print(f"- {line}")
-
-
-def report_failures(failures: Sequence[Any]) -> None:
-    """Raise NumbersError if any run of a study had numbers that were not finite."""
-    if failures:
-        names = ", ".join(failure.planned.name for failure in failures)
-        raise NumbersError(f"{len(failures)} failed ({names}); the other runs are in the table")
-
-
-def run_doctor(given: dict[str, Any], command: list[str]) -> None:
-    from fastcnn import doctor
-
-    findings = doctor.examine()
-    if given.get("json"):
-        print(as_text(doctor.as_json(findings)))
-    else:
-        doctor.print_report(findings)
-    if any(finding.needed and not finding.ok for finding in findings):
-        raise UsageError("fastcnn cannot train on this machine; the remedies stand above")
-
-
-RUNS: dict[str, Callable[[dict[str, Any], list[str]], None]] = {
-    "train": run_train,
-    "eval": run_eval,
-    "data": run_data,
-    "archs": run_archs,
-    "bench": run_bench,
-    "reproduce": run_reproduce,
-    "sweep": run_sweep,
-    "build": run_build,
-    "doctor": run_doctor,
+# name: its module, which has `parser()` and `run(given, command)`, and a line about it
+COMMANDS: dict[str, tuple[ModuleType, str]] = {
+    "train": (train, "train a network"),
+    "eval": (evaluate, "evaluate a run or a checkpoint"),
+    "data": (data, "check, pack or show the images of a data set"),
+    "archs": (archs, "list the networks, show their layers"),
+    "bench": (bench, "compare training steps, measure loaders and layers"),
+    "reproduce": (reproduce, "train a report's experiments, published figures beside ours"),
+    "sweep": (sweep, "train every combination of options, compare them in one table"),
+    "build": (build, "compile the native library"),
+    "doctor": (doctor, "what this machine offers, what is missing"),
 }
+
+
+def build_parser() -> Parser:
+    """The parser of all commands, those of the single ones in PARSERS."""
+    parser = Parser(
+        prog="fastcnn",
+        description="Train convolutional image classifiers as fast as the hardware allows.",
+        formatter_class=PlainHelp,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fastcnn {fastcnn.__version__}")
+    commands = parser.add_subcommands(required=True, title="commands")
+    for name, (module, text) in COMMANDS.items():
+        PARSERS[name] = module.parser()
+        commands.add_subcommand(name, PARSERS[name], help=text)
+    return parser
+
+
+def parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
+    """The command and only what the user gave it, by option name."""
+    namespace = build_parser().parse_args(arguments, defaults=False)
+    name = namespace.subcommand
+    return name, dict(vars(namespace.get(name))) if namespace.get(name) else {}
 
 
 def log_to_stderr(level: int) -> None:
@@ -294,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         name, given = parse(words)
         log_to_stderr(logging.WARNING if given.get("quiet") else logging.INFO)
-        RUNS[name](given, ["fastcnn", *words])
+        COMMANDS[name][0].run(given, ["fastcnn", *words])
         sys.stdout.flush()
     except FastcnnError as error:
         return failed(str(error), error.exit_code, words)

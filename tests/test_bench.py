@@ -15,11 +15,10 @@ from fastcnn.bench.cases import layers_of
 from fastcnn.bench.options import settings_of
 from fastcnn.bench.variants import Task
 from fastcnn.bench.worker import Worker
-from fastcnn.cli import main
+from fastcnn.cli import main, parse
 from fastcnn.data.choose import has_dali
 from fastcnn.errors import BuildError, FastcnnError, UsageError
 from fastcnn.ops import plans
-from fastcnn.parsers import parse
 from fastcnn.recipes import resolve
 
 SMALL = ["--arch", "cnn-a", "--batch-size", "4", "--threads", "1", "--device", "cpu"]

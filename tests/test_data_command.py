@@ -24,13 +24,13 @@ from image_files import (
 from PIL import Image
 
 from fastcnn.cli import main
+from fastcnn.commands.data import DATA_ACTIONS
 from fastcnn.config import DataConfig, options_by_name
 from fastcnn.data import load_dataset, report
 from fastcnn.data.left_out import advised_side
 from fastcnn.data.normalize import Normalization
 from fastcnn.errors import DataError
 from fastcnn.insight import data_figures, figures
-from fastcnn.parsers import DATA_ACTIONS
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

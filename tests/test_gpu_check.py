@@ -433,7 +433,7 @@ def test_loaders_without_figures_have_failed(check, monkeypatch, results):
 @pytest.mark.parametrize("device", ["cpu", "cuda"], ids=["on a CPU", "on a GPU"])
 def test_the_words_of_each_comparison_are_options(check, monkeypatch, device):
     from fastcnn.bench.options import settings_of
-    from fastcnn.parsers import parse
+    from fastcnn.cli import parse
 
     told = []
 

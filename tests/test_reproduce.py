@@ -188,6 +188,7 @@ def test_verdicts_are_given_on_all_of_the_report_s_images_alone(tmp_path, monkey
             2,
             "--rows: no row 'base'; did you mean 'murgolo-base'?",
         ),
+        (["mao2022", "training", "--modern"], 2, "--modern: training has no rows of this"),
         (["murgolo", "--lr", "1"], 2, "unknown option --lr"),
         (["murgolo", "--data", "nowhere"], 2, "--data nowhere: neither cifar10"),
         (["murgolo", "--output", "/dev/null/x"], 2, "--output: cannot write into /dev/null/x"),

@@ -117,7 +117,11 @@ def _is_genuine(report: Report, dataset: Dataset) -> bool:
 
 
 def check_rows(experiments: Sequence[Experiment], options: ReproduceOptions) -> None:
-    """Raise UsageError where --rows names a row that none of the experiments has."""
+    """Raise UsageError where --rows names a row that none of the experiments has, or --modern finds
+    none."""
+    if options.modern and not any(one.modern for one in experiments):
+        named = ", ".join(one.key for one in experiments)
+        raise UsageError(f"--modern: {named} has no rows of this project's recipe")
     known = [row.key for one in experiments for row in (*one.rows, *_modern_rows(one))]
     for key in options.rows:
         if key not in known:

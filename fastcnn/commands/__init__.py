@@ -1,0 +1,1 @@
+"""The commands, a file each: `parser()`, what it takes; `run(given, command)`, what it does."""

@@ -1,0 +1,41 @@
+"""What commands print beside their own results."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastcnn.errors import NumbersError
+
+
+def as_text(content: Any) -> str:
+    """JSON as every command prints it."""
+    return json.dumps(content, indent=2, ensure_ascii=False)
+
+
+def report_missing(what: str, error: ImportError) -> None:
+    """Say that something was not drawn, for want of a package that can be done without."""
+    package = (error.name or str(error)).split(".")[0]
+    print(f"note: {what}: {package} is missing; see fastcnn doctor", file=sys.stderr)
+
+
+def say_on(quiet: bool) -> Callable[[str], None]:
+    """What prints a line of a study's progress on standard error, or nothing."""
+    return (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+
+
+def show_record(record: Any) -> None:
+    """Print a study's table and what it says."""
+    from fastcnn.study.table import show
+
+    print(f"\n{record.lead}")
+    show(record.table, record.title)
+    for line in (*record.sentences, *record.notes):
+        print(f"- {line}")
+
+
+def report_failures(failures: Sequence[Any]) -> None:
+    """Raise NumbersError if any run of a study had numbers that were not finite."""
+    if failures:
+        names = ", ".join(failure.planned.name for failure in failures)
+        raise NumbersError(f"{len(failures)} failed ({names}); the other runs are in the table")

@@ -1,0 +1,94 @@
+"""The parsers of the commands: flags from options, help texts, errors of one line."""
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
+
+from fastcnn.errors import UsageError, nearest
+from fastcnn.options import Option
+
+METAVARS = {int: "N", float: "X"}
+
+
+def own_option(name: str, kind: Any, default: Any, text: str, low: int | None = None) -> Option:
+    """An option of one command alone, which is no part of a configuration."""
+    return Option(name, "command", kind, default, text, {"low": low})
+
+
+class PlainHelp(DefaultHelpFormatter):
+    """Help texts with the default behind them, without the library's notes on types."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        hidden = action.default in (None, [], argparse.SUPPRESS) or action.default is False
+        return action.help or "" if hidden else f"{action.help} (default: {action.default})"
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors are one line with the nearest valid name."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UsageError(one_line(message, [*self._option_string_actions]))
+
+
+def one_line(message: str, own_flags: Sequence[str] = ()) -> str:
+    """Turn the library's message, which may be a paragraph, into one line."""
+    if found := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
+        words = found[1].split() or ["''"]
+        word = next((w for w in words if w.startswith("-")), words[0])
+        # the outermost parser reports it, and another command may have it
+        flags = [flag for flag in (*own_flags, *known_flags()) if flag != word.split("=")[0]]
+        return f"unknown option {word}{nearest(word.split('=')[0], flags)}"
+    if found := re.search(r"invalid choice: '([^']*)'", message):
+        return f"unknown command '{found[1]}'{nearest(found[1], PARSERS)}; see fastcnn --help"
+    if 'expected "subcommand"' in message:
+        return f"no command given; one of {', '.join(PARSERS)} (see fastcnn --help)"
+    return " ".join(message.split())
+
+
+def known_flags() -> list[str]:
+    """Flags of every command."""
+    return [flag for parser in PARSERS.values() for flag in parser._option_string_actions]
+
+
+PARSERS: dict[str, Parser] = {}
+"""Of each command by its name."""
+
+
+def new_parser(command: str, description: str, positional: str = "") -> Parser:
+    return Parser(
+        usage=f"fastcnn {command} {positional}[options]",
+        description=description,
+        formatter_class=PlainHelp,
+        allow_abbrev=False,
+    )
+
+
+def add_option(target: Any, option: Option, default: Any = None) -> None:
+    """Add an option as a flag; `default` is what the help shows, if anything.
+
+    Values arrive as text and are read by `Option.parse`, so that flags and files share one check.
+    """
+    words: dict[str, Any] = {"default": default, "help": option.help}
+    if option.scalar is bool:
+        target.add_argument(option.flag, action=ActionYesNo(no_prefix="no-"), **words)
+        return
+    metavar = "{" + ",".join(option.choices) + "}" if option.choices else None
+    words["metavar"] = metavar or METAVARS.get(option.scalar, option.name.upper())
+    if option.scalar is list:
+        words["nargs"] = "*"
+        words["metavar"] = metavar or {int: "N"}.get(option.element, "NAME")
+    target.add_argument(option.flag, **words)
+
+
+def read_values(given: dict[str, Any], options: Iterable[Option]) -> dict[str, Any]:
+    """The options among what the user gave, by name, read and checked."""
+    return {
+        option.name: option.parse(given[option.name]) for option in options if option.name in given
+    }
+
+
+def add_debug(parser: Parser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
