@@ -19,10 +19,10 @@ import threading
 from pathlib import Path
 
 from fastcnn.errors import FastcnnError, NumbersError
+from fastcnn.insight.table import markdown
 from fastcnn.reports.catalogue import REPORTS, report_named
 from fastcnn.reports.reproduce import reproduce
 from fastcnn.study.options import ReproduceOptions
-from fastcnn.study.table import markdown
 from fastcnn.train.host import share_the_cores
 
 # the shortest first; each ends with its tables before the next begins

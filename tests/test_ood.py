@@ -24,7 +24,7 @@ from fastcnn.errors import CheckpointError, DataError, NumbersError, UsageError
 from fastcnn.insight import ood
 from fastcnn.insight.ood import judge
 from fastcnn.insight.ood_scores import ENERGY, PROBABILITY, scores
-from fastcnn.train.setup import TrainedModel, evaluation_data, load_trained
+from fastcnn.train.trained import TrainedModel, evaluation_data, load_trained
 
 CPU = torch.device("cpu")
 NORMALIZATION = Normalization("unit", (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))

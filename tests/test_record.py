@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from fastcnn.errors import CheckpointError
-from fastcnn.study.page import Figure, Page, Section, write_page
+from fastcnn.insight.document import Figure, Page, Section, write_page
+from fastcnn.insight.table import Table, as_csv, markdown, show
 from fastcnn.study.pages import write_pages
-from fastcnn.study.record import Drawing, Record, as_markdown, read, replace_text, write
-from fastcnn.study.table import Table, as_csv, markdown, show
+from fastcnn.study.record import Drawing, Record, as_markdown, read, write
+from fastcnn.train.rundir import replace_text
 
 TABLE = Table(
     ("row", "top-1, %", "verdict"),

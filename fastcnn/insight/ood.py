@@ -21,7 +21,7 @@ from fastcnn.train import checkpoint
 from fastcnn.train.host import tune_process
 from fastcnn.train.precision import Precision, choose_device
 from fastcnn.train.rundir import RunFolder
-from fastcnn.train.setup import TrainedModel, evaluation_data, evaluation_loader, load_trained
+from fastcnn.train.trained import TrainedModel, evaluation_data, evaluation_loader, load_trained
 
 log = logging.getLogger(__name__)
 

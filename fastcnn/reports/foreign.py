@@ -10,12 +10,12 @@ from fastcnn.config import DataConfig
 from fastcnn.data import load_dataset
 from fastcnn.insight.ood import Detection, Result, detect
 from fastcnn.insight.study_bars import draw_histogram
+from fastcnn.insight.table import Table
 from fastcnn.reports.planning import Images, Planned
 from fastcnn.study.facts import facts_of, missing_runs
 from fastcnn.study.plan import RunResult, VariantResult
 from fastcnn.study.record import Drawing, Record
 from fastcnn.study.runner import Failure
-from fastcnn.study.table import Table
 
 HEADER = ("score", "accuracy, %", "balanced, %", "AUROC, %", "FPR at 95 % TPR, %", "threshold")
 NUMBERS = frozenset(range(1, 6))

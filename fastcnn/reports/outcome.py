@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from fastcnn.insight.table import Table
 from fastcnn.reports.experiment import Published, Row
 from fastcnn.reports.judge import (
     JudgedFigure,
@@ -18,7 +19,6 @@ from fastcnn.study.facts import facts_of, missing_runs
 from fastcnn.study.plan import VariantResult
 from fastcnn.study.record import Drawing, Record
 from fastcnn.study.runner import Failure
-from fastcnn.study.table import Table
 
 HEADER = (
     "row",

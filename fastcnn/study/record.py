@@ -4,14 +4,14 @@ A record holds texts as they are read; the plain numbers are in the CSV files be
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastcnn.errors import CheckpointError
-from fastcnn.study.table import Table, as_csv, markdown
+from fastcnn.insight.table import Table, as_csv, markdown
+from fastcnn.train.rundir import replace_text
 
 FORMAT = 1
 
@@ -57,18 +57,6 @@ def write(
         f"{record.key}-runs.csv": as_csv(runs),
     }
     return [replace_text(folder / name, text) for name, text in contents.items()]
-
-
-def replace_text(path: Path, text: str) -> Path:
-    """Write a file whole or not at all; raises CheckpointError where the disk refuses."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
-    return path
 
 
 def read(path: Path) -> Record:

@@ -6,11 +6,11 @@ from typing import Any
 
 from fastcnn.insight.study_bars import Bar, draw_bars
 from fastcnn.insight.study_figures import Curves, draw_curves, draw_losses
+from fastcnn.insight.table import Table
 from fastcnn.study.facts import facts_of, missing_runs
 from fastcnn.study.plan import PlannedRun, VariantResult
 from fastcnn.study.record import Drawing, Record
 from fastcnn.study.statistics import Comparison, Summary, compare, summarise
-from fastcnn.study.table import Table
 
 KEY = "sweep"
 HEADER = (

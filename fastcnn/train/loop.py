@@ -17,8 +17,9 @@ from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
 from fastcnn.train.metrics import Figures
 from fastcnn.train.progress import Progress, format_seconds
 from fastcnn.train.rundir import RunFolder, versions
-from fastcnn.train.setup import Setup, load_trained
+from fastcnn.train.setup import Setup
 from fastcnn.train.step import TrainStep
+from fastcnn.train.trained import load_trained
 
 DONE = object()
 

@@ -18,7 +18,8 @@ from fastcnn.train.loop import Training
 from fastcnn.train.precision import choose_device, choose_precision
 from fastcnn.train.progress import Progress
 from fastcnn.train.rundir import BAD_IMAGES, RunFolder
-from fastcnn.train.setup import evaluation_data, evaluation_loader, load_trained, prepare
+from fastcnn.train.setup import prepare
+from fastcnn.train.trained import evaluation_data, evaluation_loader, open_trained
 
 log = logging.getLogger(__name__)
 
@@ -168,12 +169,8 @@ def evaluate_run(
     options = overrides or {}
     tune_process(options.get("threads"))
     device = choose_device(options.get("device", "auto"))
-    if weights and Path(target).is_file():
-        raise UsageError(f"--weights: {target} is a checkpoint itself; give its run folder")
-    summary = RunFolder(Path(target)).read_summary() or {}
-    name = weights or summary.get("tested_model", "last")
     wanted = options.get("backend", "auto")
-    trained = load_trained(checkpoint.locate(target, f"{name}.pt"), device, wanted)
+    trained = open_trained(target, device, wanted, weights)
     run = trained.config.run
     precision = choose_precision(
         device, options.get("amp", run.amp), options.get("amp_dtype", run.amp_dtype)

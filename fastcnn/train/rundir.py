@@ -166,13 +166,19 @@ class RunFolder:
         return found
 
     def _write(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}.part"
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, self.path / name)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise CheckpointError(f"cannot write {self.path / name}: {reason}") from error
+        replace_text(self.path / name, text)
+
+
+def replace_text(path: Path, text: str) -> Path:
+    """Write a file whole or not at all; raises CheckpointError where the disk refuses."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
 
 
 def config_text(config: Config) -> str:

@@ -1,9 +1,7 @@
 """From a configuration to the objects of a run: device, images, loaders, network."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,11 +14,11 @@ from fastcnn.config import Config
 from fastcnn.data import Dataset, Images, Normalization, load_dataset, make_loader, split
 from fastcnn.data.draws import generator
 from fastcnn.data.files import Files
-from fastcnn.errors import CheckpointError, DataError, UsageError
+from fastcnn.errors import DataError, UsageError
 from fastcnn.ops.backend import choose_backend, choose_convolution
-from fastcnn.train import checkpoint
 from fastcnn.train.host import make_deterministic
 from fastcnn.train.precision import Precision, choose_device, choose_precision
+from fastcnn.train.trained import evaluation_loader, splits
 
 WHITENING_PIXELS = 5000 * 32**2  # of training images that the whitening filters are measured on
 
@@ -70,12 +68,6 @@ class Setup:
             "normalization": self.normalization.to_plain(),
             "data": {"name": self.dataset.name, "digest": self.dataset.digest, "sizes": sizes},
         }
-
-
-def splits(dataset: Dataset) -> dict[str, Images | Files]:
-    """train, val (if there is one) and test by name."""
-    found = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
-    return {name: images for name, images in found.items() if images is not None}
 
 
 def prepare(config: Config) -> Setup:
@@ -199,95 +191,3 @@ def drops_last(samples: int, network: Network, config: Config, notes: list[str])
             f"it is dropped ({samples} images, batches of {batch_size})"
         )
     return config.data.drop_last or single
-
-
-def evaluation_loader(
-    images: Images | Files,
-    config: Config,
-    loader: Literal["resident", "dali", "torch"],
-    normalization: Normalization,
-    device: torch.device,
-    backend: str,
-    precision: Precision,
-) -> Any:
-    """Every image once, in order, without augmentation."""
-    return make_loader(
-        images,
-        replace(config.data, loader=loader),
-        None,
-        normalization,
-        batch_size=config.data.eval_batch_size,
-        device=device,
-        dtype=precision.dtype or torch.float32,
-        seed=config.run.seed,
-        shuffle=False,
-        drop_last=False,
-        backend=backend,
-    )
-
-
-@dataclass
-class TrainedModel:
-    """A network restored from a checkpoint, with what is needed to feed it."""
-
-    model: nn.Module
-    config: Config
-    classes: Sequence[str]
-    image_size: int
-    normalization: Normalization
-    data: dict[str, Any]
-    path: Path
-
-
-def load_trained(path: Path, device: torch.device, backend: str) -> TrainedModel:
-    """Restore the evaluated (averaged, if any) model of a checkpoint, in evaluation mode."""
-    state = checkpoint.load(path)
-    try:
-        config = Config.from_flat(state["config"])
-        network = get_network(state["network"]["arch"])
-        classes, image_size = state["network"]["classes"], state["network"]["image_size"]
-        normalization = Normalization.from_plain(state["normalization"])
-        weights = state.get("ema") or state["model"]
-        data = state["data"]
-    except (KeyError, TypeError, AttributeError, UsageError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint of a network ({error})") from error
-    # torch draws initial weights for the new layers; what a run draws next must not depend on it
-    with torch.random.fork_rng(devices=[]):
-        model = build(network, image_size, len(classes), backend)
-    checkpoint.load_weights(model, weights, path)
-    return TrainedModel(
-        model.to(device).eval(), config, classes, image_size, normalization, data, path
-    )
-
-
-def evaluation_data(
-    trained: TrainedModel,
-    data: str | None,
-    split_name: str,
-    overrides: dict[str, Any],
-    device: torch.device,
-) -> tuple[Dataset, Images | Files]:
-    """The images to evaluate on: the run's own split, or that split of other data.
-
-    Raises DataError where the classes differ from the network's, UsageError for a split that the
-    data does not have.
-    """
-    config = trained.config.data
-    if data is not None:
-        # other data is taken whole: the run's subset and held-out part describe its own images
-        config = replace(config, data=data, train_subset=None, test_subset=None, val_fraction=0.0)
-        config = replace(config, image_size=trained.image_size)
-    elif "test_fraction" in overrides:
-        raise UsageError("--test-fraction: the run's own images stay split as they were trained")
-    config = replace(config, **overrides)
-    dataset = load_dataset(config, trained.image_size, device)
-    dataset = split(dataset, config, trained.config.run.seed)
-    if list(dataset.classes) != list(trained.classes):
-        raise DataError(
-            f"{dataset.name} has {len(dataset.classes)} classes ({', '.join(dataset.classes[:3])}, "
-            f"…), the network {len(trained.classes)} ({', '.join(trained.classes[:3])}, …)"
-        )
-    found = splits(dataset)
-    if split_name not in found:
-        raise UsageError(f"--split {split_name}: {dataset.name} has only {', '.join(found)}")
-    return dataset, found[split_name]

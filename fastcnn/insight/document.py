@@ -1,4 +1,4 @@
-"""One HTML page of a study: tables, verdicts and figures in a file without links to anything else.
+"""One HTML page: tables, sentences and figures in a file without links to anything else.
 
 Texts are texts: nothing in them is taken for HTML.
 """
@@ -7,8 +7,8 @@ import base64
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastcnn.study.record import replace_text
-from fastcnn.study.table import Table
+from fastcnn.insight.table import Table
+from fastcnn.train.rundir import replace_text
 
 TEMPLATE = """<!doctype html>
 <html lang="en">

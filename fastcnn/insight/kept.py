@@ -1,0 +1,72 @@
+"""Sections of a page in a file, so that a later page can have them again.
+
+A command that looks into a run writes its figures, and <key>.json beside them, into a folder of the
+run; the run's page takes what it finds there.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastcnn.errors import CheckpointError
+from fastcnn.insight.document import Figure, Section
+from fastcnn.insight.table import Table
+from fastcnn.train.rundir import replace_text
+
+FORMAT = 1
+
+
+def keep_sections(folder: Path, key: str, sections: list[Section]) -> Path:
+    """Write <key>.json; the sections' figures are files of `folder`.
+
+    Raises CheckpointError where the disk refuses; what was there stays.
+    """
+    content = {"format": FORMAT, "sections": [_plain(section) for section in sections]}
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    return replace_text(folder / f"{key}.json", text)
+
+
+def kept_sections(folder: Path, key: str) -> list[Section]:
+    """The sections that <key>.json holds, without figures whose files were taken away; none where
+    there is no such file. Raises CheckpointError where it is not what `keep_sections` wrote."""
+    path = folder / f"{key}.json"
+    if not path.is_file():
+        return []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError("another format")
+        return [_section(plain, folder) for plain in content["sections"]]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not what fastcnn wrote ({error}); remove it") from error
+
+
+def _plain(section: Section) -> dict[str, Any]:
+    table = section.table
+    return {
+        "title": section.title,
+        "anchor": section.anchor,
+        "paragraphs": section.paragraphs,
+        "table": {"header": table.header, "rows": table.rows, "numbers": sorted(table.numbers)},
+        "sentences": section.sentences,
+        "figures": [[figure.path.name, figure.alt, figure.caption] for figure in section.figures],
+        "facts": section.facts,
+    }
+
+
+def _section(plain: dict[str, Any], folder: Path) -> Section:
+    table = plain["table"]
+    figures = [Figure(folder / name, alt, caption) for name, alt, caption in plain["figures"]]
+    return Section(
+        plain["title"],
+        plain["anchor"],
+        _tuples(plain["paragraphs"]),
+        Table(_tuples(table["header"]), _tuples(table["rows"]), frozenset(table["numbers"])),
+        _tuples(plain["sentences"]),
+        tuple(figure for figure in figures if figure.path.is_file()),
+        _tuples(plain["facts"]),
+    )
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,0 +1,136 @@
+"""A trained network as a run left it, and the images to judge it on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fastcnn.archs import get_network
+from fastcnn.archs.spec import build
+from fastcnn.config import Config
+from fastcnn.data import Dataset, Images, Normalization, load_dataset, make_loader, split
+from fastcnn.data.files import Files
+from fastcnn.errors import CheckpointError, DataError, UsageError
+from fastcnn.train import checkpoint
+from fastcnn.train.precision import Precision
+from fastcnn.train.rundir import RunFolder
+
+
+@dataclass
+class TrainedModel:
+    """A network restored from a checkpoint, with what is needed to feed it."""
+
+    model: nn.Module
+    config: Config
+    classes: Sequence[str]
+    image_size: int
+    normalization: Normalization
+    data: dict[str, Any]
+    path: Path
+
+
+def load_trained(path: Path, device: torch.device, backend: str) -> TrainedModel:
+    """Restore the evaluated (averaged, if any) model of a checkpoint, in evaluation mode."""
+    state = checkpoint.load(path)
+    try:
+        config = Config.from_flat(state["config"])
+        network = get_network(state["network"]["arch"])
+        classes, image_size = state["network"]["classes"], state["network"]["image_size"]
+        normalization = Normalization.from_plain(state["normalization"])
+        weights = state.get("ema") or state["model"]
+        data = state["data"]
+    except (KeyError, TypeError, AttributeError, UsageError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint of a network ({error})") from error
+    # torch draws initial weights for the new layers; what a run draws next must not depend on it
+    with torch.random.fork_rng(devices=[]):
+        model = build(network, image_size, len(classes), backend)
+    checkpoint.load_weights(model, weights, path)
+    return TrainedModel(
+        model.to(device).eval(), config, classes, image_size, normalization, data, path
+    )
+
+
+def open_trained(
+    target: str | Path,
+    device: torch.device,
+    backend: str = "auto",
+    weights: str | None = None,
+) -> TrainedModel:
+    """Restore the model of a run folder or of a checkpoint file.
+
+    weights: "last" or "best" of a run; None: the model that its summary speaks of. Raises
+    CheckpointError for a checkpoint that is missing or damaged, UsageError for `weights` beside a
+    checkpoint file.
+    """
+    if weights and Path(target).is_file():
+        raise UsageError(f"--weights: {target} is a checkpoint itself; give its run folder")
+    summary = RunFolder(Path(target)).read_summary() or {}
+    name = weights or summary.get("tested_model", "last")
+    return load_trained(checkpoint.locate(target, f"{name}.pt"), device, backend)
+
+
+def evaluation_data(
+    trained: TrainedModel,
+    data: str | None,
+    split_name: str,
+    overrides: dict[str, Any],
+    device: torch.device,
+) -> tuple[Dataset, Images | Files]:
+    """The images to evaluate on: the run's own split, or that split of other data.
+
+    Raises DataError where the classes differ from the network's, UsageError for a split that the
+    data does not have.
+    """
+    config = trained.config.data
+    if data is not None:
+        # other data is taken whole: the run's subset and held-out part describe its own images
+        config = replace(config, data=data, train_subset=None, test_subset=None, val_fraction=0.0)
+        config = replace(config, image_size=trained.image_size)
+    elif "test_fraction" in overrides:
+        raise UsageError("--test-fraction: the run's own images stay split as they were trained")
+    config = replace(config, **overrides)
+    dataset = load_dataset(config, trained.image_size, device)
+    dataset = split(dataset, config, trained.config.run.seed)
+    if list(dataset.classes) != list(trained.classes):
+        raise DataError(
+            f"{dataset.name} has {len(dataset.classes)} classes ({', '.join(dataset.classes[:3])}, "
+            f"…), the network {len(trained.classes)} ({', '.join(trained.classes[:3])}, …)"
+        )
+    found = splits(dataset)
+    if split_name not in found:
+        raise UsageError(f"--split {split_name}: {dataset.name} has only {', '.join(found)}")
+    return dataset, found[split_name]
+
+
+def evaluation_loader(
+    images: Images | Files,
+    config: Config,
+    loader: Literal["resident", "dali", "torch"],
+    normalization: Normalization,
+    device: torch.device,
+    backend: str,
+    precision: Precision,
+) -> Any:
+    """Every image once, in order, without augmentation."""
+    return make_loader(
+        images,
+        replace(config.data, loader=loader),
+        None,
+        normalization,
+        batch_size=config.data.eval_batch_size,
+        device=device,
+        dtype=precision.dtype or torch.float32,
+        seed=config.run.seed,
+        shuffle=False,
+        drop_last=False,
+        backend=backend,
+    )
+
+
+def splits(dataset: Dataset) -> dict[str, Images | Files]:
+    """train, val (if there is one) and test by name."""
+    found = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
+    return {name: images for name, images in found.items() if images is not None}

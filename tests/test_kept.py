@@ -1,0 +1,37 @@
+"""Sections of a page that are kept in a file."""
+
+import pytest
+from PIL import Image
+
+from fastcnn.errors import CheckpointError
+from fastcnn.insight.document import Figure, Section
+from fastcnn.insight.kept import keep_sections, kept_sections
+from fastcnn.insight.table import Table
+
+
+@pytest.fixture
+def sections(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "one.png")
+    table = Table(("class", "F1"), (("ant", "0.5"), ("bée", "1")), frozenset({1}))
+    figure = Figure(tmp_path / "one.png", "what it shows", "the line below")
+    full = Section("Title", "anchor", ("p",), table, ("s",), (figure,), (("name", "value"),))
+    return [full, Section("Bare", "bare", (), Table((), ()))]
+
+
+def test_sections_come_back_as_they_were(tmp_path, sections):
+    keep_sections(tmp_path, "analysis", sections)
+    assert kept_sections(tmp_path, "analysis") == sections
+    assert kept_sections(tmp_path, "ood") == []
+
+
+def test_a_figure_that_was_taken_away_is_left_out(tmp_path, sections):
+    keep_sections(tmp_path, "analysis", sections)
+    (tmp_path / "one.png").unlink()
+    assert kept_sections(tmp_path, "analysis")[0].figures == ()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 9, "sections": []}', '{"format": 1}'])
+def test_another_file_is_refused(tmp_path, text):
+    (tmp_path / "analysis.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"analysis\.json is not what fastcnn wrote"):
+        kept_sections(tmp_path, "analysis")
