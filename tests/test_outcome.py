@@ -1,46 +1,14 @@
 """From the summaries of runs to tables, sentences and CSV: the right number in the right place."""
 
 import pytest
+from study_results import CIFAR, TRIAL, planned, reached
 
 from fastcnn.reports.catalogue import REPORTS
 from fastcnn.reports.drawings import draw
-from fastcnn.reports.outcome import plain_rows, record_of, results_by_key
-from fastcnn.reports.planning import Images, check_rows, plan_experiment
+from fastcnn.reports.outcome import plain_rows, record_of
+from fastcnn.reports.planning import Images, check_rows
 from fastcnn.study.options import ReproduceOptions
-from fastcnn.study.plan import RunResult, VariantResult
 from fastcnn.study.statistics import summarise
-
-CIFAR = Images("cifar10", 50_000, 10_000, True)
-TRIAL = Images("digits", 1_438, 359, False, False)
-
-
-def planned(key, experiment, root, images=CIFAR, **options):
-    report = REPORTS[key]
-    options = ReproduceOptions(output=str(root), **options)
-    return plan_experiment(report, report.experiment(experiment), images, options, {})
-
-
-def reached(one, figures):
-    """Results of a planned experiment: by row, a list of (top-1, top-5, seconds) in percent."""
-    found = []
-    for variant in one.variants:
-        runs = tuple(
-            RunResult(
-                seed,
-                None,
-                {
-                    "test_top1": top1 / 100,
-                    "test_top5": top5 / 100,
-                    "test_loss": 7.0,
-                    "train_seconds": seconds,
-                    "images": {"test": 1000},
-                    "epochs": 2,
-                },
-            )
-            for seed, (top1, top5, seconds) in enumerate(figures.get(variant.key, []))
-        )
-        found.append(VariantResult(variant, runs))
-    return results_by_key(found)
 
 
 def cells(record, row):
