@@ -74,6 +74,32 @@ def test_the_csv_has_both_intervals(table1):
     assert (row["top1_low95_t"], row["top1_high95_t"]) == pytest.approx(top1.t_interval, rel=1e-5)
     assert row["top5_mean"] == pytest.approx(94.38)
     assert (row["top1_published_min"], row["top1_published_max"]) == (54.9, 62.6)
+    sizes = ("scale", "images", "test_images", "epochs", "lr", "n")
+    assert [row[name] for name in sizes] == [1, 5000, 1000, 100, 0.001, 5]
+
+
+@pytest.mark.parametrize(
+    ("images", "scale", "judged", "lead"),
+    [
+        (CIFAR, 1.0, True, "at the report's scale."),
+        (CIFAR, 0.2, False, "at scale 0.2: about 0.2 times its images and its epochs."),
+        (
+            Images("part", 6000, 900, True, False),
+            1.0,
+            False,
+            "part is a part of the report's images: 6,000 for training and 900 for the test.",
+        ),
+        (TRIAL, 1.0, False, "A trial on digits, which are not the report's images"),
+    ],
+)
+def test_single_numbers_are_judged_at_the_report_s_scale_alone(
+    tmp_path, images, scale, judged, lead
+):
+    one = planned("marie2019", "table1", tmp_path, images, scale=scale)
+    record = record_of(one, reached(one, {"table1-cnn-a": A}), [], ["x"], [])
+    assert lead in record.lead
+    assert ("verdict" in record.table.header) == judged
+    assert any(line.startswith("CNN A: top-1") for line in record.sentences) == judged
 
 
 def test_training_times_are_those_of_the_runs(tmp_path):
