@@ -177,6 +177,16 @@ def test_verdicts_are_given_on_all_of_the_report_s_images_alone(tmp_path, monkey
     assert "no verdict on single numbers" in capsys.readouterr().out
 
 
+def test_images_that_were_left_out_count_as_there(tmp_path, monkeypatch):
+    data = write_folder(tmp_path / "data", classes=CLASSES, count=4, side=32)
+    sorted((data / "train").rglob("*.png"))[0].write_bytes(b"none")
+    given = {"data": str(data), "on_bad_image": "skip", "bad_limit": 0.5}
+    for count, whole in ((80, True), (81, False)):
+        monkeypatch.setitem(planning.WHOLE, "cifar10", count)
+        found = planning.images_of(REPORTS["murgolo"], given)
+        assert (found.train, found.test, found.whole) == (39, 40, whole)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "line"),
     [
