@@ -21,7 +21,7 @@ from fastcnn.train.rundir import RunFolder, replace_text
 
 GRID_COLUMNS, CAM_COLUMNS = 4, {"wrong": 2, "right": 3}
 TOP = 10  # confusions that are told
-SHOWN = 22  # characters of a class name beside an image
+SHOWN, SHOWN_BELOW = 22, 14  # characters of a class name above an image, below a map
 TITLES = {
     "wrong": "Wrong predictions, the most confident first",
     "right": "Right predictions, the least confident first",
@@ -221,8 +221,8 @@ def labels_of(found: Findings, place: int) -> list[tuple[str, str]]:
     return [(f"true {_named(found, label)}", INK), (said, color), (odds, INK)]
 
 
-def _named(found: Findings, label: int) -> str:
-    return shortened(found.seen.trained.classes[label], SHOWN)
+def _named(found: Findings, label: int, length: int = SHOWN) -> str:
+    return shortened(found.seen.trained.classes[label], length)
 
 
 def _percent(value: float) -> str:
@@ -233,10 +233,10 @@ def _draw_cams(found: Findings, name: str, path: Path) -> Path:
     picked, for_predicted, for_true = found.cams[name]
     cells = []
     for number, (place, pixels) in enumerate(zip(picked.places, picked.pixels, strict=True)):
-        predicted = _named(found, int(found.seen.predicted[place]))
+        predicted = _named(found, int(found.seen.predicted[place]), SHOWN_BELOW)
         panels = [(pixels, ""), (overlay(pixels, for_predicted[number]), f"for {predicted}")]
         if name == "wrong":
-            true = _named(found, int(found.seen.labels[place]))
+            true = _named(found, int(found.seen.labels[place]), SHOWN_BELOW)
             panels.append((overlay(pixels, for_true[number]), f"for {true}"))
         cells.append(Cell(panels, labels_of(found, place)))
     title = f"{CAM_TITLES[name]}, at {found.operation}"
