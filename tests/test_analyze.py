@@ -192,6 +192,13 @@ def test_errors_are_one_line_and_come_before_the_work(run, tmp_path, monkeypatch
     )
 
 
+def test_a_place_that_cannot_be_written_is_named(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "analysis").write_text("a file in the way")
+    text = refused(CheckpointError, str(copy), samples=1)
+    assert text == f"cannot write into {copy / 'analysis'}: File exists"
+
+
 def test_images_are_chosen_by_confidence_and_by_the_seed():
     labels = np.array([0, 0, 1, 1, 0, 1, 0])
     predicted = np.array([0, 1, 1, 0, 0, 0, 0])
