@@ -34,7 +34,7 @@ def figures_of_sklearn(labels, predicted, classes, average=None):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 25), st.integers(1, 300))
 def test_figures_are_exactly_those_of_scikit_learn(seed, classes, images):
     labels, predicted = drawn(seed, classes, images)
