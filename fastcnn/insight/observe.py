@@ -1,0 +1,129 @@
+"""One pass over images with the tested model of a run: what it says of each of them."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastcnn.archs.fold import fold
+from fastcnn.data import Dataset, Images
+from fastcnn.data.files import Files
+from fastcnn.data.progress import progress_bar
+from fastcnn.data.store import SLOW_IMAGES
+from fastcnn.errors import NumbersError
+from fastcnn.ops.backend import choose_backend, choose_convolution, convolution_of_run
+from fastcnn.train.evaluate import predict
+from fastcnn.train.host import tune_process
+from fastcnn.train.precision import Precision, choose_device, choose_precision
+from fastcnn.train.trained import TrainedModel, evaluation_data, evaluation_loader, open_trained
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """logits: float32 (n, classes); labels: int64 (n,), both in the order of `images`, which are
+    those of `split` in `dataset`. words: what was looked at, in lines."""
+
+    logits: np.ndarray
+    labels: np.ndarray
+    images: Images | Files
+    dataset: Dataset
+    split: str
+    trained: TrainedModel
+    device: torch.device
+    words: tuple[str, ...]
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """The class of the largest logit, int64 (n,); of equal ones the first."""
+        return self.logits.argmax(1)
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """The softmax of the logits, float64 (n, classes)."""
+        logits = self.logits.astype(np.float64)
+        exponents = np.exp(logits - logits.max(1, keepdims=True))
+        return exponents / exponents.sum(1, keepdims=True)
+
+
+def open_tested(
+    run: str, weights: str | None, options: dict[str, Any]
+) -> tuple[TrainedModel, torch.device]:
+    """Set up the process, and restore the model of a run as fastcnn.train.run.evaluate_run does."""
+    tune_process(options.get("threads"))
+    device = choose_device(options.get("device", "auto"))
+    return open_trained(run, device, options.get("backend", "auto"), weights), device
+
+
+def observe(
+    trained: TrainedModel,
+    device: torch.device,
+    data: str | None = None,
+    split_name: str = "test",
+    overrides: dict[str, Any] | None = None,
+) -> Observation:
+    """Look at every image of a split as `fastcnn eval` does: with the norms folded, in the run's
+    precision, seen both ways where the run tests so.
+
+    data, split_name, overrides and errors: as for fastcnn.train.run.evaluate_run; NumbersError for
+    a logit that is not finite.
+    """
+    options = overrides or {}
+    run = trained.config.run
+    precision = choose_precision(
+        device, options.get("amp", run.amp), options.get("amp_dtype", run.amp_dtype)
+    )
+    backend = _backend(trained, options, device, precision)
+    data_options = {k: v for k, v in options.items() if hasattr(trained.config.data, k)}
+    dataset, images = evaluation_data(trained, data, split_name, data_options, device)
+    if data is None and dataset.digest != trained.data.get("digest"):
+        log.warning(
+            "note: %s has changed since training: other images, or split otherwise", dataset.name
+        )
+    config = replace(trained.config, data=replace(trained.config.data, **data_options))
+    feeding = (config, dataset.loader, trained.normalization, device, backend, precision)
+    loader = evaluation_loader(images, *feeding)
+    flip = options.get("test_flip", trained.config.optim.test_flip)
+    parts = []
+    slow = len(images) > SLOW_IMAGES
+    with progress_bar("looking at images", len(images), announce=slow) as advance:
+        for batch in _batches(trained, loader, precision, flip):
+            parts.append(batch)
+            advance(len(batch[1]))
+    logits, labels = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+    if not np.isfinite(logits).all():
+        raise NumbersError(f"{trained.path}: a logit is not finite: broken weights")
+    seen = ", each seen both ways" if flip else ""
+    words = (
+        f"network: {trained.config.model.arch}, {trained.path.name}, {precision.name} on {device}",
+        f"images: {len(images):,} {split_name} images of {dataset.name}{seen}",
+    )
+    return Observation(logits, labels, images, dataset, split_name, trained, device, words)
+
+
+def _backend(
+    trained: TrainedModel, options: dict[str, Any], device: torch.device, precision: Precision
+) -> str:
+    """Choose backend and convolutions as the run did; return the backend."""
+    run, dtype = trained.config.run, precision.dtype
+    backend, why_torch = choose_backend(options.get("backend", "auto"), device, dtype)
+    if why_torch:
+        log.warning("note: %s", why_torch)
+    where = (backend, device, dtype)
+    choose_convolution(convolution_of_run(run.conv, run.deterministic, *where), *where)
+    return backend
+
+
+@torch.no_grad()
+def _batches(
+    trained: TrainedModel, loader: Any, precision: Precision, flip: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits fp32 and labels of each batch, on the host."""
+    network = fold(trained.model, precision.dtype)
+    for images, labels in loader:
+        logits = predict(network, images.to(precision.dtype or images.dtype), flip)
+        yield logits.float().cpu(), labels.cpu()
