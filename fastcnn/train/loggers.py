@@ -83,9 +83,9 @@ class WeightsAndBiases:
     def __init__(self, config: Config, run: Path, epochs: int, state: Row):
         import wandb
 
-        quiet = {} if log.isEnabledFor(logging.INFO) else {"silent": True}
+        quiet: dict[str, Any] = {} if log.isEnabledFor(logging.INFO) else {"silent": True}
         settings = wandb.setup().settings
-        mode = settings.mode
+        mode: Any = settings.mode
         if mode == "online" and not wandb.login(prompt=False):
             mode = "offline"
             log.info("note: --loggers wandb: no login, kept in %s; see `wandb sync`", run / "wandb")
