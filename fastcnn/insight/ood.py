@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from fastcnn.config import DataConfig
-from fastcnn.data import Dataset, load_dataset
+from fastcnn.data import Dataset, Images, load_dataset
 from fastcnn.data.draws import derive_seed
+from fastcnn.data.files import Files
 from fastcnn.data.progress import progress_bar
 from fastcnn.errors import CheckpointError, DataError, UsageError, nearest
 from fastcnn.insight.ood_judge import QUANTILE, Detection, check_quantile, judge
@@ -41,27 +42,23 @@ VIEW = ("resize", "grayscale", "test_fraction")  # what changes a dataset's dige
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images that were scored: `places` (n,), their positions among those of a split."""
+    """Which images were scored: `places` (n,), their positions among the `whole` images of a split
+    of the data `name`; `classes`, the class of each."""
 
-    dataset: Dataset
+    name: str
     split: str
+    whole: int
     places: np.ndarray
+    classes: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.places)
 
     @property
-    def classes(self) -> Sequence[str]:
-        """The class of each."""
-        labels = splits(self.dataset)[self.split].labels[self.places]
-        return [self.dataset.classes[label] for label in labels]
-
-    @property
     def words(self) -> str:
         """How many of how many, and of what."""
-        whole = len(splits(self.dataset)[self.split])
         split = {"val": "validation"}.get(self.split, self.split)
-        return f"{len(self):,} of {whole:,} {split} images of {self.dataset.name}"
+        return f"{len(self):,} of {self.whole:,} {split} images of {self.name}"
 
 
 @dataclass(frozen=True)
@@ -128,11 +125,12 @@ def detect(
     own, other = _data(trained, in_data, out_data, data_options, device)
     seed = trained.config.run.seed
     fit, test = _held_out(own, seed)
-    outside = ImageSet(other, "test", np.arange(len(other.test)))
-    sets = _limited(fit, limit, seed), _limited(test, limit, seed), _limited(outside, limit, seed)
-    fitted, held_in, held_out = (_look(trained, one, data_options, device) for one in sets)
-    triples = zip(*(part.by_name().items() for part in (fitted, held_in, held_out)), strict=True)
-    rows = {name: judge(one, two, out, quantile) for (name, one), (_, two), (_, out) in triples}
+    outside = _Part(other, "test", np.arange(len(other.test)))
+    parts = [_limited(part, limit, seed) for part in (fit, test, outside)]
+    fitted, held_in, held_out = (_look(trained, part, data_options, device) for part in parts)
+    sets = parts[0].described(), parts[1].described(), parts[2].described()
+    in_fit, inside, out = (found.by_name() for found in (fitted, held_in, held_out))
+    rows = {name: judge(in_fit[name], inside[name], out[name], quantile) for name in in_fit}
     unjudged = "" if own.val is not None else ", not judged on (none were held out for validation)"
     words = (
         f"network: {trained.config.model.arch}, {trained.path.name}, fp32",
@@ -141,6 +139,25 @@ def detect(
         f"out of distribution: {sets[2].words}",
     )
     return Result(rows, fitted, held_in, held_out, sets, score or best_of(rows), words)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Images of a split to score, by their positions in it."""
+
+    dataset: Dataset
+    split: str
+    places: np.ndarray
+
+    @property
+    def split_images(self) -> Images | Files:
+        return splits(self.dataset)[self.split]
+
+    def described(self) -> ImageSet:
+        """The same without the images, which may fill the memory."""
+        images, classes = self.split_images, self.dataset.classes
+        named = [classes[label] for label in images.labels[self.places]]
+        return ImageSet(self.dataset.name, self.split, len(images), self.places, named)
 
 
 def _check_score(score: str, trained: TrainedModel) -> None:
@@ -215,14 +232,15 @@ def _other_config(
 
 
 def _look(
-    trained: TrainedModel, images: ImageSet, options: dict[str, Any], device: torch.device
+    trained: TrainedModel, part: _Part, options: dict[str, Any], device: torch.device
 ) -> Scores:
     config = replace(trained.config, data=replace(trained.config.data, **_reading(options)))
-    feeding = (config, images.dataset.loader, trained.normalization, device, "torch", Precision())
-    whole = splits(images.dataset)[images.split]
-    chosen = whole if len(images) == len(whole) else whole.take(images.places)
-    title = f"scores of {images.dataset.name}"
-    with progress_bar(title, len(images), announce=False, unit="images") as step:
+    feeding = (config, part.dataset.loader, trained.normalization, device, "torch", Precision())
+    whole, count = part.split_images, len(part.places)
+    chosen = whole if count == len(whole) else whole.take(part.places)
+    with progress_bar(
+        f"scores of {part.dataset.name}", count, announce=False, unit="images"
+    ) as step:
         return scores(trained, _followed(evaluation_loader(chosen, *feeding), step), device)
 
 
@@ -233,12 +251,12 @@ def _followed(loader: Iterable[Any], step: Any) -> Iterator[Any]:
         step(len(images))
 
 
-def _held_out(data: Dataset, seed: int) -> tuple[ImageSet, ImageSet]:
+def _held_out(data: Dataset, seed: int) -> tuple[_Part, _Part]:
     """The images that thresholds are chosen on, and the test images to judge: none are both."""
     count = len(data.test)
     if data.val is not None:
-        chosen = ImageSet(data, "val", np.arange(len(data.val)))
-        return chosen, ImageSet(data, "test", np.arange(count))
+        chosen = _Part(data, "val", np.arange(len(data.val)))
+        return chosen, _Part(data, "test", np.arange(count))
     if count < 2:
         raise DataError(
             f"{data.name}: {count} test image and no validation images, to choose a threshold and "
@@ -246,12 +264,13 @@ def _held_out(data: Dataset, seed: int) -> tuple[ImageSet, ImageSet]:
         )
     order = np.random.default_rng(derive_seed(seed, "thresholds")).permutation(count)
     first, second = np.sort(order[: count // 2]), np.sort(order[count // 2 :])
-    return ImageSet(data, "test", first), ImageSet(data, "test", second)
+    return _Part(data, "test", first), _Part(data, "test", second)
 
 
-def _limited(images: ImageSet, limit: int | None, seed: int) -> ImageSet:
+def _limited(part: _Part, limit: int | None, seed: int) -> _Part:
     """At most `limit` of the images, drawn by the seed, in their order."""
-    if limit is None or limit >= len(images):
-        return images
-    order = np.random.default_rng(derive_seed(seed, "out-of-distribution")).permutation(len(images))
-    return replace(images, places=images.places[np.sort(order[:limit])])
+    count = len(part.places)
+    if limit is None or limit >= count:
+        return part
+    order = np.random.default_rng(derive_seed(seed, "out-of-distribution")).permutation(count)
+    return replace(part, places=part.places[np.sort(order[:limit])])

@@ -18,7 +18,7 @@ ROOM = 9  # names of layers side by side; more are turned
 def draw_scores(folder: Path, name: str, result: Result) -> Paths:
     """Draw the histogram of the score shown, of both sets, with its threshold."""
     shown = result.shown
-    inside, outside = (one.dataset.name for one in result.sets[1:])
+    inside, outside = (one.name for one in result.sets[1:])
     groups = {
         f"in distribution: {inside}": result.held_in.by_name()[shown].tolist(),
         f"out of distribution: {outside}": result.held_out.by_name()[shown].tolist(),

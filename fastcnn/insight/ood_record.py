@@ -85,7 +85,7 @@ def _image_rows(result: Result) -> list[dict[str, Any]]:
     """set, data, split, image: its position in the split; class and scores of every image."""
     found = []
     for name, images, scores in zip(SETS, result.sets, _scores(result), strict=True):
-        data = {"set": name, "data": images.dataset.name, "split": images.split}
+        data = {"set": name, "data": images.name, "split": images.split}
         columns = {score: values.tolist() for score, values in scores.by_name().items()}
         for number, (place, label) in enumerate(
             zip(images.places.tolist(), images.classes, strict=True)
@@ -103,7 +103,7 @@ def draw(folder: Path, result: Result) -> tuple[Figure, ...]:
     """Draw histogram and layers, as PNG and SVG; ImportError without matplotlib."""
     from fastcnn.insight.ood_figures import draw_layers, draw_scores
 
-    inside, outside = (one.dataset.name for one in result.sets[1:])
+    inside, outside = (one.name for one in result.sets[1:])
     shown, row = called(result.shown), result.rows[result.shown]
     histogram, _ = draw_scores(folder, "histogram", result)
     title = f"AUROC of telling {inside} from {outside}, by layer"
@@ -129,7 +129,7 @@ def draw(folder: Path, result: Result) -> tuple[Figure, ...]:
 
 def keep(folder: Path, result: Result, figures: tuple[Figure, ...], command: Sequence[str]) -> Path:
     """Write ood.json, the section of the run's page."""
-    inside, outside = (one.dataset.name for one in result.sets[1:])
+    inside, outside = (one.name for one in result.sets[1:])
     section = Section(
         f"Out of distribution: {outside}",
         folder.name,
