@@ -6,6 +6,7 @@ import logging
 import shutil
 import struct
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -102,7 +103,14 @@ def records(path):
 def offline_runs(folder):
     """Of each process that logged, in their order: its records."""
     paths = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
-    return [[*records(path)] for path in paths]
+    # W&B's own process may write the last of them after the run has ended here
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        found = [[*records(path)] for path in paths]
+        if all(any(one.HasField("exit") for one in run) for run in found):
+            break
+        time.sleep(0.1)
+    return found
 
 
 def pairs(items):
