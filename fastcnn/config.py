@@ -221,6 +221,9 @@ class RunConfig:
     checkpoint_steps: int = option(
         0, "also write last.pt every N steps; 0: at the end of an epoch", low=0
     )
+    loggers: list[Literal["tensorboard", "wandb"]] = option(
+        [], "also log each epoch's figures there, in the run folder; no name: nowhere", low=0
+    )
     fast_dev_run: bool = option(False, "one batch of everything, to see that it works")
 
 

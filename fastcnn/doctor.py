@@ -22,6 +22,8 @@ PACKAGES = (
     ("rich", "progress", "pip install rich"),
     ("jsonargparse", "everything", "pip install jsonargparse"),
     ("pybind11", "the module fastcnn._native", "pip install pybind11"),
+    ("tensorboard", "--loggers tensorboard", "pip install 'fastcnn[tensorboard]'"),
+    ("wandb", "--loggers wandb", "pip install 'fastcnn[wandb]'"),
 )
 DALI_PACKAGES = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 DALI_REMEDY = "pip install 'fastcnn[dali]' (CUDA 12 and CPU) or 'fastcnn[dali-cu13]'"

@@ -21,7 +21,10 @@ def option(
     open_low: bool = False,
     open_high: bool = False,
 ) -> Any:
-    """A dataclass field with help text and bounds (closed unless open_low / open_high)."""
+    """A dataclass field with help text and bounds (closed unless open_low / open_high).
+
+    Of a list of words `low` is the fewest there may be; 1 where it is not given.
+    """
     metadata = {
         "help": help,
         "low": low,
@@ -105,12 +108,18 @@ class Option:
             raise UsageError(f"{self.flag}: '{value}' is not one of {valid}{hint}")
 
     def _check_list(self, values: Any) -> None:
-        """Whole numbers from 1 up, or at least one word; no word twice."""
+        """Whole numbers from 1 up, or words, at least one or as many as `low` says; none twice."""
         if self.element is int:
             if not isinstance(values, list) or any(type(v) is not int or v < 1 for v in values):
                 raise UsageError(f"{self.flag}: expected whole numbers from 1 up, got {values!r}")
             return
-        if not isinstance(values, list) or not values or any(type(v) is not str for v in values):
+        low = self.bounds.get("low")
+        fewest = 1 if low is None else low
+        if (
+            not isinstance(values, list)
+            or len(values) < fewest
+            or any(type(v) is not str for v in values)
+        ):
             raise UsageError(f"{self.flag}: expected one or more names, got {values!r}")
         for value in values if self.choices else ():
             self._check_choice(value)

@@ -11,7 +11,10 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "fastcnn").rglob("*.py"))
 
 # imported inside the functions that need them, so that a missing or broken one stops nothing else
-LAZY = {"torchvision", "matplotlib", "sklearn", "nvidia", "onnx", "PIL", "rich", "jinja2"}
+LAZY = {
+    *("torchvision", "matplotlib", "sklearn", "nvidia", "onnx", "PIL", "rich", "jinja2"),
+    *("tensorboard", "wandb"),
+}
 
 
 def top_level_imports(tree):

@@ -268,17 +268,25 @@ def test_a_run_is_judged_on_its_own_images_and_all_of_the_others(folder, others)
     own, test = evaluation_data(trained, None, "test", {}, CPU)
     other = load_dataset(DataConfig(data=others[1], image_size=32), 32)
     assert (len(test), len(other.test)) == (40, 18)
-    assert_close(found.fit.energy, energies(trained, own.train))
-    assert_close(found.held_in.energy, energies(trained, test))
+    fit, held_in, held_out = found.sets
+    assert_close(found.fit.energy, energies(trained, own.test.take(fit.places)))
+    assert_close(found.held_in.energy, energies(trained, test.take(held_in.places)))
     assert_close(found.held_out.energy, energies(trained, other.test))
+    # of test images, each is judged or has a part in the thresholds
+    assert sorted([*fit.places, *held_in.places]) == [*range(40)]
+    assert (len(fit), len(held_in), len(held_out)) == (20, 20, 18)
+    assert (fit.split, held_in.split) == ("test", "test")
+    assert list(fit.places) == sorted(fit.places) != [*range(20)]
+    assert held_in.classes == [own.classes[label] for label in test.labels[held_in.places]]
     assert list(found.rows) == [*MURGOLO_NAMES, PROBABILITY, ENERGY]
     for name, row in found.rows.items():
         sets = (found.fit, found.held_in, found.held_out)
         assert row == judge(*(part.by_name()[name] for part in sets))
     assert found.words == (
         "network: murgolo-improved, last.pt, fp32",
-        "thresholds: keep 95 % of 64 training images (none were held out for validation) of digits",
-        "in distribution: 40 of 40 test images of digits",
+        "thresholds: keep 95 % of 20 of 40 test images of digits, not judged on (none were held "
+        "out for validation)",
+        "in distribution: 20 of 40 test images of digits",
         f"out of distribution: 18 of 18 test images of {other.name}",
     )
 
@@ -289,7 +297,7 @@ def test_thresholds_are_the_same_whatever_the_other_data(folder, others):
         assert row.threshold == second.rows[name].threshold
         assert row.kept_fit == second.rows[name].kept_fit
         ranked = np.sort(first.fit.by_name()[name])
-        assert row.threshold == ranked[12]  # of 64
+        assert row.threshold == ranked[4]  # of 20
     assert "keep 80 %" in first.words[1]
     assert len(second.held_out) == 3 * len(first.held_out)
 
@@ -309,7 +317,8 @@ def test_thresholds_come_from_validation_images_and_the_tested_model(
     own, _ = evaluation_data(trained, None, "test", {}, CPU)
     assert_close(found.fit.energy, energies(trained, own.val))
     assert found.words[0] == f"network: murgolo-improved, {tested}.pt, fp32"
-    assert found.words[1] == "thresholds: keep 95 % of 16 validation images of digits"
+    assert found.words[1] == "thresholds: keep 95 % of 16 of 16 validation images of digits"
+    assert len(found.held_in) == 40
     states = [load_trained(run / f"{n}.pt", CPU, "torch").model.fc2.linear.bias for n in STATES]
     assert not torch.equal(*states)
 
@@ -326,13 +335,55 @@ def test_a_limit_draws_from_every_set(folder, others):
     assert found.words[3].startswith("out of distribution: 7 of 18 test images")
 
 
-def test_without_validation_images_a_part_of_the_training_images_serves(
-    folder, others, monkeypatch
-):
-    monkeypatch.setattr(ood, "TRAINING_IMAGES", 10)
+def test_a_checkpoint_may_be_chosen(folder, others, tmp_path):
+    run = shutil.copytree(folder, tmp_path / "run")
+    state = torch.load(run / "best.pt")
+    state["model"]["fc2.linear.bias"] += 3.0
+    torch.save(state, run / "best.pt")
+    last, best = (detect(run, others[0], weights=name) for name in ("last", "best"))
+    np.testing.assert_allclose(best.held_out.energy, last.held_out.energy + 3, rtol=1e-4)
+    assert best.words[0] == "network: murgolo-improved, best.pt, fp32"
+    assert detect(run, others[0]).words == last.words
+
+
+def test_a_score_may_be_chosen(folder, others):
     found = detect(folder, others[0])
-    assert (len(found.fit), len(found.held_in)) == (10, 40)
-    assert found.words[1].startswith("thresholds: keep 95 % of 10 training images (none")
+    largest = max(row.auroc for row in found.rows.values())
+    assert found.rows[found.best].auroc == largest
+    assert found.shown == found.best
+    for name in (ENERGY, PROBABILITY, "ReLU-9"):
+        assert detect(folder, others[0], score=name).shown == name
+    assert "did you mean 'ReLU-9'" in refused(UsageError, str(folder), others[0], score="relu-9")
+
+
+def test_data_in_distribution_may_be_others(folder, others):
+    found = detect(folder, "digits", in_data=others[1])
+    trained = load_trained(folder / "last.pt", CPU, "torch")
+    inside = load_dataset(DataConfig(data=others[1], image_size=32), 32).test
+    fit, held_in, held_out = found.sets
+    assert sorted([*fit.places, *held_in.places]) == [*range(18)]
+    assert_close(found.fit.energy, energies(trained, inside.take(fit.places)))
+    assert_close(found.held_in.energy, energies(trained, inside.take(held_in.places)))
+    assert len(held_out) == len(load_dataset(DataConfig(data="digits"), 32).test)
+    text = refused(UsageError, str(folder), others[1], in_data=others[1])
+    assert text == f"--out {others[1]}: the images of --in {others[1]}; give other data"
+    assert refused(UsageError, str(folder), "digits", in_data="cifar100").startswith(
+        "--in cifar100:"
+    )
+    assert refused(UsageError, str(folder), "cifar100").startswith("--out cifar100:")
+
+
+def test_validation_images_in_distribution_choose_the_threshold(folder, tmp_path):
+    data = str(write_folder(tmp_path / "three", ("train", "val", "test"), count=4))
+    found = detect(folder, "digits", in_data=data)
+    assert (found.sets[0].split, found.sets[1].split) == ("val", "test")
+    assert (len(found.fit), len(found.held_in)) == (8, 8)
+    assert found.words[1] == "thresholds: keep 95 % of 8 of 8 validation images of three"
+
+
+def test_a_single_image_is_too_few(others, tmp_path):
+    run = start(tmp_path, epochs=1, test_subset=1).folder.path
+    assert "1 test image and no validation images" in refused(DataError, str(run), others[0])
 
 
 def test_options_of_which_images_hold_for_the_other_data_alone(folder, tmp_path):

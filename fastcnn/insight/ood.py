@@ -1,10 +1,12 @@
-"""Out-of-distribution detection: how well a run tells its own test images from those of other data.
+"""Out-of-distribution detection: how well a run tells test images of one data set from another's.
 
-Every threshold comes from in-distribution images alone; those out of distribution are only judged.
+Every threshold comes from in-distribution images that are held out: the network was not trained on
+them, and nothing is judged on them. Images out of distribution are only judged.
 """
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,173 +17,202 @@ from fastcnn.config import DataConfig
 from fastcnn.data import Dataset, Images, load_dataset
 from fastcnn.data.draws import derive_seed
 from fastcnn.data.files import Files
-from fastcnn.errors import CheckpointError, UsageError
-from fastcnn.insight.ood_scores import Scores, scores
+from fastcnn.data.progress import progress_bar
+from fastcnn.errors import CheckpointError, DataError, UsageError, nearest
+from fastcnn.insight.ood_judge import QUANTILE, Detection, check_quantile, judge
+from fastcnn.insight.ood_scores import ENERGY, PROBABILITY, Scores, activation_names, scores
 from fastcnn.train import checkpoint
 from fastcnn.train.host import tune_process
 from fastcnn.train.precision import Precision, choose_device
 from fastcnn.train.rundir import RunFolder
-from fastcnn.train.trained import TrainedModel, evaluation_data, evaluation_loader, load_trained
+from fastcnn.train.trained import (
+    TrainedModel,
+    evaluation_data,
+    evaluation_loader,
+    load_trained,
+    splits,
+)
 
 log = logging.getLogger(__name__)
 
-QUANTILE = 0.05  # of the in-distribution images that a threshold may lose
-TRAINING_IMAGES = 5000  # that the threshold is chosen on where a run held none out
 # how images are read, not which ones: what the run's own images take of the options as well
 READING = {"loader", "store", "workers", "eval_batch_size", "on_bad_image", "bad_limit"}
 VIEW = ("resize", "grayscale", "test_fraction")  # what changes a dataset's digest
 
 
 @dataclass(frozen=True)
-class Detection:
-    """One score's figures; all but the threshold are fractions of 1.
+class ImageSet:
+    """Which images were scored: `places` (n,), their positions among the `whole` images of a split
+    of the data `name`; `classes`, the class of each."""
 
-    An image counts as in-distribution where its score reaches the threshold. accuracy: share of
-    all images of both sets that are told rightly, as in murgolo's table 2: each image weighs the
-    same, so a set ten times as large weighs ten times as much. balanced_accuracy: the mean of both
-    sets' shares. auroc: chance that an in-distribution image scores above one out of distribution,
-    ties half. fpr95: share of out-of-distribution images that reach the largest in-distribution
-    score that at least 95 % of the in-distribution images reach; nothing is interpolated.
-    kept_fit, kept_in, kept_out: share of each set that reaches the threshold.
-    """
+    name: str
+    split: str
+    whole: int
+    places: np.ndarray
+    classes: Sequence[str]
 
-    threshold: float
-    accuracy: float
-    balanced_accuracy: float
-    auroc: float
-    fpr95: float
-    kept_fit: float
-    kept_in: float
-    kept_out: float
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def words(self) -> str:
+        """How many of how many, and of what."""
+        split = {"val": "validation"}.get(self.split, self.split)
+        return f"{len(self):,} of {self.whole:,} {split} images of {self.name}"
 
 
 @dataclass(frozen=True)
 class Result:
     """rows: a Detection a score, by `Scores.by_name`, activations first, in forward order. fit,
-    held_in, held_out: the scores themselves. words: what was measured, in lines."""
+    held_in, held_out: the scores themselves; sets: the images that have them, in that order.
+    shown: the score that was asked for, else the best. words: what was measured, in lines."""
 
     rows: Mapping[str, Detection]
     fit: Scores
     held_in: Scores
     held_out: Scores
+    sets: tuple[ImageSet, ImageSet, ImageSet]
+    shown: str
     words: tuple[str, ...]
 
-
-def judge(
-    fit: np.ndarray, held_in: np.ndarray, held_out: np.ndarray, quantile: float = QUANTILE
-) -> Detection:
-    """Choose a threshold on the scores `fit`, and judge it on test images in and out of
-    distribution.
-
-    Scores: (n,), finite, higher for in-distribution. The threshold is the largest score that at
-    most the part `quantile` of `fit` stays below, so that 1 - quantile of it are kept; below it =
-    out of distribution. Raises UsageError for a quantile outside [0, 1), ValueError for no scores
-    or such as are not finite.
-    """
-    from sklearn.metrics import roc_auc_score
-
-    _check_quantile(quantile)
-    sets = {"fit": fit, "held_in": held_in, "held_out": held_out}
-    for name, values in sets.items():
-        if np.ndim(values) != 1 or len(values) == 0 or not np.isfinite(values).all():
-            raise ValueError(f"{name}: expected finite scores (n,), got {np.shape(values)}")
-    threshold = _cut(fit, quantile)
-    kept = {name: float(np.mean(values >= threshold)) for name, values in sets.items()}
-    right = np.concatenate([held_in >= threshold, held_out < threshold])
-    inside = np.repeat([1, 0], [len(held_in), len(held_out)])
-    return Detection(
-        threshold=threshold,
-        accuracy=float(right.mean()),
-        balanced_accuracy=(kept["held_in"] + 1 - kept["held_out"]) / 2,
-        auroc=float(roc_auc_score(inside, np.concatenate([held_in, held_out]))),
-        fpr95=float(np.mean(held_out >= _cut(held_in, 0.05))),
-        kept_fit=kept["fit"],
-        kept_in=kept["held_in"],
-        kept_out=kept["held_out"],
-    )
+    @property
+    def best(self) -> str:
+        """The score of the largest AUROC, the first of equals."""
+        return best_of(self.rows)
 
 
-def _cut(values: np.ndarray, lost: float) -> float:
-    """The largest of `values` that at most the part `lost` of them stays below."""
-    return float(np.sort(values)[int(lost * len(values))])
-
-
-def _check_quantile(quantile: float) -> None:
-    if not 0 <= quantile < 1:
-        raise UsageError(f"quantile: expected 0 or more, less than 1, got {quantile}")
+def best_of(rows: Mapping[str, Detection]) -> str:
+    """The score of the largest AUROC, the first of equals."""
+    return max(rows, key=lambda name: rows[name].auroc)
 
 
 def detect(
     run_folder: str,
     out_data: str,
     *,
+    in_data: str | None = None,
+    weights: str | None = None,
+    score: str | None = None,
     limit: int | None = None,
     quantile: float = QUANTILE,
     overrides: dict[str, Any] | None = None,
 ) -> Result:
-    """Judge every score of a finished run on its own test images against those of other data.
+    """Judge every score of a finished run on test images in and out of distribution.
 
-    The model is the one that the run's summary speaks of. Thresholds come from the run's validation
-    images or, where it has none, from training images, which score higher than unseen ones.
-    out_data: as --data; of its images the test images, brought to the network's size, whatever
-    their classes. limit: at most this many images of each set, drawn by the run's seed. overrides:
-    options by name: device, threads, and those of data, which hold for `out_data`, and for the
-    run's own images where they say no more than how to read them.
+    in_data, out_data: as --data, whatever their classes; of their images the test images, brought
+    to the network's size. in_data None: the run's own. Thresholds come from the validation images
+    in distribution or, where there are none, from half of the test images, drawn by the run's seed;
+    the other half is judged. weights: "last" or "best"; None: the model that the run's summary
+    speaks of. score: `Result.shown`. limit: at most this many images of each set, drawn by the
+    run's seed. overrides: options by name: device, threads, and those of data, which hold for
+    `out_data` and `in_data`, and for the run's own images where they say no more than how to read
+    them.
 
-    Raises UsageError for data that is the run's own, a quantile outside [0, 1) and a limit below 1;
-    CheckpointError for a run that is missing or unfinished; what load_dataset raises.
+    Raises UsageError for the same data in and out, an unknown score, a quantile outside [0, 1) and
+    a limit below 1; CheckpointError for a run that is missing or unfinished; DataError for a single
+    image to choose a threshold and to judge; what load_dataset raises.
     """
-    _check_quantile(quantile)
+    check_quantile(quantile)
     if limit is not None and limit < 1:
-        raise UsageError(f"limit: expected 1 or more images, got {limit}")
+        raise UsageError(f"--limit: expected 1 or more images, got {limit}")
     options = overrides or {}
     tune_process(options.get("threads"))
     device = choose_device(options.get("device", "auto"))
-    trained = _finished(run_folder, device)
+    trained = _finished(run_folder, device, weights)
+    if score is not None:
+        _check_score(score, trained)
     data_options = {k: v for k, v in options.items() if hasattr(trained.config.data, k)}
-    own, test, other = _data(trained, out_data, data_options, device)
-    fit, origin = _threshold_images(own, trained.config.run.seed)
-    sets = [(own, fit), (own, test), (other, other.test)]
-    drawn = [(dataset, _drawn(images, limit, trained.config.run.seed)) for dataset, images in sets]
-    found = [_look(trained, *pair, data_options, device) for pair in drawn]
-    in_fit, inside, outside = (part.by_name() for part in found)
-    rows = {name: judge(in_fit[name], inside[name], outside[name], quantile) for name in in_fit}
-    counts = [f"{len(images):,}" for _, images in drawn]
+    own, other = _data(trained, in_data, out_data, data_options, device)
+    seed = trained.config.run.seed
+    fit, test = _held_out(own, seed)
+    outside = _Part(other, "test", np.arange(len(other.test)))
+    parts = [_limited(part, limit, seed) for part in (fit, test, outside)]
+    fitted, held_in, held_out = (_look(trained, part, data_options, device) for part in parts)
+    sets = parts[0].described(), parts[1].described(), parts[2].described()
+    in_fit, inside, out = (found.by_name() for found in (fitted, held_in, held_out))
+    rows = {name: judge(in_fit[name], inside[name], out[name], quantile) for name in in_fit}
+    unjudged = "" if own.val is not None else ", not judged on (none were held out for validation)"
     words = (
         f"network: {trained.config.model.arch}, {trained.path.name}, fp32",
-        f"thresholds: keep {100 * (1 - quantile):g} % of {counts[0]} {origin} of {own.name}",
-        f"in distribution: {counts[1]} of {len(test):,} test images of {own.name}",
-        f"out of distribution: {counts[2]} of {len(other.test):,} test images of {other.name}",
+        f"thresholds: keep {100 * (1 - quantile):g} % of {sets[0].words}{unjudged}",
+        f"in distribution: {sets[1].words}",
+        f"out of distribution: {sets[2].words}",
     )
-    fitted, held_in, held_out = found
-    return Result(rows, fitted, held_in, held_out, words)
+    return Result(rows, fitted, held_in, held_out, sets, score or best_of(rows), words)
 
 
-def _finished(run_folder: str, device: torch.device) -> TrainedModel:
+@dataclass(frozen=True)
+class _Part:
+    """Images of a split to score, by their positions in it."""
+
+    dataset: Dataset
+    split: str
+    places: np.ndarray
+
+    @property
+    def split_images(self) -> Images | Files:
+        return splits(self.dataset)[self.split]
+
+    def described(self) -> ImageSet:
+        """The same without the images, which may fill the memory."""
+        images, classes = self.split_images, self.dataset.classes
+        named = [classes[label] for label in images.labels[self.places]]
+        return ImageSet(self.dataset.name, self.split, len(images), self.places, named)
+
+
+def _check_score(score: str, trained: TrainedModel) -> None:
+    names = [*activation_names(trained), PROBABILITY, ENERGY]
+    if score not in names:
+        listed = ", ".join(names)
+        raise UsageError(f"--score '{score}' is not one of {listed}{nearest(score, names)}")
+
+
+def _finished(run_folder: str, device: torch.device, weights: str | None) -> TrainedModel:
     """The model of a finished run; raises CheckpointError where there is none."""
     folder = RunFolder.open(run_folder)
     summary = folder.read_summary()
     if summary is None:
         raise CheckpointError(f"{folder.path} is not finished; go on with --resume {folder.path}")
-    name = f"{summary.get('tested_model', 'last')}.pt"
+    name = f"{weights or summary.get('tested_model', 'last')}.pt"
     return load_trained(checkpoint.locate(folder.path, name), device, "torch")
 
 
 def _data(
-    trained: TrainedModel, out_data: str, options: dict[str, Any], device: torch.device
-) -> tuple[Dataset, Images | Files, Dataset]:
-    """The run's own data, split as it was trained, its test images, and the other data."""
+    trained: TrainedModel,
+    in_data: str | None,
+    out_data: str,
+    options: dict[str, Any],
+    device: torch.device,
+) -> tuple[Dataset, Dataset]:
+    """The data in distribution, of the run itself split as it was trained, and the other data."""
     size, reading = trained.image_size, _reading(options)
-    own_config = replace(trained.config.data, **reading)
-    other = load_dataset(_other_config(own_config, out_data, size, options), size, device)
+    config = replace(trained.config.data, **reading)
+    with _called("--out"):
+        other = load_dataset(_other_config(config, out_data, size, options), size, device)
+    if in_data is not None:
+        with _called("--in"):
+            inside = load_dataset(_other_config(config, in_data, size, options), size, device)
+        if other.digest == inside.digest:
+            raise UsageError(f"--out {out_data}: the images of --in {in_data}; give other data")
+        return inside, other
     # seen as the others are: the digest is of what is seen
     view = {name: options[name] for name in VIEW if name in options}
-    if other.digest == load_dataset(replace(own_config, **view), size, device).digest:
-        raise UsageError(f"--data {out_data}: the run's own images; give other data")
-    own, test = evaluation_data(trained, None, "test", reading, device)
+    if other.digest == load_dataset(replace(config, **view), size, device).digest:
+        raise UsageError(f"--out {out_data}: the run's own images; give other data")
+    own, _ = evaluation_data(trained, None, "test", reading, device)
     if own.digest != trained.data.get("digest"):
         log.warning("note: %s has changed since training: other images or another split", own.name)
-    return own, test, other
+    return own, other
+
+
+@contextlib.contextmanager
+def _called(flag: str) -> Iterator[None]:
+    """Let errors of reading data name the option that the data were given by."""
+    try:
+        yield
+    except (DataError, UsageError) as error:
+        error.args = (str(error).replace("--data ", f"{flag} ", 1),)
+        raise
 
 
 def _reading(options: dict[str, Any]) -> dict[str, Any]:
@@ -191,7 +222,7 @@ def _reading(options: dict[str, Any]) -> dict[str, Any]:
 def _other_config(
     own: DataConfig, data: str, image_size: int, options: dict[str, Any]
 ) -> DataConfig:
-    """How the other data is read: by `options`, and else as the run's own images.
+    """How other data is read: by `options`, and else as the run's own images.
 
     The place of the run's own images, and what suits their number, is not that of others.
     """
@@ -201,28 +232,45 @@ def _other_config(
 
 
 def _look(
-    trained: TrainedModel,
-    dataset: Dataset,
-    images: Images | Files,
-    options: dict[str, Any],
-    device: torch.device,
+    trained: TrainedModel, part: _Part, options: dict[str, Any], device: torch.device
 ) -> Scores:
     config = replace(trained.config, data=replace(trained.config.data, **_reading(options)))
-    feeding = (config, dataset.loader, trained.normalization, device, "torch", Precision())
-    return scores(trained, evaluation_loader(images, *feeding), device)
+    feeding = (config, part.dataset.loader, trained.normalization, device, "torch", Precision())
+    whole, count = part.split_images, len(part.places)
+    chosen = whole if count == len(whole) else whole.take(part.places)
+    with progress_bar(
+        f"scores of {part.dataset.name}", count, announce=False, unit="images"
+    ) as step:
+        return scores(trained, _followed(evaluation_loader(chosen, *feeding), step), device)
 
 
-def _threshold_images(own: Dataset, seed: int) -> tuple[Images | Files, str]:
-    """The images that thresholds are chosen on, and what they are; never test images."""
-    if own.val is not None:
-        return own.val, "validation images"
-    drawn = _drawn(own.train, TRAINING_IMAGES, seed)
-    return drawn, "training images (none were held out for validation)"
+def _followed(loader: Iterable[Any], step: Any) -> Iterator[Any]:
+    """The batches of `loader`; `step` is told how many images each had."""
+    for images, labels in loader:
+        yield images, labels
+        step(len(images))
 
 
-def _drawn(images: Images | Files, limit: int | None, seed: int) -> Images | Files:
-    """At most `limit` images, drawn by the seed, in their order."""
-    if limit is None or limit >= len(images):
-        return images
-    order = np.random.default_rng(derive_seed(seed, "out-of-distribution")).permutation(len(images))
-    return images.take(np.sort(order[:limit]))
+def _held_out(data: Dataset, seed: int) -> tuple[_Part, _Part]:
+    """The images that thresholds are chosen on, and the test images to judge: none are both."""
+    count = len(data.test)
+    if data.val is not None:
+        chosen = _Part(data, "val", np.arange(len(data.val)))
+        return chosen, _Part(data, "test", np.arange(count))
+    if count < 2:
+        raise DataError(
+            f"{data.name}: {count} test image and no validation images, to choose a threshold and "
+            "to judge it; give more"
+        )
+    order = np.random.default_rng(derive_seed(seed, "thresholds")).permutation(count)
+    first, second = np.sort(order[: count // 2]), np.sort(order[count // 2 :])
+    return _Part(data, "test", first), _Part(data, "test", second)
+
+
+def _limited(part: _Part, limit: int | None, seed: int) -> _Part:
+    """At most `limit` of the images, drawn by the seed, in their order."""
+    count = len(part.places)
+    if limit is None or limit >= count:
+        return part
+    order = np.random.default_rng(derive_seed(seed, "out-of-distribution")).permutation(count)
+    return replace(part, places=part.places[np.sort(order[:limit])])

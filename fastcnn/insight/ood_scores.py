@@ -21,6 +21,11 @@ PROBABILITY, ENERGY = "max softmax", "energy"
 ACTIVATIONS = ("ReLU", "LeakyReLU")  # kinds in the table of layers
 
 
+def called(score: str) -> str:
+    """A score's name in a sentence."""
+    return score if score in (PROBABILITY, ENERGY) else f"mean activation of {score}"
+
+
 @dataclass(frozen=True)
 class Scores:
     """Scores of n images, float64 (n,) each; higher is more like the training images.

@@ -9,6 +9,8 @@ import torch
 from fastcnn.config import DataConfig
 from fastcnn.data import load_dataset
 from fastcnn.insight.ood import Detection, Result, detect
+from fastcnn.insight.ood_record import HEADER, NUMBERS, line
+from fastcnn.insight.ood_scores import ENERGY, PROBABILITY
 from fastcnn.insight.study_bars import draw_histogram
 from fastcnn.insight.table import Table
 from fastcnn.reports.planning import Images, Planned
@@ -17,14 +19,12 @@ from fastcnn.study.plan import RunResult, VariantResult
 from fastcnn.study.record import Drawing, Record
 from fastcnn.study.runner import Failure
 
-HEADER = ("score", "accuracy, %", "balanced, %", "AUROC, %", "FPR at 95 % TPR, %", "threshold")
-NUMBERS = frozenset(range(1, 6))
 PUBLISHED = (
     "Published: 99.3 % (relu_9) and 100.0 % (relu_10) accuracy with a threshold of 0.32, on images "
     "and with a network that are not public"
 )
 SIDE = 32  # of the report's images
-BASELINES = ("max softmax", "energy")
+BASELINES = (PROBABILITY, ENERGY)
 
 Rows = list[dict[str, Any]]
 
@@ -64,7 +64,7 @@ def record_of(
         f"{planned.experiment.title} ({planned.experiment.place})",
         _lead(planned, ood_data, len(found)),
         facts_of(runs, command),
-        Table(HEADER, tuple(_line(name, means[name]) for name in names), NUMBERS),
+        Table(HEADER, tuple(line(name, means[name]) for name in names), NUMBERS),
         (
             *(found[0].words if found else (why,)),
             *map(str, failures),
@@ -94,13 +94,6 @@ def _detect(planned: Planned, run: RunResult, ood_data: str, machine: Mapping[st
 
 def _mean(found: Sequence[Detection]) -> dict[str, float]:
     return {name: fmean(getattr(one, name) for one in found) for name in vars(found[0])}
-
-
-def _line(name: str, mean: Mapping[str, float]) -> tuple[str, ...]:
-    shares = ("accuracy", "balanced_accuracy", "auroc", "fpr95")
-    told = [f"{100 * mean[share]:.1f}" for share in shares]
-    what = name if name in BASELINES else f"mean activation of {name}"
-    return (what, *told, f"{mean['threshold']:.3g}")
 
 
 def _lead(planned: Planned, ood_data: str, runs: int) -> str:

@@ -30,6 +30,7 @@ MACHINE = (
     "threads",
     "deterministic",
     "checkpoint_steps",
+    "loggers",
 )
 NOT_SWEPT = ("seed", "fast_dev_run", "checkpoint_steps")
 

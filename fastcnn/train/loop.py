@@ -14,6 +14,7 @@ from fastcnn.ops import plans
 from fastcnn.train import checkpoint
 from fastcnn.train.evaluate import Evaluation, Evaluator
 from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
+from fastcnn.train.loggers import Loggers
 from fastcnn.train.metrics import Figures
 from fastcnn.train.progress import Progress, format_seconds
 from fastcnn.train.rundir import RunFolder, versions
@@ -82,7 +83,9 @@ class Training:
     def train(self) -> dict[str, Any]:
         """Run the remaining epochs and return the summary; raises Interrupted with all saved."""
         evaluation = None
-        with StopAtStepEdge() as stop:
+        loggers = Loggers(self.setup.config, self.folder.path, self.at.history)
+        # a logger may wait for its network when it is closed: then Ctrl-C ends at once
+        with loggers as self.loggers, StopAtStepEdge() as stop:
             try:
                 while self.at.epoch < self.epochs and not self._stopped_improving():
                     if not self.at.trained:
@@ -142,6 +145,7 @@ class Training:
         if self.at.best_epoch == self.at.epoch:
             self._save_best()
         self._save()
+        self.loggers.epoch(self.at.history[-1])
         return evaluation
 
     def _evaluate(self, loader: Any, stop: StopAtStepEdge) -> Evaluation:
@@ -210,6 +214,7 @@ class Training:
         summary = self._summary(evaluation)
         self.folder.write_confusion(evaluation.confusion, setup.dataset.classes)
         self.folder.write_summary(summary)
+        self.loggers.finish(summary)
         return summary
 
     def _evaluate_best(self, loader: Any, stop: StopAtStepEdge) -> Evaluation:

@@ -14,6 +14,7 @@ from fastcnn.ops.backend import choose_backend, choose_convolution, convolution_
 from fastcnn.train import checkpoint
 from fastcnn.train.evaluate import evaluate
 from fastcnn.train.host import tune_process
+from fastcnn.train.loggers import check_loggers
 from fastcnn.train.loop import Training
 from fastcnn.train.precision import choose_device, choose_precision
 from fastcnn.train.progress import Progress
@@ -36,6 +37,7 @@ NEUTRAL_ON_RESUME = {
     # whatever they leave out, a run goes on with the images it began with, or not at all
     "on_bad_image",
     "bad_limit",
+    "loggers",
 }
 # options that the rest of a run can do with another value of, if its user says so
 CHANGEABLE_ON_RESUME = {
@@ -87,6 +89,7 @@ def start(config: Config, place: PlaceConfig, command: list[str], quiet: bool = 
     if config.run.fast_dev_run and place == PlaceConfig():
         place = replace(place, output=tempfile.mkdtemp(prefix="fastcnn-dev-run-"))
     RunFolder.check_name(place)
+    check_loggers(config.run.loggers)
     tune_process(config.run.threads)
     setup = prepare(config)
     folder = RunFolder.create(place, config.model.arch)
@@ -115,6 +118,7 @@ def resume(
     if summary is not None and forecast(config) == forecast(saved):
         Progress(0, 0, quiet).say(f"{folder.path} is finished: nothing to continue")
         return Outcome(folder, summary)
+    check_loggers(config.run.loggers)
     tune_process(config.run.threads)
     training = Training(prepare(config), folder, quiet)
     if state is not None:

@@ -1,0 +1,126 @@
+"""`fastcnn ood`: tell images of other data from those that a run was trained for."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from fastcnn.commands.output import as_text, report_missing
+from fastcnn.commands.parser import (
+    Parser,
+    add_debug,
+    add_option,
+    new_parser,
+    own_option,
+    read_values,
+)
+from fastcnn.config import options_by_name
+from fastcnn.errors import UsageError
+
+OOD_OWN = (
+    own_option("out", str | None, None, "images out of distribution, as --data of fastcnn train"),
+    own_option(
+        "in", str | None, None, "images in distribution, likewise; default: the run's own test data"
+    ),
+    own_option(
+        "score",
+        str | None,
+        None,
+        "what the histogram shows: a layer's activation by its name (ReLU-9, see fastcnn archs), "
+        "'max softmax' or 'energy'; default: the best AUROC",
+    ),
+    own_option(
+        "quantile", float, 0.05, "part of the held-out images in distribution a threshold may lose"
+    ),
+    own_option("limit", int | None, None, "at most this many images of each set", 1),
+    own_option(
+        "weights",
+        Literal["last", "best"],
+        None,
+        "which checkpoint of the run; default: the one its summary speaks of",
+    ),
+)
+
+
+OOD_SHARED = (
+    "data_dir",
+    "resize",
+    "grayscale",
+    "on_bad_image",
+    "bad_limit",
+    "loader",
+    "store",
+    "workers",
+    "eval_batch_size",
+    "test_fraction",
+    "device",
+    "threads",
+)
+
+
+def parser() -> Parser:
+    found = new_parser(
+        "ood",
+        "Tell images of other data from those that a run was trained for: by the mean activation "
+        "of every layer, by the largest softmax probability, by energy. Writes <run>/ood-<out>/ "
+        "and the run's page.",
+        "RUN --out DATA ",
+    )
+    found.add_argument("run", type=str, help="folder of a finished run")
+    for option in OOD_OWN:
+        add_option(found, option, option.default)
+    for name in OOD_SHARED:
+        add_option(found, options_by_name()[name])
+    found.add_argument("--json", action="store_true", help="print JSON")
+    add_debug(found)
+    return found
+
+
+def run(given: dict[str, Any], command: list[str]) -> None:
+    own = read_values(given, OOD_OWN)
+    overrides = read_values(given, [options_by_name()[name] for name in OOD_SHARED])
+    if own.get("out") is None:
+        raise UsageError("ood: --out is missing: images out of distribution, e.g. --out digits")
+    # after the check: the rest takes torch's seconds to import
+    from fastcnn.insight import ood_record
+    from fastcnn.insight.ood import detect
+    from fastcnn.insight.table import show
+
+    options = {name: own[name] for name in ("score", "quantile", "limit", "weights") if name in own}
+    in_data = own.get("in")
+    result = detect(given["run"], own["out"], in_data=in_data, overrides=overrides, **options)
+    folder = Path(given["run"]) / ood_record.name_of(own["out"], in_data)
+    ood_record.write_tables(folder, result)
+    figures: tuple[Any, ...] = ()
+    try:
+        figures = ood_record.draw(folder, result)
+    except ImportError as error:
+        report_missing("figures", error)
+    ood_record.keep(folder, result, figures, command)
+    write_page(Path(given["run"]))
+    if given.get("json"):
+        print(as_text(as_json(result, folder)))
+        return
+    show(ood_record.table_of(result), "")
+    for sentence in ood_record.sentences(result):
+        print(f"- {sentence}")
+    print(f"written to {folder}")
+
+
+def write_page(folder: Path) -> None:
+    from fastcnn.insight import page
+
+    try:
+        page.write_page(folder)
+    except ImportError as error:
+        report_missing("index.html", error)
+
+
+def as_json(result: Any, folder: Path) -> dict[str, Any]:
+    from fastcnn.insight.ood_record import plain_rows
+
+    return {
+        "best": result.best,
+        "shown": result.shown,
+        "scores": plain_rows(result),
+        "words": result.words,
+        "folder": str(folder),
+    }
