@@ -181,7 +181,8 @@ def test_train_draws_its_figures_and_page_and_eval_reads_the_run(capsys, tmp_pat
     for name in ("curves.png", "confusion_matrix.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     page = (folder / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 1
+    assert page.count('<figure class="chart">') == 4
     assert "http" not in page
     code, out, _ = run(capsys, "eval", str(folder), "--json", "--threads", "1")
     assert code == 0
