@@ -53,7 +53,7 @@ def test_a_finished_run_says_what_it_reached_and_how(tmp_path):
     found = said(make_run(tmp_path / "run", lr=0.25))
     assert found.texts["h1"] == ["run: cnn-a on digits"]
     assert found.texts["h2"] == ["Summary", "Curves", "Configuration", "Environment"]
-    assert found.texts["code"] == ["fastcnn train --name 'a b'"]
+    assert found.texts["span"][:5] == ["fastcnn", "train", "--name", "'a", "b'"]
     facts = pairs(found)
     wanted = {
         "test top-1": "48.50%",
@@ -91,7 +91,7 @@ def test_the_curves_are_those_of_metrics_csv(tmp_path):
 
     percent = [column(name, "{:.2f}%", 100) for name in ("train_top1", "val_top1", "val_top5")]
     assert values == [
-        [column("train_loss", "{:.4g}"), column("val_loss", "{:.4g}")],
+        [column("train_loss", "{:#.4g}"), column("val_loss", "{:#.4g}")],
         percent,
         [column("lr", "{:.4g}")],
         [column("images_per_s", "{:.0f}")],
@@ -194,7 +194,7 @@ def test_a_run_of_one_epoch_and_one_with_broken_numbers_have_a_page(tmp_path):
     text = (folder / "metrics.csv").read_text()
     (folder / "metrics.csv").write_text(text.replace("1,2.0,", "1,nan,").replace("2.1,", "inf,"))
     figures_of_loss = said(folder).texts["desc"][0]
-    assert figures_of_loss.startswith("Training loss 0.4 and validation loss")
+    assert figures_of_loss.startswith("Training loss 0.4000 and validation loss")
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from typing import Any
 
 from fastcnn.errors import UsageError
 from fastcnn.insight import document
-from fastcnn.insight.chart import Chart
+from fastcnn.insight.curves import overlaid_charts
 from fastcnn.insight.document import Facts, Page, Section
-from fastcnn.insight.run_files import RunFiles, line, loss_chart, percent_chart, read_run
+from fastcnn.insight.run_files import RunFiles, read_run
 from fastcnn.insight.table import Table
 from fastcnn.train.progress import format_seconds
 
@@ -27,7 +27,7 @@ HEADER = (
     "precision",
     "seed",
 )
-NUMBERS = frozenset({1, 2, 3, 4, 5, 6, 7, 10})
+NUMBERS = frozenset({1, 2, 3, 4, 5, 6, 7, 9, 10})
 MARK = b'<meta name="generator" content="fastcnn">'
 HEAD = 1000  # bytes of a page within which its generator stands
 
@@ -200,9 +200,10 @@ def write_comparison(found: Comparison, path: Path) -> Path:
     differ = found.differing.rows
     none = () if differ else ("The runs have the same options.",)
     same = f"{len(found.same)} options are the same in all"
+    charts = overlaid_charts(found.runs, found.labels)
     sections = [
         Section("Results", "results", found.notes, found.results),
-        Section("Curves", "curves", (), Table((), ()), charts=_charts(found)),
+        Section("Curves", "curves", (), Table((), ()), charts=charts),
         Section(
             "Options in which they differ",
             "options",
@@ -213,36 +214,4 @@ def write_comparison(found: Comparison, path: Path) -> Path:
     ]
     if not any(run.epochs for run in found.runs):
         del sections[1]
-    return document.write_page(path, Page(f"Comparison: {title}", lead, tuple(sections)))
-
-
-def _charts(found: Comparison) -> tuple[Chart, ...]:
-    def lines(column: str, factor: float = 1) -> tuple:
-        runs = zip(found.runs, found.labels, strict=True)
-        return tuple(
-            line(run, column, label, colour, factor)
-            for colour, (run, label) in enumerate(runs)
-            if run.epochs
-        )
-
-    names = ", ".join(found.labels)
-    return (
-        percent_chart(
-            "Validation top-1, %",
-            f"Validation top-1 of {names} over the epochs.",
-            lines("val_top1", 100),
-        ),
-        loss_chart(
-            "Validation loss",
-            f"Validation loss of {names} over the epochs.",
-            lines("val_loss"),
-        ),
-        percent_chart(
-            "Training top-1, %",
-            f"Training top-1 of {names} over the epochs.",
-            lines("train_top1", 100),
-        ),
-        loss_chart(
-            "Training loss", f"Training loss of {names} over the epochs.", lines("train_loss")
-        ),
-    )
+    return document.write_page(path, Page(f"Comparison: {title}", lead, tuple(sections), wide=True))

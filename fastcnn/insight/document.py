@@ -49,13 +49,14 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """title, lead and the command that made it, then sections; with several, a list of them comes
-    first."""
+    """title, lead and the command that made it (or several, a line each), then sections; with
+    several, a list of them comes first. wide: for a table of many columns."""
 
     title: str
     lead: str
     sections: tuple[Section, ...]
     command: str = ""
+    wide: bool = False
 
     @property
     def has_charts(self) -> bool:

@@ -8,18 +8,11 @@ from typing import Any
 
 from fastcnn.errors import CheckpointError
 from fastcnn.insight import document
-from fastcnn.insight.chart import Chart
+from fastcnn.insight.curves import run_charts
 from fastcnn.insight.document import Figure, Page, Section
 from fastcnn.insight.figures import NUMBERED_CLASSES, read_confusion
 from fastcnn.insight.kept import kept_sections
-from fastcnn.insight.run_files import (
-    RunFiles,
-    line,
-    loss_chart,
-    percent_chart,
-    read_json,
-    read_run,
-)
+from fastcnn.insight.run_files import RunFiles, read_json, read_run
 from fastcnn.insight.table import Table
 from fastcnn.train.progress import format_seconds
 
@@ -88,7 +81,7 @@ def _sections(run: RunFiles, environment: dict[str, Any]) -> list[Section]:
     kept = list(_kept(run.folder))
     found = [_summary(run, bool(kept))]
     if run.epochs:
-        found.append(Section("Curves", "curves", (), NO_TABLE, charts=_charts(run)))
+        found.append(Section("Curves", "curves", (), NO_TABLE, charts=run_charts(run)))
     # an analysis has drawn the same counts, and their rates
     own = kept_sections(run.folder / KEPT[0], KEPT[0])
     drawn = any("confusion" in section.anchor for section in own)
@@ -148,47 +141,6 @@ def _summary(run: RunFiles, looked_into: bool) -> Section:
         NO_TABLE,
         numbers=tuple(shown),
         facts=tuple((name, str(value)) for name, value in facts),
-    )
-
-
-def _charts(run: RunFiles) -> tuple[Chart, ...]:
-    """Loss, accuracy, learning rate and speed over the epochs."""
-    metrics = run.metrics
-    losses = (line(run, "train_loss", "train", 0), line(run, "val_loss", "validation", 1))
-    accuracies = (
-        line(run, "train_top1", "train top-1", 0, 100),
-        line(run, "val_top1", "validation top-1", 1, 100),
-        line(run, "val_top5", "validation top-5", 2, 100),
-    )
-    last = f"after {_epochs(run.epochs)}"
-    return (
-        loss_chart(
-            "Loss",
-            f"Training loss {metrics['train_loss'][-1]:.4g} and validation loss "
-            f"{metrics['val_loss'][-1]:.4g} {last}, over the epochs.",
-            losses,
-        ),
-        percent_chart(
-            "Accuracy, %",
-            f"Training top-1 {metrics['train_top1'][-1]:.2%}, validation top-1 "
-            f"{metrics['val_top1'][-1]:.2%} and top-5 {metrics['val_top5'][-1]:.2%} {last}, over "
-            "the epochs.",
-            accuracies,
-        ),
-        Chart(
-            "Learning rate",
-            f"Learning rate over the epochs, {metrics['lr'][-1]:.4g} in the last.",
-            (line(run, "lr", "learning rate", 3),),
-            zero=True,
-        ),
-        Chart(
-            "Training images per second",
-            f"Training images per second over the epochs, {metrics['images_per_s'][-1]:,.0f} in "
-            "the last.",
-            (line(run, "images_per_s", "images/s", 6),),
-            form="{:,.0f}",
-            zero=True,
-        ),
     )
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.errors import CheckpointError, UsageError
-from fastcnn.insight.chart import Chart, Series
-from fastcnn.insight.figures import LOG_FROM, read_metrics
+from fastcnn.insight.figures import read_metrics
 from fastcnn.train.rundir import COLUMNS, RunFolder
 
 NUMBER = (int, float)
@@ -127,20 +126,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is not what this program wrote; remove it")
     return found
-
-
-def line(run: RunFiles, column: str, name: str, colour: int, factor: float = 1) -> Series:
-    """A column of a run over its epochs."""
-    values = zip(run.metrics["epoch"], run.metrics[column], strict=True)
-    return Series(name, tuple((epoch, factor * value) for epoch, value in values), colour)
-
-
-def loss_chart(title: str, alt: str, lines: tuple[Series, ...]) -> Chart:
-    """Losses, on a logarithmic axis where a linear one would hide the small ones."""
-    values = [y for each in lines for _, y in each.points if math.isfinite(y)]
-    log = bool(values) and min(values) > 0 and max(values) > LOG_FROM * min(values)
-    return Chart(title, alt, lines, log=log)
-
-
-def percent_chart(title: str, alt: str, lines: tuple[Series, ...]) -> Chart:
-    return Chart(title, alt, lines, form="{:.2f}%")
