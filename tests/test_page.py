@@ -71,6 +71,8 @@ def test_a_finished_run_says_what_it_reached_and_how(tmp_path):
         "lr": "0.25",
         "versions.torch": "2.11.0",
         "gpus": "–",
+        "nesterov": "yes",
+        "milestones": "–",
     }
     assert {name: facts[name] for name in wanted} == wanted
     lead = "Test top-1 48.50%, top-5 92.30% after 5 epochs and 1,726 s (369 images/s) on cpu (1 t"

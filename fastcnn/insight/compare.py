@@ -10,7 +10,7 @@ from fastcnn.errors import UsageError
 from fastcnn.insight import document
 from fastcnn.insight.curves import overlaid_charts
 from fastcnn.insight.document import Facts, Page, Section
-from fastcnn.insight.run_files import RunFiles, read_run
+from fastcnn.insight.run_files import RunFiles, read_run, shown
 from fastcnn.insight.table import Table
 from fastcnn.train.progress import format_seconds
 
@@ -59,9 +59,9 @@ def compare(folders: Sequence[Path]) -> Comparison:
     options = differing_options(runs)
     differing = Table(
         ("option", *labels),
-        tuple((name, *map(_text, values)) for name, values in options.items()),
+        tuple((name, *map(shown, values)) for name, values in options.items()),
     )
-    same = tuple((k, _text(v)) for k, v in runs[0].options.items() if k not in options)
+    same = tuple((k, shown(v)) for k, v in runs[0].options.items() if k not in options)
     table = Table(HEADER, rows, NUMBERS)
     return Comparison(runs, labels, table, differing, same, tuple(_notes(runs, labels)))
 
@@ -106,10 +106,10 @@ def result_texts(result: dict[str, Any]) -> tuple[str, ...]:
         "epochs": "{:,}",
         "images_per_s": "{:,.0f}",
     }
-    shown = result | {"train_seconds": format_seconds(result["train_seconds"])}
+    texts = result | {"train_seconds": format_seconds(result["train_seconds"])}
     return tuple(
         "–" if value is None else forms.get(name, "{}").format(value)
-        for name, value in shown.items()
+        for name, value in texts.items()
     )
 
 
@@ -117,14 +117,6 @@ def differing_options(runs: Sequence[RunFiles]) -> dict[str, list[Any]]:
     """The options that not all runs share, with the value of each run."""
     found = {name: [run.options[name] for run in runs] for name in runs[0].options}
     return {k: values for k, values in found.items() if any(v != values[0] for v in values)}
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return " ".join(map(str, value)) or "–"
-    return "–" if value is None else str(value)
 
 
 def _notes(runs: Sequence[RunFiles], labels: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from fastcnn.insight.curves import run_charts
 from fastcnn.insight.document import Figure, Page, Section
 from fastcnn.insight.figures import NUMBERED_CLASSES, read_confusion
 from fastcnn.insight.kept import kept_sections
-from fastcnn.insight.run_files import RunFiles, read_json, read_run
+from fastcnn.insight.run_files import RunFiles, read_json, read_run, shown
 from fastcnn.insight.table import Table
 from fastcnn.train.progress import format_seconds
 
@@ -110,8 +110,8 @@ def _summary(run: RunFiles, looked_into: bool) -> Section:
         ("epochs", "{:,}", run.epochs or summary.get("epochs")),
         ("images/s", "{:,.0f}", run.images_per_s),
     ]
-    shown = [(name, form.format(value)) for name, form, value in numbers if value is not None]
-    shown.insert(-1, ("time", format_seconds(run.seconds)))
+    told = [(name, form.format(value)) for name, form, value in numbers if value is not None]
+    told.insert(-1, ("time", format_seconds(run.seconds)))
     images = summary.get("images", {})
     facts = [
         ("data", ", ".join([run.data, *(f"{count:,} {name}" for name, count in images.items())])),
@@ -139,7 +139,7 @@ def _summary(run: RunFiles, looked_into: bool) -> Section:
         "summary",
         tuple(paragraphs),
         NO_TABLE,
-        numbers=tuple(shown),
+        numbers=tuple(told),
         facts=tuple((name, str(value)) for name, value in facts),
     )
 
@@ -193,10 +193,9 @@ def _kept(folder: Path) -> Iterable[Section]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Nested mappings as dotted names, lists as words."""
+    """Nested mappings as dotted names."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
         else:
-            shown = " ".join(map(str, value)) if isinstance(value, list) else value
-            yield prefix + name, "–" if shown in (None, "") else str(shown)
+            yield prefix + name, shown(value)

@@ -126,3 +126,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is not what this program wrote; remove it")
     return found
+
+
+def shown(value: Any) -> str:
+    """A value as a reader sees it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "–" if value is None else text or "–"
