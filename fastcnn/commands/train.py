@@ -65,5 +65,6 @@ def run(given: dict[str, Any], command: list[str]) -> None:
             report_missing(draw.__name__, error)
     print(page.lead(outcome.summary))
     print(f"run folder: {outcome.folder.path}")
-    if given.get("open"):
-        open_page(outcome.folder.path / "index.html")
+    written = outcome.folder.path / "index.html"
+    if given.get("open") and written.is_file():  # not without jinja2
+        open_page(written)
