@@ -171,17 +171,21 @@ def test_flags_stand_above_the_config_file(capsys, tmp_path, first):
     assert (config["epochs"], config["lr"], config["seed"]) == (1, 0.25, 7)
 
 
-def test_train_draws_its_figures_and_page_and_eval_reads_the_run(capsys, tmp_path):
+def test_train_draws_its_figures_and_page_and_eval_reads_the_run(capsys, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr("fastcnn.commands.train.open_page", opened.append)
     where = ["--output", str(tmp_path), "--name", "run"]
-    code, out, err = run(capsys, *SMALL, "--epochs", "1", *where)
+    code, out, err = run(capsys, *SMALL, "--epochs", "1", *where, "--open")
     assert code == 0
+    assert opened == [tmp_path / "run" / "index.html"]
     assert "Test top-1" in out
     assert "epoch 1/1" in err
     folder = tmp_path / "run"
     for name in ("curves.png", "confusion_matrix.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     page = (folder / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 1
+    assert page.count('<figure class="chart">') == 4
     assert "http" not in page
     code, out, _ = run(capsys, "eval", str(folder), "--json", "--threads", "1")
     assert code == 0

@@ -1,11 +1,10 @@
-"""Figures and page of a run, from files alone."""
+"""Figures of a run, from files alone."""
 
-import json
 import warnings
 
 import pytest
 
-from fastcnn.insight import figures, page
+from fastcnn.insight import figures
 
 METRICS = """epoch,train_loss,train_top1,val_loss,val_top1,val_top5,lr,images_per_s,seconds
 1,2.0,0.25,1.8,0.3,0.8,0.1,900,5
@@ -77,28 +76,3 @@ def test_long_class_names_leave_room_for_the_cells(tmp_path, classes):
 def test_a_run_without_an_epoch_has_no_curves(tmp_path):
     (tmp_path / "metrics.csv").write_text(METRICS.splitlines()[0] + "\n")
     assert figures.draw_curves(tmp_path) is None
-
-
-def test_page_is_self_contained_and_escapes_what_it_shows(folder):
-    summary = {
-        "arch": "cnn-a",
-        "data": "<script>alert(1)</script>",
-        "test_top1": 0.5,
-        "test_top5": 0.9,
-        "epochs": 2,
-        "train_seconds": 10.0,
-        "images_per_s": 905.0,
-        "device": "cpu",
-        "versions": {"torch": "2.11.0"},
-    }
-    (folder / "summary.json").write_text(json.dumps(summary))
-    (folder / "environment.json").write_text(json.dumps({"command": ["fastcnn", "train"]}))
-    (folder / "config.yaml").write_text("lr: 0.1\nmilestones: [3, 5]\n")
-    figures.draw_curves(folder)
-    text = page.write_page(folder).read_text()
-    assert "<script>" not in text
-    assert "Test top-1 50.00%, top-5 90.00% after 2 epochs and 10 s (905 images/s) on cpu." in text
-    assert "versions.torch" in text
-    assert "fastcnn train" in text
-    assert text.count("<img") == text.count("alt=") == 1
-    assert 'src="http' not in text

@@ -1,8 +1,11 @@
 """What commands print beside their own results."""
 
 import json
+import os
 import sys
+import webbrowser
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastcnn.errors import NumbersError
@@ -11,6 +14,20 @@ from fastcnn.errors import NumbersError
 def as_text(content: Any) -> str:
     """JSON as every command prints it."""
     return json.dumps(content, indent=2, ensure_ascii=False)
+
+
+def open_page(path: Path) -> None:
+    """Open a page in the user's browser; where there is none, say so: the page is written."""
+    # without a display the standard library would start a browser in the terminal, and wait for it
+    shown = sys.platform != "linux" or any(
+        os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
+    )
+    try:
+        opened = shown and webbrowser.open(path.resolve().as_uri())
+    except (webbrowser.Error, OSError):
+        opened = False
+    if not opened:
+        print(f"note: --open: no browser here; the page is {path}", file=sys.stderr)
 
 
 def report_missing(what: str, error: ImportError) -> None:

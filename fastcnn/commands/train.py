@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastcnn.commands.output import report_missing
+from fastcnn.commands.output import open_page, report_missing
 from fastcnn.commands.parser import Parser, add_debug, add_option, new_parser, read_values
 from fastcnn.config import PlaceConfig, options_by_name
 from fastcnn.errors import UsageError
@@ -29,6 +29,7 @@ def parser() -> Parser:
     place = found.add_argument_group("run folder")
     for option in options_of("place", PlaceConfig):
         add_option(place, option, option.default)
+    found.add_argument("--open", action="store_true", help="open the run's page in a browser")
     found.add_argument("--quiet", action="store_true", help="print nothing but the result")
     add_debug(found)
     return found
@@ -64,3 +65,6 @@ def run(given: dict[str, Any], command: list[str]) -> None:
             report_missing(draw.__name__, error)
     print(page.lead(outcome.summary))
     print(f"run folder: {outcome.folder.path}")
+    written = outcome.folder.path / "index.html"
+    if given.get("open") and written.is_file():  # not without jinja2
+        open_page(written)

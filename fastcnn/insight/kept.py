@@ -17,7 +17,8 @@ FORMAT = 1
 
 
 def keep_sections(folder: Path, key: str, sections: list[Section]) -> Path:
-    """Write <key>.json; the sections' figures are files of `folder`.
+    """Write <key>.json; the sections' figures are files of `folder`. Charts, numbers and folded
+    facts are not kept.
 
     Raises CheckpointError where the disk refuses; what was there stays.
     """
