@@ -121,6 +121,9 @@ def test_options_stand_above_a_file_or_a_mapping(tmp_path, monkeypatch):
     wanted = {"arch": "cnn-a", "epochs": 3, "lr": 1e-3, "milestones": [1, 2], "optimizer": "adam"}
     assert {name: flat[name] for name in wanted} == wanted
     assert (place.output, place.name, quiet) == ("there", None, False)
+    with pytest.raises(DataError):
+        fastcnn.train(same, quiet=True)
+    assert seen[3][2] is True
 
 
 @pytest.mark.parametrize(
@@ -264,12 +267,12 @@ def test_what_cannot_be_read_is_a_data_error_that_names_it(model, tmp_path):
 def test_evaluate_is_eval(model):
     torch.set_num_threads(1)
     found = model.evaluate()
+    assert torch.get_num_threads() == 1
     wanted = evaluate_run(str(model.folder), overrides={"device": "cpu", "threads": 1})
     assert {k: v for k, v in found.items() if k not in TIMES} == {
         k: v for k, v in wanted.items() if k not in TIMES
     }
     assert found["top1"] == model.summary["test_top1"]
-    assert torch.get_num_threads() == 1
     assert model.evaluate(split="train")["images"] == 64
     assert model.evaluate(data="digits")["images"] == len(load("digits").test) > 40  # taken whole
 
