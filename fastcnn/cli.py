@@ -19,6 +19,7 @@ from fastcnn.commands import (
     doctor,
     evaluate,
     ood,
+    predict,
     reproduce,
     sweep,
     train,
@@ -33,6 +34,7 @@ BROKEN_PIPE = 141  # what a shell reports of a command that SIGPIPE ended
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "train": (train, "train a network"),
     "eval": (evaluate, "evaluate a run or a checkpoint"),
+    "predict": (predict, "tell the classes of images"),
     "analyze": (analyze, "look inside a run: confusions, Grad-CAM, calibration, feature maps"),
     "ood": (ood, "tell images of other data from those of a run"),
     "compare": (compare, "set runs side by side, in a table and on a page"),

@@ -64,6 +64,20 @@ def decode(data: bytes) -> Decoded:
         raise BadImageError(shown or type(error).__name__) from error
 
 
+def upright_rgb(image: Any) -> np.ndarray:
+    """Return uint8 (H, W, 3) of an opened PIL image, as `decode` of its file, and leave it as it
+    is. Raises BadImageError."""
+    from PIL import ImageOps
+
+    try:
+        # a copy, and one that is upright: a plain copy forgets an orientation set in memory
+        return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+    except BadImageError:
+        raise
+    except Exception as error:  # a file that is read only now may be cut
+        raise BadImageError(str(error) or type(error).__name__) from error
+
+
 @contextlib.contextmanager
 def no_warnings() -> Iterator[None]:
     """Keep Pillow from warning of a large image, which `decode` refuses."""

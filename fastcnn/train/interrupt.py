@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from types import FrameType, TracebackType
 
 from fastcnn.errors import FastcnnError
@@ -19,7 +20,8 @@ class StopAtStepEdge:
     """While entered, SIGINT, SIGTERM and SIGHUP set a flag, which `check()` turns into Interrupted.
 
     A signal that was ignored before (a job in the background, nohup) stays ignored. Handlers do
-    nothing else: a handler may run in the middle of any line, of a save as well.
+    nothing else: a handler may run in the middle of any line, of a save as well. In a thread that
+    is not the main one no signal is heard.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -29,7 +31,10 @@ class StopAtStepEdge:
         self._process = os.getpid()
 
     def __enter__(self) -> "StopAtStepEdge":
-        heard = [s for s in self.SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+        # outside of the main thread nobody may listen: whoever started the thread stops it
+        here = threading.current_thread() is threading.main_thread()
+        signals = self.SIGNALS if here else ()
+        heard = [s for s in signals if signal.getsignal(s) is not signal.SIG_IGN]
         self._before = {s: signal.signal(s, self._handle) for s in heard}
         return self
 

@@ -10,17 +10,21 @@ from typing import Any
 from fastcnn.config import Config, PlaceConfig
 from fastcnn.data.store import LeftOut
 from fastcnn.errors import CheckpointError, NumbersError, UsageError
-from fastcnn.ops.backend import choose_backend, choose_convolution, convolution_of_run
 from fastcnn.train import checkpoint
 from fastcnn.train.evaluate import evaluate
 from fastcnn.train.host import tune_process
 from fastcnn.train.loggers import check_loggers
 from fastcnn.train.loop import Training
-from fastcnn.train.precision import choose_device, choose_precision
+from fastcnn.train.precision import choose_device
 from fastcnn.train.progress import Progress
 from fastcnn.train.rundir import BAD_IMAGES, RunFolder
 from fastcnn.train.setup import prepare
-from fastcnn.train.trained import evaluation_data, evaluation_loader, open_trained
+from fastcnn.train.trained import (
+    choose_arithmetic,
+    evaluation_data,
+    evaluation_loader,
+    open_trained,
+)
 
 log = logging.getLogger(__name__)
 
@@ -173,18 +177,8 @@ def evaluate_run(
     options = overrides or {}
     tune_process(options.get("threads"))
     device = choose_device(options.get("device", "auto"))
-    wanted = options.get("backend", "auto")
-    trained = open_trained(target, device, wanted, weights)
-    run = trained.config.run
-    precision = choose_precision(
-        device, options.get("amp", run.amp), options.get("amp_dtype", run.amp_dtype)
-    )
-    backend, why_torch = choose_backend(wanted, device, precision.dtype)
-    if why_torch:
-        log.warning("note: %s", why_torch)
-    where = (backend, device, precision.dtype)
-    own = convolution_of_run(run.conv, run.deterministic, *where)
-    choose_convolution(options.get("conv", own), *where)
+    trained = open_trained(target, device, options.get("backend", "auto"), weights)
+    precision, backend = choose_arithmetic(trained, options, device)
     data_options = {k: v for k, v in options.items() if hasattr(trained.config.data, k)}
     dataset, images = evaluation_data(trained, data, split_name, data_options, device)
     if data is None and dataset.digest != trained.data.get("digest"):

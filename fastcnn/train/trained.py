@@ -1,5 +1,6 @@
 """A trained network as a run left it, and the images to judge it on."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +15,12 @@ from fastcnn.config import Config
 from fastcnn.data import Dataset, Images, Normalization, load_dataset, make_loader, split
 from fastcnn.data.files import Files
 from fastcnn.errors import CheckpointError, DataError, UsageError
+from fastcnn.ops.backend import Backend, choose_backend, choose_convolution, convolution_of_run
 from fastcnn.train import checkpoint
-from fastcnn.train.precision import Precision
+from fastcnn.train.precision import Precision, choose_precision
 from fastcnn.train.rundir import RunFolder
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -70,6 +74,27 @@ def open_trained(
     summary = RunFolder(Path(target)).read_summary() or {}
     name = weights or summary.get("tested_model", "last")
     return load_trained(checkpoint.locate(target, f"{name}.pt"), device, backend)
+
+
+def choose_arithmetic(
+    trained: TrainedModel, options: dict[str, Any], device: torch.device
+) -> tuple[Precision, Backend]:
+    """Return precision and backend by `options` (amp, amp_dtype, backend, conv) and else by the
+    run's own; the process then chooses convolutions by them.
+
+    Raises BuildError where "fused" is asked for and cannot be had.
+    """
+    run = trained.config.run
+    precision = choose_precision(
+        device, options.get("amp", run.amp), options.get("amp_dtype", run.amp_dtype)
+    )
+    backend, why_torch = choose_backend(options.get("backend", "auto"), device, precision.dtype)
+    if why_torch:
+        log.warning("note: %s", why_torch)
+    where = (backend, device, precision.dtype)
+    own = convolution_of_run(run.conv, run.deterministic, *where)
+    choose_convolution(options.get("conv", own), *where)
+    return precision, backend
 
 
 def evaluation_data(

@@ -1,0 +1,1 @@
+"""Predictions on a user's images: which files, decoded ahead, and the network that judges them."""
