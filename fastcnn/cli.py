@@ -9,7 +9,18 @@ from types import ModuleType
 from typing import Any
 
 import fastcnn
-from fastcnn.commands import archs, bench, build, data, doctor, evaluate, reproduce, sweep, train
+from fastcnn.commands import (
+    archs,
+    bench,
+    build,
+    data,
+    doctor,
+    evaluate,
+    export,
+    reproduce,
+    sweep,
+    train,
+)
 from fastcnn.commands.parser import PARSERS, Parser, PlainHelp
 from fastcnn.errors import FastcnnError
 from fastcnn.train.host import share_the_cores
@@ -20,6 +31,7 @@ BROKEN_PIPE = 141  # what a shell reports of a command that SIGPIPE ended
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "train": (train, "train a network"),
     "eval": (evaluate, "evaluate a run or a checkpoint"),
+    "export": (export, "write the network of a run as ONNX, torch.export or safetensors"),
     "data": (data, "check, pack or show the images of a data set"),
     "archs": (archs, "list the networks, show their layers"),
     "bench": (bench, "compare training steps, measure loaders and layers"),
