@@ -5,9 +5,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from test_fold import RARE, model_of
+import torch
+from test_fold import RARE, draw_norms
 
 from fastcnn.archs import NETWORKS, get_network
+from fastcnn.archs.init import initialise
+from fastcnn.archs.spec import build
 from fastcnn.config import Config, ModelConfig
 from fastcnn.data import Normalization
 from fastcnn.export import check, onnx_file
@@ -27,16 +30,21 @@ def named(network):
 
 
 def trained_like(network):
-    """A network whose norms, weights and biases are none's to start with."""
-    size = (get_network(network) if isinstance(network, str) else network).image_sizes[0]
+    """A network with norms and weights that let what an image shows through to the logits."""
+    records = get_network(network) if isinstance(network, str) else network
+    size = records.image_sizes[0]
     config = Config(model=ModelConfig(arch=named(network)))
     classes = tuple("0123456789")
-    model = model_of(network)
+    model = build(records, size, 10, "torch").eval()
+    initialise(model, "he", torch.Generator().manual_seed(1))
+    draw_norms(model)
     return TrainedModel(model, config, classes, size, NORMALIZATION, {}, Path("last.pt"))
 
 
 def pixels_of(size, count=10, seed=3):
-    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), np.uint8)
+    """Coloured squares, so that images differ in more than noise."""
+    squares = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), np.uint8)
+    return squares.repeat(size // 4, 1).repeat(size // 4, 2)
 
 
 def compared(network, folder, preprocess=False, count=10):
@@ -44,11 +52,17 @@ def compared(network, folder, preprocess=False, count=10):
     path = folder / "network.onnx"
     path.write_bytes(onnx_file.encode(exported_network(trained, preprocess), {}))
     pixels = pixels_of(trained.image_size, count)
-    return check.compare(trained, onnx_file.reader(path), pixels, preprocess), onnx.load(path)
+    found = check.compare(trained, onnx_file.reader(path), pixels, preprocess)
+    with torch.no_grad():
+        images = check.normalised(torch.from_numpy(pixels), trained.normalization)
+        spread = trained.model(images).std(0).max().item()
+    return found, onnx.load(path), spread
 
 
 def judge(network, folder):
-    found, model = compared(network, folder)
+    found, model, spread = compared(network, folder)
+    # else a fault in an early layer would not be seen
+    assert spread > 0.03 * found.scale
     assert found.batches == (1, 7, 2)
     # of the tolerance, which allows for networks that training has left in odd places, a tenth
     assert found.relative < check.TOLERANCE / 10
