@@ -13,6 +13,7 @@ from torch import nn
 from fastcnn.archs import NETWORKS
 from fastcnn.archs.fold import Folded
 from fastcnn.archs.layers import ConvNormAct, LinearNormAct, ResidualBlock
+from fastcnn.archs.plain import plain
 from fastcnn.bench import inference, plot, rivals, table, throughput
 from fastcnn.bench.inference import Forward, InferenceBench, LogitsCheck
 from fastcnn.bench.options import settings_of
@@ -45,20 +46,20 @@ def test_the_plain_network_is_the_same_function_in_torchs_modules(name):
     model = model_of(name).double()
     images = images_for(model, name, 2, torch.float64)
     wanted = logits_of(model, images)
-    plain = rivals.plain(model)
-    assert relative(logits_of(plain, images), wanted) < 1e-12
+    rival = plain(model)
+    assert relative(logits_of(rival, images), wanted) < 1e-12
     ours = (ConvNormAct, LinearNormAct, ResidualBlock)
-    assert not any(isinstance(module, ours) for module in plain.modules())
-    assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in model.parameters())
+    assert not any(isinstance(module, ours) for module in rival.modules())
+    assert sum(p.numel() for p in rival.parameters()) == sum(p.numel() for p in model.parameters())
 
 
 def test_weights_of_products_are_rounded_once():
-    plain = rivals.cast_products(rivals.plain(model_of("vgg11")), torch.bfloat16)
-    for module in plain.modules():
+    rival = rivals.cast_products(plain(model_of("vgg11")), torch.bfloat16)
+    for module in rival.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d | nn.BatchNorm1d):
             norm = isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d)
             assert module.weight.dtype is (torch.float32 if norm else torch.bfloat16)
-    assert rivals.cast_products(plain, None) is plain
+    assert rivals.cast_products(rival, None) is rival
 
 
 # what is compared

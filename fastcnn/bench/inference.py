@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fastcnn.archs.fold import Folded
+from fastcnn.archs.plain import plain
 from fastcnn.bench import judge
 from fastcnn.bench.check import FIRST_LOSS_SLACK, verdict
-from fastcnn.bench.rivals import cast_products, compiled, plain
+from fastcnn.bench.rivals import cast_products, compiled
 from fastcnn.bench.timing import cache_bytes, sets_and_calls
 from fastcnn.bench.variants import MODES, OURS, Task, Variant, Workbench
 from fastcnn.train.graph import WARM_UP, Replay, recorder_for

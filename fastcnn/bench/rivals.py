@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastcnn.archs.layers import ConvNormAct, LinearNormAct, ResidualBlock
-
 PADDING = 4
 Batch = tuple[Tensor, Tensor]
 
@@ -139,12 +137,6 @@ class RivalStep:
             return loss, torch.stack(rows)
 
 
-def plain(model: nn.Module) -> nn.Module:
-    """The network for inference, of torch.nn's modules alone and with `model`'s weights: biases
-    inside the convolutions, activations in place, no dropout."""
-    return nn.Sequential(*[_plain_layer(layer) for layer in model.children()]).eval()
-
-
 def cast_products(model: nn.Module, half: torch.dtype | None) -> nn.Module:
     """Round the weights of convolutions and linear layers, once and in place; None: not at all.
 
@@ -154,49 +146,3 @@ def cast_products(model: nn.Module, half: torch.dtype | None) -> nn.Module:
         if half and isinstance(module, nn.Conv2d | nn.Linear):
             module.to(half)
     return model
-
-
-def _plain_layer(layer: Any) -> nn.Module:
-    match layer:
-        case ConvNormAct():
-            return nn.Sequential(*_parts(layer.conv, layer))
-        case LinearNormAct():
-            return nn.Sequential(*_parts(layer.linear, layer))
-        case ResidualBlock():
-            return _PlainBlock(layer)
-    return layer
-
-
-def _parts(product: nn.Module, layer: Any) -> list[nn.Module]:
-    # what an even kernel pads beyond both sides alike
-    top, bottom, left, right = getattr(layer, "pads", (0, 0, 0, 0))
-    pads = (0, right - left, 0, bottom - top)
-    pool = getattr(layer, "pool", None)
-    parts: list[nn.Module] = [nn.ZeroPad2d(pads)] if any(pads) else []
-    parts += [product, *_activation(layer.pre_slope)]
-    parts += [layer.norm] if layer.norm else []
-    parts += _activation(layer.post_slope)
-    return parts + ([nn.MaxPool2d(*pool)] if pool else [])
-
-
-def _activation(slope: float) -> list[nn.Module]:
-    if slope == 1:
-        return []
-    return [nn.LeakyReLU(slope, inplace=True) if slope else nn.ReLU(inplace=True)]
-
-
-class _PlainBlock(nn.Module):
-    """relu(conv2(conv1(x)) + shortcut(x)), each with its norm."""
-
-    def __init__(self, block: Any):
-        super().__init__()
-        self.conv1 = nn.Sequential(*_parts(block.conv1.conv, block.conv1))
-        self.conv2 = nn.Sequential(block.conv2.conv, block.conv2.norm)
-        shortcut = block.projection
-        self.shortcut = nn.Sequential(shortcut.conv, shortcut.norm) if shortcut else nn.Identity()
-        [self.last] = _activation(block.conv2.post_slope)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv2(self.conv1(x))
-        y += self.shortcut(x)
-        return self.last(y)
