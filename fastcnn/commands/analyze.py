@@ -1,12 +1,14 @@
 """`fastcnn analyze`: figures and tables of what a trained network does, and of what it looks at."""
 
+from pathlib import Path
 from typing import Any
 
 from fastcnn.commands.evaluate import EVAL_OWN, EVAL_SHARED
-from fastcnn.commands.output import as_text
+from fastcnn.commands.output import as_text, open_page
 from fastcnn.commands.parser import (
     Parser,
     add_debug,
+    add_open,
     add_option,
     new_parser,
     own_option,
@@ -50,6 +52,7 @@ def parser() -> Parser:
     for name in ANALYZE_SHARED:
         add_option(found, options_by_name()[name])
     found.add_argument("--json", action="store_true", help="print JSON")
+    add_open(found)
     add_debug(found)
     return found
 
@@ -73,6 +76,8 @@ def run(given: dict[str, Any], command: list[str]) -> None:
         command=command,
     )
     print(as_text(result) if given.get("json") else result_text(result))
+    if given.get("open"):
+        open_page(Path(result["page"]))
 
 
 def result_text(result: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from fastcnn.commands.output import as_text, open_page
 from fastcnn.commands.parser import (
     Parser,
     add_debug,
+    add_open,
     add_option,
     new_parser,
     own_option,
@@ -32,7 +33,7 @@ def parser() -> Parser:
     for option in COMPARE_OWN:
         add_option(found, option, option.default)
     found.add_argument("--json", action="store_true", help="print JSON")
-    found.add_argument("--open", action="store_true", help="open the page in a browser")
+    add_open(found)
     add_debug(found)
     return found
 

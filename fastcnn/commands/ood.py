@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from fastcnn.commands.output import as_text, report_missing
+from fastcnn.commands.output import as_text, open_page, report_missing
 from fastcnn.commands.parser import (
     Parser,
     add_debug,
+    add_open,
     add_option,
     new_parser,
     own_option,
@@ -70,6 +71,7 @@ def parser() -> Parser:
     for name in OOD_SHARED:
         add_option(found, options_by_name()[name])
     found.add_argument("--json", action="store_true", help="print JSON")
+    add_open(found)
     add_debug(found)
     return found
 
@@ -95,23 +97,26 @@ def run(given: dict[str, Any], command: list[str]) -> None:
     except ImportError as error:
         report_missing("figures", error)
     ood_record.keep(folder, result, figures, command)
-    write_page(Path(given["run"]))
+    page = write_page(Path(given["run"]))
     if given.get("json"):
         print(as_text(as_json(result, folder)))
-        return
-    show(ood_record.table_of(result), "")
-    for sentence in ood_record.sentences(result):
-        print(f"- {sentence}")
-    print(f"written to {folder}")
+    else:
+        show(ood_record.table_of(result), "")
+        for sentence in ood_record.sentences(result):
+            print(f"- {sentence}")
+        print(f"written to {folder}")
+    if given.get("open") and page is not None:
+        open_page(page)
 
 
-def write_page(folder: Path) -> None:
+def write_page(folder: Path) -> Path | None:
     from fastcnn.insight import page
 
     try:
-        page.write_page(folder)
+        return page.write_page(folder)
     except ImportError as error:
         report_missing("index.html", error)
+        return None
 
 
 def as_json(result: Any, folder: Path) -> dict[str, Any]:

@@ -90,5 +90,9 @@ def read_values(given: dict[str, Any], options: Iterable[Option]) -> dict[str, A
     }
 
 
+def add_open(parser: Parser) -> None:
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+
+
 def add_debug(parser: Parser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fastcnn.commands.output import open_page, report_missing
-from fastcnn.commands.parser import Parser, add_debug, add_option, new_parser, read_values
+from fastcnn.commands.parser import Parser, add_debug, add_open, add_option, new_parser, read_values
 from fastcnn.config import PlaceConfig, options_by_name
 from fastcnn.errors import UsageError
 from fastcnn.options import options_of, read_config_file
@@ -29,7 +29,7 @@ def parser() -> Parser:
     place = found.add_argument_group("run folder")
     for option in options_of("place", PlaceConfig):
         add_option(place, option, option.default)
-    found.add_argument("--open", action="store_true", help="open the run's page in a browser")
+    add_open(found)
     found.add_argument("--quiet", action="store_true", help="print nothing but the result")
     add_debug(found)
     return found

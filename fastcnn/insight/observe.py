@@ -1,8 +1,7 @@
 """One pass over images with the tested model of a run: what it says of each of them."""
 
-import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,10 @@ from fastcnn.data.files import Files
 from fastcnn.data.progress import progress_bar
 from fastcnn.data.store import SLOW_IMAGES
 from fastcnn.errors import NumbersError
-from fastcnn.ops.backend import choose_backend, choose_convolution, convolution_of_run
 from fastcnn.train.evaluate import predict
 from fastcnn.train.host import tune_process
-from fastcnn.train.precision import Precision, choose_device, choose_precision
-from fastcnn.train.trained import TrainedModel, evaluation_data, evaluation_loader, open_trained
-
-log = logging.getLogger(__name__)
+from fastcnn.train.precision import choose_device
+from fastcnn.train.trained import Feed, TrainedModel, feed, open_trained
 
 
 @dataclass(frozen=True)
@@ -72,32 +68,18 @@ def observe(
     data, split_name, overrides and errors: as for fastcnn.train.run.evaluate_run; NumbersError for
     a logit that is not finite.
     """
-    options = overrides or {}
-    run = trained.config.run
-    precision = choose_precision(
-        device, options.get("amp", run.amp), options.get("amp_dtype", run.amp_dtype)
-    )
-    backend = _backend(trained, options, device, precision)
-    data_options = {k: v for k, v in options.items() if hasattr(trained.config.data, k)}
-    dataset, images = evaluation_data(trained, data, split_name, data_options, device)
-    if data is None and dataset.digest != trained.data.get("digest"):
-        log.warning(
-            "note: %s has changed since training: other images, or split otherwise", dataset.name
-        )
-    config = replace(trained.config, data=replace(trained.config.data, **data_options))
-    feeding = (config, dataset.loader, trained.normalization, device, backend, precision)
-    loader = evaluation_loader(images, *feeding)
-    flip = options.get("test_flip", trained.config.optim.test_flip)
+    own = feed(trained, device, data, split_name, overrides or {})
+    dataset, images, precision = own.dataset, own.images, own.precision
     parts = []
     slow = len(images) > SLOW_IMAGES
     with progress_bar("looking at images", len(images), announce=slow) as advance:
-        for batch in _batches(trained, loader, precision, flip):
+        for batch in _batches(trained, own):
             parts.append(batch)
             advance(len(batch[1]))
     logits, labels = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
     if not np.isfinite(logits).all():
         raise NumbersError(f"{trained.path}: a logit is not finite: broken weights")
-    seen = ", each seen both ways" if flip else ""
+    seen = ", each seen both ways" if own.flip else ""
     words = (
         f"network: {trained.config.model.arch}, {trained.path.name}, {precision.name} on {device}",
         f"images: {len(images):,} {split_name} images of {dataset.name}{seen}",
@@ -105,25 +87,11 @@ def observe(
     return Observation(logits, labels, images, dataset, split_name, trained, device, words)
 
 
-def _backend(
-    trained: TrainedModel, options: dict[str, Any], device: torch.device, precision: Precision
-) -> str:
-    """Choose backend and convolutions as the run did; return the backend."""
-    run, dtype = trained.config.run, precision.dtype
-    backend, why_torch = choose_backend(options.get("backend", "auto"), device, dtype)
-    if why_torch:
-        log.warning("note: %s", why_torch)
-    where = (backend, device, dtype)
-    choose_convolution(convolution_of_run(run.conv, run.deterministic, *where), *where)
-    return backend
-
-
 @torch.no_grad()
-def _batches(
-    trained: TrainedModel, loader: Any, precision: Precision, flip: bool
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(trained: TrainedModel, own: Feed) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Logits fp32 and labels of each batch, on the host."""
-    network = fold(trained.model, precision.dtype)
-    for images, labels in loader:
-        logits = predict(network, images.to(precision.dtype or images.dtype), flip)
+    dtype = own.precision.dtype
+    network = fold(trained.model, dtype)
+    for images, labels in own.loader:
+        logits = predict(network, images.to(dtype or images.dtype), own.flip)
         yield logits.float().cpu(), labels.cpu()

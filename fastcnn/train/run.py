@@ -19,12 +19,7 @@ from fastcnn.train.precision import choose_device
 from fastcnn.train.progress import Progress
 from fastcnn.train.rundir import BAD_IMAGES, RunFolder
 from fastcnn.train.setup import prepare
-from fastcnn.train.trained import (
-    choose_arithmetic,
-    evaluation_data,
-    evaluation_loader,
-    open_trained,
-)
+from fastcnn.train.trained import feed, open_trained
 
 log = logging.getLogger(__name__)
 
@@ -178,38 +173,30 @@ def evaluate_run(
     tune_process(options.get("threads"))
     device = choose_device(options.get("device", "auto"))
     trained = open_trained(target, device, options.get("backend", "auto"), weights)
-    precision, backend = choose_arithmetic(trained, options, device)
-    data_options = {k: v for k, v in options.items() if hasattr(trained.config.data, k)}
-    dataset, images = evaluation_data(trained, data, split_name, data_options, device)
-    if data is None and dataset.digest != trained.data.get("digest"):
-        log.warning(
-            "note: %s has changed since training: other images, or split otherwise", dataset.name
-        )
-    config = replace(trained.config, data=replace(trained.config.data, **data_options))
-    feeding = (config, dataset.loader, trained.normalization, device, backend, precision)
-    loader = evaluation_loader(images, *feeding)
-    flip = options.get("test_flip", trained.config.optim.test_flip)
+    own = feed(trained, device, data, split_name, options)
     loss = trained.config.optim.loss
-    result = evaluate(trained.model, loader, len(trained.classes), precision, device, flip, loss)
+    result = evaluate(
+        trained.model, own.loader, len(trained.classes), own.precision, device, own.flip, loss
+    )
     if not math.isfinite(result.figures.loss):
         raise NumbersError(f"{trained.path}: the loss is {result.figures.loss}: broken weights")
     return {
         "arch": trained.config.model.arch,
         "checkpoint": str(trained.path),
-        "data": dataset.name,
+        "data": own.dataset.name,
         "split": split_name,
         "images": result.figures.images,
-        "bad_images": len(dataset.left_out.bad),
-        "grey_images_dropped": dataset.left_out.grey,
+        "bad_images": len(own.dataset.left_out.bad),
+        "grey_images_dropped": own.dataset.left_out.grey,
         "top1": result.figures.top1,
         "top5": result.figures.top5,
         "loss": result.figures.loss,
-        "test_flip": flip,
+        "test_flip": own.flip,
         "seconds": result.seconds,
         "images_per_s": result.images_per_s,
         "device": str(device),
-        "precision": precision.name,
-        "backend": backend,
+        "precision": own.precision.name,
+        "backend": own.backend,
     }
 
 

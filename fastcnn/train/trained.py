@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -95,6 +95,45 @@ def choose_arithmetic(
     own = convolution_of_run(run.conv, run.deterministic, *where)
     choose_convolution(options.get("conv", own), *where)
     return precision, backend
+
+
+class Feed(NamedTuple):
+    """A split's images as a network is to see them: `loader` yields batches in `precision`, `flip`:
+    whether each is seen both ways."""
+
+    dataset: Dataset
+    images: Images | Files
+    loader: Any
+    precision: Precision
+    backend: str
+    flip: bool
+
+
+def feed(
+    trained: TrainedModel,
+    device: torch.device,
+    data: str | None,
+    split_name: str,
+    options: dict[str, Any],
+) -> Feed:
+    """Choose the images of a split and how they are computed with: as the run did, but for
+    `options` by name.
+
+    Says so where the run's own images have changed. Raises as `evaluation_data` and
+    `choose_arithmetic`.
+    """
+    precision, backend = choose_arithmetic(trained, options, device)
+    data_options = {k: v for k, v in options.items() if hasattr(trained.config.data, k)}
+    dataset, images = evaluation_data(trained, data, split_name, data_options, device)
+    if data is None and dataset.digest != trained.data.get("digest"):
+        log.warning(
+            "note: %s has changed since training: other images, or split otherwise", dataset.name
+        )
+    config = replace(trained.config, data=replace(trained.config.data, **data_options))
+    feeding = (config, dataset.loader, trained.normalization, device, backend, precision)
+    loader = evaluation_loader(images, *feeding)
+    flip = options.get("test_flip", trained.config.optim.test_flip)
+    return Feed(dataset, images, loader, precision, backend, flip)
 
 
 def evaluation_data(
