@@ -194,6 +194,7 @@ def test_errors_are_one_line_and_come_before_the_work(run, tmp_path, monkeypatch
 
 def test_a_place_that_cannot_be_written_is_named(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(copy / "analysis", ignore_errors=True)
     (copy / "analysis").write_text("a file in the way")
     text = refused(CheckpointError, str(copy), samples=1)
     assert text == f"cannot write into {copy / 'analysis'}: File exists"
@@ -246,8 +247,8 @@ def test_a_network_without_mistakes_has_no_page_of_them(run, tmp_path, monkeypat
     copy = shutil.copytree(run, tmp_path / "run")
     monkeypatch.setattr(
         "fastcnn.insight.observe._batches",
-        lambda trained, loader, *_: (
-            (torch.nn.functional.one_hot(labels, 10).float(), labels) for _, labels in loader
+        lambda trained, own: (
+            (torch.nn.functional.one_hot(labels, 10).float(), labels) for _, labels in own.loader
         ),
     )
     found = analyze(str(copy), samples=3, overrides=ONE)
