@@ -22,7 +22,7 @@ def found(shift):
         shares = [0.1 * number + 0.01 * place + 0.001 * shift for place in range(8)]
         rows[name] = Detection(*shares)
     scores = Scores({"ReLU-2": np.zeros(2), "ReLU-9": np.ones(3)}, np.zeros(3), np.zeros(3))
-    return Result(rows, scores, scores, scores, ("said of the run",))
+    return Result(rows, scores, scores, scores, (), "energy", ("said of the run",))
 
 
 @pytest.fixture
