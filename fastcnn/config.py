@@ -98,7 +98,9 @@ class DataConfig:
     batch_size: int = option(128, "images a training step", low=1, high=1_000_000)
     eval_batch_size: int = option(512, "images an evaluation step", low=1, high=1_000_000)
     drop_last: bool = option(False, "drop the last, smaller training batch of an epoch")
-    shuffle: bool = option(True, "a new order of the training images every epoch")
+    shuffle: bool = option(
+        True, "a new order of the training images every epoch; else one for all, drawn by the seed"
+    )
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ MAO = PLAIN | {
     "weight_decay": 0.0,
     "batch_size": 64,
     "epochs": 300,
-    "shuffle": False,
+    "shuffle": False,  # one order for all epochs: CIFAR-10 as published is in no order of classes
     "normalize": "centered",
     "init": "torch",
 }

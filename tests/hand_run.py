@@ -280,9 +280,8 @@ class HandRun:
 
     def train(self, epoch):
         options, count = self.options, len(self.labels)
-        order = torch.arange(count)
-        if options["shuffle"]:
-            order = epoch_order(options["seed"], epoch, count, True)
+        turn = epoch if options["shuffle"] else 0
+        order = epoch_order(options["seed"], turn, count, True)
         batches = [b for b in order.split(BATCH) if len(b) == BATCH or not options["drop_last"]]
         loss = hits = 0.0
         self.model.train()

@@ -16,6 +16,7 @@ from fastcnn.archs import NETWORKS
 from fastcnn.config import AugmentConfig, DataConfig, PlaceConfig
 from fastcnn.data import Normalization, make_loader
 from fastcnn.data.choose import has_dali
+from fastcnn.data.draws import epoch_order
 from fastcnn.recipes import resolve
 from fastcnn.train import checkpoint, precision, run
 from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
@@ -284,13 +285,41 @@ def test_augmentation_reaches_the_training_images_and_no_others(loader, augmenta
 
 
 @pytest.mark.parametrize("loader", LOADERS)
+def test_without_shuffling_all_epochs_have_one_mixed_order(loader):
+    """A folder's images come class by class: as stored, the last batches would be of one class."""
+    plain = {"loader": loader, "workers": 0, "crop_padding": 0, "flip": "none", "shuffle": False}
+
+    def orders(**options):
+        setup = prepare(resolve(SMALL | plain | options))
+        rows = {x.tobytes(): i for i, x in enumerate(setup.dataset.train.pixels)}
+        mean, std = (
+            torch.tensor(v) * 255 for v in (setup.normalization.mean, setup.normalization.std)
+        )
+        epochs = []
+        for _ in range(2):
+            images = torch.cat([x for x, _ in setup.train_loader]).permute(0, 2, 3, 1)
+            pixels = (images * std + mean).round().byte().numpy()
+            epochs.append([rows[x.tobytes()] for x in pixels])
+        return epochs
+
+    one, two = orders(seed=3)
+    assert one == two
+    assert one != sorted(one)
+    assert sorted(one) == sorted(orders(seed=3, shuffle=True)[0])
+    assert orders(seed=4)[0] != one
+    mixed = orders(seed=3, shuffle=True)
+    assert mixed[0] != mixed[1]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize(("mode", "numpy_mode"), [("zero", "constant"), ("reflect", "reflect")])
 def test_crops_are_windows_of_the_padded_image(loader, mode, numpy_mode):
     options = {"loader": loader, "workers": 0, "normalize": "unit", "shuffle": False}
     crop = {"crop_padding": 3, "crop_mode": mode, "flip": "none"}
     setup = prepare(resolve(SMALL | options | crop))
     found = torch.cat([x for x, _ in setup.train_loader])
-    for image, pixels in zip(found, setup.dataset.train.pixels, strict=True):
+    order = epoch_order(setup.config.run.seed, 0, len(found), True)
+    for image, pixels in zip(found, setup.dataset.train.pixels[order], strict=True):
         padded = np.pad(pixels, ((3, 3), (3, 3), (0, 0)), numpy_mode)
         windows = np.lib.stride_tricks.sliding_window_view(padded, (16, 16), (0, 1))
         cropped = (image * 255).round().byte().numpy()

@@ -12,6 +12,7 @@ import torch
 from fastcnn import ops
 from fastcnn.config import AugmentConfig
 from fastcnn.data import augment as augmentation
+from fastcnn.data.draws import Shuffle
 from fastcnn.data.loaders import Batch, Loader
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.upload import upload
@@ -40,7 +41,7 @@ class DeviceLoader(Loader):
         batch_size: int,
         dtype: torch.dtype,
         seed: int,
-        shuffle: bool,
+        shuffle: Shuffle,
         drop_last: bool,
         backend: str,
         rank: int,

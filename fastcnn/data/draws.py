@@ -6,10 +6,14 @@ are drawn from a counter where the batch is made (fastcnn.ops.augment).
 """
 
 import hashlib
+from typing import Literal
 
 import torch
 
 from fastcnn.ops.reference_augment import draw_alternating_flip
+
+Shuffle = bool | Literal["once"]
+"""Whether an epoch has an order of its own; "once": one order for all of them; False: as stored."""
 
 
 def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
@@ -23,11 +27,12 @@ def generator(seed: int, purpose: str, *numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, purpose, *numbers))
 
 
-def epoch_order(seed: int, epoch: int, samples: int, shuffle: bool) -> torch.Tensor:
+def epoch_order(seed: int, epoch: int, samples: int, shuffle: Shuffle) -> torch.Tensor:
     """Return int64 (samples,): the order of an epoch, a permutation or, unshuffled, 0, 1, 2, …"""
     if not shuffle:
         return torch.arange(samples)
-    return torch.randperm(samples, generator=generator(seed, "order", epoch))
+    turn = 0 if shuffle == "once" else epoch
+    return torch.randperm(samples, generator=generator(seed, "order", turn))
 
 
 def alternating_flip(seed: int, epoch: int, samples: int) -> torch.Tensor:

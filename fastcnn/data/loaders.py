@@ -21,7 +21,7 @@ import torch
 
 from fastcnn.config import AugmentConfig, DataConfig
 from fastcnn.data import augment as augmentation
-from fastcnn.data.draws import epoch_order
+from fastcnn.data.draws import Shuffle, epoch_order
 from fastcnn.data.files import Files
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.store import Images
@@ -45,7 +45,7 @@ class Loader(abc.ABC):
         *,
         batch_size: int,
         seed: int,
-        shuffle: bool,
+        shuffle: Shuffle,
         drop_last: bool,
         epoch_images: int | None = None,
         rank: int = 0,
@@ -150,7 +150,7 @@ def make_loader(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     seed: int,
-    shuffle: bool,
+    shuffle: Shuffle,
     drop_last: bool,
     epoch_images: int | None = None,
     backend: str = "auto",

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from fastcnn.config import AugmentConfig
-from fastcnn.data.draws import alternating_flip, derive_seed
+from fastcnn.data.draws import Shuffle, alternating_flip, derive_seed
 from fastcnn.data.files import Files
 from fastcnn.data.loaders import Batch, Loader
 from fastcnn.data.normalize import Normalization
@@ -49,7 +49,7 @@ class TorchLoader(Loader):
         device: torch.device,
         dtype: torch.dtype,
         seed: int,
-        shuffle: bool,
+        shuffle: Shuffle,
         drop_last: bool,
         rank: int,
         world: int,

@@ -96,7 +96,8 @@ def prepare(config: Config) -> Setup:
         device=device,
         dtype=precision.dtype or torch.float32,
         seed=config.run.seed,
-        shuffle=config.data.shuffle,
+        # never as stored: a folder's images come class by class
+        shuffle=config.data.shuffle or "once",
         drop_last=drop_last,
         epoch_images=config.data.epoch_images,
         backend=backend,
