@@ -8,13 +8,14 @@ from fastcnn.commands.output import as_text, open_page
 from fastcnn.commands.parser import (
     Parser,
     add_debug,
+    add_json,
     add_open,
-    add_option,
+    add_options,
     new_parser,
     own_option,
     read_values,
+    shared_options,
 )
-from fastcnn.config import options_by_name
 
 ANALYZE_OWN = (
     *EVAL_OWN,
@@ -47,11 +48,9 @@ def parser() -> Parser:
         "RUN ",
     )
     found.add_argument("run", type=str, help="run folder")
-    for option in ANALYZE_OWN:
-        add_option(found, option, option.default)
-    for name in ANALYZE_SHARED:
-        add_option(found, options_by_name()[name])
-    found.add_argument("--json", action="store_true", help="print JSON")
+    add_options(found, ANALYZE_OWN)
+    add_options(found, shared_options(ANALYZE_SHARED), defaults=False)
+    add_json(found)
     add_open(found)
     add_debug(found)
     return found
@@ -59,7 +58,7 @@ def parser() -> Parser:
 
 def run(given: dict[str, Any], command: list[str]) -> None:
     own = read_values(given, ANALYZE_OWN)
-    shared = read_values(given, [options_by_name()[name] for name in ANALYZE_SHARED])
+    shared = read_values(given, shared_options(ANALYZE_SHARED))
     # after the check: the rest takes torch's seconds to import
     from fastcnn.insight.analyze import analyze
 

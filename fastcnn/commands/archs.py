@@ -7,7 +7,8 @@ from fastcnn.commands.output import as_text
 from fastcnn.commands.parser import (
     Parser,
     add_debug,
-    add_option,
+    add_json,
+    add_options,
     new_parser,
     own_option,
     read_values,
@@ -22,9 +23,8 @@ ARCHS_OWN = (
 def parser() -> Parser:
     found = new_parser("archs", "List the networks, or show the layers of one.", "[NAME] ")
     found.add_argument("name", type=str, nargs="?", help="a network")
-    for option in ARCHS_OWN:
-        add_option(found, option)
-    found.add_argument("--json", action="store_true", help="print JSON")
+    add_options(found, ARCHS_OWN)
+    add_json(found)
     add_debug(found)
     return found
 

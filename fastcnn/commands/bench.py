@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastcnn.commands.parser import Parser, add_debug, add_option, new_parser
+from fastcnn.commands.parser import Parser, add_debug, add_options, new_parser
 
 
 def parser() -> Parser:
@@ -14,11 +14,9 @@ def parser() -> Parser:
         "rounds of one run: images/s, memory, launches and the share of the roofline on a GPU, "
         "ratios on a CPU.",
     )
-    for option in own_options():
-        add_option(found, option, option.default)
+    add_options(found, own_options())
     other = found.add_argument_group("options of fastcnn train")
-    for option in train_options():
-        add_option(other, option, option.default)
+    add_options(other, train_options())
     found.add_argument("--quiet", action="store_true", help="print nothing but errors")
     add_debug(found)
     return found

@@ -5,7 +5,7 @@ from typing import Any
 from fastcnn.commands.parser import (
     Parser,
     add_debug,
-    add_option,
+    add_options,
     new_parser,
     own_option,
     read_values,
@@ -35,8 +35,7 @@ def parser() -> Parser:
         "architectures are named",
     )
     found.add_argument("--cpu", action="store_true", help="for the CPU alone")
-    for option in BUILD_OWN:
-        add_option(found, option, option.default)
+    add_options(found, BUILD_OWN)
     found.add_argument("--force", action="store_true", help="compile in any case")
     found.add_argument("--quiet", action="store_true", help="print nothing but the result")
     add_debug(found)

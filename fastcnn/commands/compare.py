@@ -7,8 +7,9 @@ from fastcnn.commands.output import as_text, open_page
 from fastcnn.commands.parser import (
     Parser,
     add_debug,
+    add_json,
     add_open,
-    add_option,
+    add_options,
     new_parser,
     own_option,
     read_values,
@@ -30,9 +31,8 @@ def parser() -> Parser:
         "RUN RUN … ",
     )
     found.add_argument("runs", type=str, nargs="+", metavar="RUN", help="run folders, two or more")
-    for option in COMPARE_OWN:
-        add_option(found, option, option.default)
-    found.add_argument("--json", action="store_true", help="print JSON")
+    add_options(found, COMPARE_OWN)
+    add_json(found)
     add_open(found)
     add_debug(found)
     return found

@@ -7,12 +7,14 @@ from fastcnn.commands.output import as_text, report_missing
 from fastcnn.commands.parser import (
     Parser,
     add_debug,
-    add_option,
+    add_json,
+    add_options,
     new_parser,
     own_option,
     read_values,
+    shared_options,
 )
-from fastcnn.config import DATA_NAMES, DataConfig, options_by_name
+from fastcnn.config import DATA_NAMES, DataConfig
 from fastcnn.errors import DataError, UsageError, nearest
 
 DATA_ACTIONS = {
@@ -49,12 +51,9 @@ def parser() -> Parser:
     )
     found.add_argument("action", type=str, nargs="?", help=", ".join(DATA_ACTIONS))
     found.add_argument("target", type=str, nargs="?", help="as --data of fastcnn train")
-    for name in DATA_SHARED:
-        option = options_by_name()[name]
-        add_option(found, option, option.default)
-    for option in SHOW_OWN:
-        add_option(found, option, option.default)
-    found.add_argument("--json", action="store_true", help="print JSON")
+    add_options(found, shared_options(DATA_SHARED))
+    add_options(found, SHOW_OWN)
+    add_json(found)
     add_debug(found)
     return found
 
@@ -71,7 +70,7 @@ def run(given: dict[str, Any], command: list[str]) -> None:
     if own and action != "show":
         flag = next(option.flag for option in SHOW_OWN if option.name in own)
         raise UsageError(f"data {action}: {flag} belongs to fastcnn data show")
-    values = read_values(given, [options_by_name()[name] for name in DATA_SHARED])
+    values = read_values(given, shared_options(DATA_SHARED))
     config = DataConfig(data=target, **values)
     # after the check: the rest takes torch's seconds to import
     from fastcnn.data import report

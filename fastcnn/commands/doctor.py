@@ -3,13 +3,13 @@
 from typing import Any
 
 from fastcnn.commands.output import as_text
-from fastcnn.commands.parser import Parser, add_debug, new_parser
+from fastcnn.commands.parser import Parser, add_debug, add_json, new_parser
 from fastcnn.errors import UsageError
 
 
 def parser() -> Parser:
     found = new_parser("doctor", "Show versions and devices, what is missing, and the remedy.")
-    found.add_argument("--json", action="store_true", help="print JSON")
+    add_json(found)
     add_debug(found)
     return found
 

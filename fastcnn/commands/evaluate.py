@@ -4,24 +4,21 @@ import json
 from typing import Any, Literal
 
 from fastcnn.commands.parser import (
+    WEIGHTS,
     Parser,
     add_debug,
-    add_option,
+    add_json,
+    add_options,
     new_parser,
     own_option,
     read_values,
+    shared_options,
 )
-from fastcnn.config import options_by_name
 
 EVAL_OWN = (
     own_option("data", str | None, None, "other data than the run's own"),
     own_option("split", Literal["test", "val", "train"], "test", "which images"),
-    own_option(
-        "weights",
-        Literal["last", "best"],
-        None,
-        "which checkpoint of a run; default: the one its summary speaks of",
-    ),
+    WEIGHTS,
 )
 
 
@@ -47,11 +44,9 @@ EVAL_SHARED = (
 def parser() -> Parser:
     found = new_parser("eval", "Evaluate a run or a checkpoint.", "RUN ")
     found.add_argument("run", type=str, help="run folder or checkpoint file")
-    for option in EVAL_OWN:
-        add_option(found, option, option.default)
-    for name in EVAL_SHARED:
-        add_option(found, options_by_name()[name])
-    found.add_argument("--json", action="store_true", help="print JSON")
+    add_options(found, EVAL_OWN)
+    add_options(found, shared_options(EVAL_SHARED), defaults=False)
+    add_json(found)
     add_debug(found)
     return found
 
@@ -65,7 +60,7 @@ def run(given: dict[str, Any], command: list[str]) -> None:
         data=own.get("data"),
         split_name=own.get("split", "test"),
         weights=own.get("weights"),
-        overrides=read_values(given, [options_by_name()[name] for name in EVAL_SHARED]),
+        overrides=read_values(given, shared_options(EVAL_SHARED)),
     )
     if given.get("json"):
         print(json.dumps(result, indent=2))

@@ -1,17 +1,19 @@
 """`fastcnn export`: the network of a run as a file for other programs."""
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from fastcnn.commands.output import as_text
 from fastcnn.commands.parser import (
+    WEIGHTS,
     Parser,
     add_debug,
-    add_option,
+    add_json,
+    add_options,
     new_parser,
     own_option,
     read_values,
+    shared_options,
 )
-from fastcnn.config import options_by_name
 from fastcnn.errors import UsageError
 from fastcnn.export.formats import Format, Names, check_options
 
@@ -20,12 +22,7 @@ EXPORT_OWN = (
     own_option("output", str | None, None, "file to write; default: <network>.<ending> in the run"),
     own_option("preprocess", bool, False, "take uint8 RGB pixels (N, H, W, 3), normalise inside"),
     own_option("names", Names, "own", "safetensors: the weights' names; torchvision: of vgg*_bn"),
-    own_option(
-        "weights",
-        Literal["last", "best"],
-        None,
-        "which checkpoint of a run; default: the one its summary speaks of",
-    ),
+    WEIGHTS,
     own_option("data", str | None, None, "check with the test images of other data than the run's"),
     own_option("images", int, 256, "how many images the file is checked with", 1),
     own_option("opset", int | None, None, "ONNX: version of its operations; default: torch's"),
@@ -42,11 +39,9 @@ def parser() -> Parser:
         "RUN --format FORMAT ",
     )
     found.add_argument("run", type=str, help="run folder or checkpoint file")
-    for option in EXPORT_OWN:
-        add_option(found, option, option.default)
-    for name in EXPORT_SHARED:
-        add_option(found, options_by_name()[name])
-    found.add_argument("--json", action="store_true", help="print JSON")
+    add_options(found, EXPORT_OWN)
+    add_options(found, shared_options(EXPORT_SHARED), defaults=False)
+    add_json(found)
     add_debug(found)
     return found
 
@@ -55,7 +50,7 @@ def run(given: dict[str, Any], command: list[str]) -> None:
     own = {option.name: option.default for option in EXPORT_OWN} | read_values(given, EXPORT_OWN)
     if own["format"] is None:
         raise UsageError(f"--format: none given; one of {', '.join(get_args(Format))}")
-    shared = read_values(given, [options_by_name()[name] for name in EXPORT_SHARED])
+    shared = read_values(given, shared_options(EXPORT_SHARED))
     check_options(own["format"], own["preprocess"], own["names"], own["opset"])
     # after the check: the rest takes torch's seconds to import
     from fastcnn.export.run import export_run

@@ -1,19 +1,21 @@
 """`fastcnn ood`: tell images of other data from those that a run was trained for."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fastcnn.commands.output import as_text, open_page, report_missing
 from fastcnn.commands.parser import (
+    WEIGHTS,
     Parser,
     add_debug,
+    add_json,
     add_open,
-    add_option,
+    add_options,
     new_parser,
     own_option,
     read_values,
+    shared_options,
 )
-from fastcnn.config import options_by_name
 from fastcnn.errors import UsageError
 
 OOD_OWN = (
@@ -32,12 +34,7 @@ OOD_OWN = (
         "quantile", float, 0.05, "part of the held-out images in distribution a threshold may lose"
     ),
     own_option("limit", int | None, None, "at most this many images of each set", 1),
-    own_option(
-        "weights",
-        Literal["last", "best"],
-        None,
-        "which checkpoint of the run; default: the one its summary speaks of",
-    ),
+    WEIGHTS,
 )
 
 
@@ -66,11 +63,9 @@ def parser() -> Parser:
         "RUN --out DATA ",
     )
     found.add_argument("run", type=str, help="folder of a finished run")
-    for option in OOD_OWN:
-        add_option(found, option, option.default)
-    for name in OOD_SHARED:
-        add_option(found, options_by_name()[name])
-    found.add_argument("--json", action="store_true", help="print JSON")
+    add_options(found, OOD_OWN)
+    add_options(found, shared_options(OOD_SHARED), defaults=False)
+    add_json(found)
     add_open(found)
     add_debug(found)
     return found
@@ -78,7 +73,7 @@ def parser() -> Parser:
 
 def run(given: dict[str, Any], command: list[str]) -> None:
     own = read_values(given, OOD_OWN)
-    overrides = read_values(given, [options_by_name()[name] for name in OOD_SHARED])
+    overrides = read_values(given, shared_options(OOD_SHARED))
     if own.get("out") is None:
         raise UsageError("ood: --out is missing: images out of distribution, e.g. --out digits")
     # after the check: the rest takes torch's seconds to import

@@ -3,10 +3,11 @@
 import argparse
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
+from fastcnn.config import options_by_name
 from fastcnn.errors import UsageError, nearest
 from fastcnn.options import Option
 
@@ -16,6 +17,14 @@ METAVARS = {int: "N", float: "X"}
 def own_option(name: str, kind: Any, default: Any, text: str, low: int | None = None) -> Option:
     """An option of one command alone, which is no part of a configuration."""
     return Option(name, "command", kind, default, text, {"low": low})
+
+
+WEIGHTS = own_option(
+    "weights",
+    Literal["last", "best"],
+    None,
+    "which checkpoint of a run; default: the one its summary speaks of",
+)
 
 
 class PlainHelp(DefaultHelpFormatter):
@@ -83,11 +92,26 @@ def add_option(target: Any, option: Option, default: Any = None) -> None:
     target.add_argument(option.flag, **words)
 
 
+def add_options(target: Any, options: Iterable[Option], defaults: bool = True) -> None:
+    """Add options as flags, their defaults in the help unless the run decides what they are."""
+    for option in options:
+        add_option(target, option, option.default if defaults else None)
+
+
+def shared_options(names: Iterable[str]) -> list[Option]:
+    """Options of `fastcnn train` that another command takes as well."""
+    return [options_by_name()[name] for name in names]
+
+
 def read_values(given: dict[str, Any], options: Iterable[Option]) -> dict[str, Any]:
     """The options among what the user gave, by name, read and checked."""
     return {
         option.name: option.parse(given[option.name]) for option in options if option.name in given
     }
+
+
+def add_json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def add_open(parser: Parser) -> None:

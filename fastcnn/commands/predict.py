@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from typing import Any, Literal, TextIO
 
 from fastcnn.commands.parser import (
+    WEIGHTS,
     Parser,
     add_debug,
-    add_option,
+    add_options,
     new_parser,
     own_option,
     read_values,
+    shared_options,
 )
-from fastcnn.config import options_by_name
 from fastcnn.errors import DataError, UsageError
 
 PREDICT_OWN = (
@@ -22,12 +23,7 @@ PREDICT_OWN = (
     own_option("format", Literal["table", "json", "csv"], "table", "of the result"),
     own_option("output", str | None, None, "file of the result; default: standard output"),
     own_option("batch_size", int, 256, "images the network is given at a time", low=1),
-    own_option(
-        "weights",
-        Literal["last", "best"],
-        None,
-        "which checkpoint of a run; default: the one its summary speaks of",
-    ),
+    WEIGHTS,
 )
 
 PREDICT_SHARED = ("test_flip", "device", "backend", "conv", "amp", "amp_dtype", "threads")
@@ -48,10 +44,8 @@ def parser() -> Parser:
         help="files; folders, for all image files in them; -: paths from standard input, one a "
         "line or separated by NUL",
     )
-    for option in PREDICT_OWN:
-        add_option(found, option, option.default)
-    for name in PREDICT_SHARED:
-        add_option(found, options_by_name()[name])
+    add_options(found, PREDICT_OWN)
+    add_options(found, shared_options(PREDICT_SHARED), defaults=False)
     found.add_argument("--quiet", action="store_true", help="print nothing but the result")
     add_debug(found)
     return found
@@ -59,7 +53,7 @@ def parser() -> Parser:
 
 def run(given: dict[str, Any], command: list[str]) -> None:
     own = {option.name: option.default for option in PREDICT_OWN} | read_values(given, PREDICT_OWN)
-    options = read_values(given, [options_by_name()[name] for name in PREDICT_SHARED])
+    options = read_values(given, shared_options(PREDICT_SHARED))
 
     from fastcnn.predict.classifier import open_classifier
     from fastcnn.predict.paths import image_paths

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fastcnn.commands.output import report_failures, say_on, show_record
-from fastcnn.commands.parser import Parser, add_debug, add_option, new_parser
+from fastcnn.commands.parser import Parser, add_debug, add_option, add_options, new_parser
 
 
 def parser() -> Parser:
@@ -20,8 +20,7 @@ def parser() -> Parser:
     found.add_argument(
         "experiments", type=str, nargs="*", help="experiments of it, such as table1; default: all"
     )
-    for option in reproduce_options():
-        add_option(found, option, option.default)
+    add_options(found, reproduce_options())
     other = found.add_argument_group("options of fastcnn train, for every run")
     for option in machine_options():
         shown = None if option.name == "data" else option.default

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fastcnn.commands.output import report_failures, say_on, show_record
-from fastcnn.commands.parser import METAVARS, Parser, add_debug, add_option, new_parser
+from fastcnn.commands.parser import METAVARS, Parser, add_debug, add_options, new_parser
 
 
 def parser() -> Parser:
@@ -17,8 +17,7 @@ def parser() -> Parser:
         "same command goes on where it was stopped.",
     )
     found.add_argument("--config", metavar="FILE", help="YAML file of options, lists for several")
-    for option in sweep_options():
-        add_option(found, option, option.default)
+    add_options(found, sweep_options())
     swept = found.add_argument_group("options of fastcnn train, with one value or several")
     for option in swept_options():
         metavar = "{" + ",".join(option.choices) + "}" if option.choices else None
