@@ -24,6 +24,7 @@ from fastcnn.errors import CheckpointError, DataError, NumbersError, UsageError
 from fastcnn.insight import ood
 from fastcnn.insight.ood import judge
 from fastcnn.insight.ood_scores import ENERGY, PROBABILITY, scores
+from fastcnn.train import trained as trained_models
 from fastcnn.train.trained import TrainedModel, evaluation_data, load_trained
 
 CPU = torch.device("cpu")
@@ -415,12 +416,14 @@ def test_options_of_reading_hold_for_all(folder, others, monkeypatch):
 
 def test_place_and_loader_of_the_own_images_are_not_those_of_others():
     own = DataConfig(data="cifar10", data_dir="here", loader="torch", store="files", resize="crop")
-    other = ood._other_config(own, "tiny-imagenet", 32, {})
+    other = trained_models.other_data(own, "tiny-imagenet", 32, {})
     assert other == DataConfig(data="tiny-imagenet", image_size=32, resize="crop")
-    given = ood._other_config(own, "tiny-imagenet", 32, {"data_dir": "there", "loader": "dali"})
+    given = trained_models.other_data(
+        own, "tiny-imagenet", 32, {"data_dir": "there", "loader": "dali"}
+    )
     assert (given.data_dir, given.loader) == ("there", "dali")
     # found where the run's own are, to be refused
-    assert ood._other_config(own, "cifar10", 32, {}).data_dir == "here"
+    assert trained_models.other_data(own, "cifar10", 32, {}).data_dir == "here"
 
 
 def test_images_changed_since_training_are_told(folder, others, tmp_path, caplog):

@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcnn.config import DataConfig
 from fastcnn.data import load_dataset
 from fastcnn.errors import CheckpointError, DataError, NumbersError, UsageError
 from fastcnn.export import check, onnx_file, safetensors_file, torch_file
@@ -20,7 +19,7 @@ from fastcnn.export.formats import SUFFIXES, Format, Names, check_options
 from fastcnn.export.metadata import describe, describe_input
 from fastcnn.export.network import exported_network
 from fastcnn.train.host import tune_process
-from fastcnn.train.trained import TrainedModel, evaluation_data, open_trained
+from fastcnn.train.trained import TrainedModel, evaluation_data, open_trained, other_data
 
 CPU = torch.device("cpu")
 Reader = Callable[[Path], Callable[[Tensor], Tensor]]
@@ -141,19 +140,10 @@ def _pixels(
                 f"{error}; any images can check an export: --data digits, or a folder"
             ) from error
     else:
-        config = _other_config(trained.config.data, data, trained.image_size, options)
+        config = other_data(trained.config.data, data, trained.image_size, options)
         dataset = load_dataset(config, trained.image_size, CPU)
         images = dataset.test
     return check.drawn(images, count, trained.config.run.seed), f"test images of {dataset.name}"
-
-
-def _other_config(
-    own: DataConfig, data: str, image_size: int, options: dict[str, Any]
-) -> DataConfig:
-    """How other data is read: brought to the network's size, and else as the run's own images."""
-    place = own.data_dir if data == own.data else None
-    chosen = {"data_dir": place, "loader": "auto", "store": "auto", **options}
-    return replace(own, **{**chosen, "data": data, "image_size": image_size})
 
 
 @contextmanager

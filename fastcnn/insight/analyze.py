@@ -7,7 +7,7 @@ from typing import Any
 
 from fastcnn.archs import get_network
 from fastcnn.archs.spec import LayerRow, layer_table
-from fastcnn.errors import CheckpointError, UsageError
+from fastcnn.errors import UsageError
 from fastcnn.insight import page
 from fastcnn.insight.analysis_files import summary, write_files
 from fastcnn.insight.analysis_sections import sections_of
@@ -73,10 +73,7 @@ def finished_run(run: str) -> RunFolder:
             f"{run} is a file; figures are written where the run is: give the run folder "
             f"{path.parent}{weights}"
         )
-    folder = RunFolder.open(path)
-    if folder.read_summary() is None:
-        raise CheckpointError(f"{path} is not finished; go on with fastcnn train --resume {path}")
-    return folder
+    return RunFolder.finished(path)
 
 
 def folder_name(data: str, split_name: str) -> str:

@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastcnn.config import DataConfig
 from fastcnn.data import Dataset, Images, load_dataset
 from fastcnn.data.draws import derive_seed
 from fastcnn.data.files import Files
 from fastcnn.data.progress import progress_bar
-from fastcnn.errors import CheckpointError, DataError, UsageError, nearest
+from fastcnn.errors import DataError, UsageError, nearest
 from fastcnn.insight.ood_judge import QUANTILE, Detection, check_quantile, judge
 from fastcnn.insight.ood_scores import ENERGY, PROBABILITY, Scores, activation_names, scores
-from fastcnn.train import checkpoint
 from fastcnn.train.host import tune_process
 from fastcnn.train.precision import Precision, choose_device
 from fastcnn.train.rundir import RunFolder
@@ -29,7 +27,8 @@ from fastcnn.train.trained import (
     TrainedModel,
     evaluation_data,
     evaluation_loader,
-    load_trained,
+    open_trained,
+    other_data,
     splits,
 )
 
@@ -118,7 +117,8 @@ def detect(
     options = overrides or {}
     tune_process(options.get("threads"))
     device = choose_device(options.get("device", "auto"))
-    trained = _finished(run_folder, device, weights)
+    RunFolder.finished(run_folder)
+    trained = open_trained(run_folder, device, "torch", weights)
     if score is not None:
         _check_score(score, trained)
     data_options = {k: v for k, v in options.items() if hasattr(trained.config.data, k)}
@@ -167,16 +167,6 @@ def _check_score(score: str, trained: TrainedModel) -> None:
         raise UsageError(f"--score '{score}' is not one of {listed}{nearest(score, names)}")
 
 
-def _finished(run_folder: str, device: torch.device, weights: str | None) -> TrainedModel:
-    """The model of a finished run; raises CheckpointError where there is none."""
-    folder = RunFolder.open(run_folder)
-    summary = folder.read_summary()
-    if summary is None:
-        raise CheckpointError(f"{folder.path} is not finished; go on with --resume {folder.path}")
-    name = f"{weights or summary.get('tested_model', 'last')}.pt"
-    return load_trained(checkpoint.locate(folder.path, name), device, "torch")
-
-
 def _data(
     trained: TrainedModel,
     in_data: str | None,
@@ -188,10 +178,10 @@ def _data(
     size, reading = trained.image_size, _reading(options)
     config = replace(trained.config.data, **reading)
     with _called("--out"):
-        other = load_dataset(_other_config(config, out_data, size, options), size, device)
+        other = load_dataset(other_data(config, out_data, size, options), size, device)
     if in_data is not None:
         with _called("--in"):
-            inside = load_dataset(_other_config(config, in_data, size, options), size, device)
+            inside = load_dataset(other_data(config, in_data, size, options), size, device)
         if other.digest == inside.digest:
             raise UsageError(f"--out {out_data}: the images of --in {in_data}; give other data")
         return inside, other
@@ -217,18 +207,6 @@ def _called(flag: str) -> Iterator[None]:
 
 def _reading(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in READING}
-
-
-def _other_config(
-    own: DataConfig, data: str, image_size: int, options: dict[str, Any]
-) -> DataConfig:
-    """How other data is read: by `options`, and else as the run's own images.
-
-    The place of the run's own images, and what suits their number, is not that of others.
-    """
-    place = own.data_dir if data == own.data else None
-    chosen = {"data_dir": place, "loader": "auto", "store": "auto", **options}
-    return replace(own, **{**chosen, "data": data, "image_size": image_size})
 
 
 def _look(

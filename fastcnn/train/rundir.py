@@ -98,6 +98,16 @@ class RunFolder:
             raise CheckpointError(f"{folder} is not a run folder: it has no config.yaml")
         return cls(folder)
 
+    @classmethod
+    def finished(cls, path: str | Path) -> "RunFolder":
+        """A run that has its result; raises CheckpointError if `path` holds none."""
+        folder = cls.open(path)
+        if folder.read_summary() is None:
+            raise CheckpointError(
+                f"{folder.path} is not finished; go on with fastcnn train --resume {folder.path}"
+            )
+        return folder
+
     def write_start(self, config: Config, command: list[str]) -> None:
         """Write config.yaml and environment.json."""
         self._write("config.yaml", config_text(config))

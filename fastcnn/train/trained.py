@@ -11,7 +11,7 @@ from torch import nn
 
 from fastcnn.archs import get_network
 from fastcnn.archs.spec import build
-from fastcnn.config import Config
+from fastcnn.config import Config, DataConfig
 from fastcnn.data import Dataset, Images, Normalization, load_dataset, make_loader, split
 from fastcnn.data.files import Files
 from fastcnn.errors import CheckpointError, DataError, UsageError
@@ -95,6 +95,17 @@ def choose_arithmetic(
     own = convolution_of_run(run.conv, run.deterministic, *where)
     choose_convolution(options.get("conv", own), *where)
     return precision, backend
+
+
+def other_data(own: DataConfig, data: str, image_size: int, options: dict[str, Any]) -> DataConfig:
+    """How other data is read, whatever its classes: brought to the network's size, by `options`,
+    and else as the run's own images.
+
+    The place of the run's own images, and what suits their number, is not that of others.
+    """
+    place = own.data_dir if data == own.data else None
+    chosen = {"data_dir": place, "loader": "auto", "store": "auto", **options}
+    return replace(own, **{**chosen, "data": data, "image_size": image_size})
 
 
 class Feed(NamedTuple):
