@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fastcnn.config import PlaceConfig, options_by_name
-from fastcnn.errors import DataError, UsageError, nearest
+from fastcnn.errors import CheckpointError, DataError, UsageError, nearest
 from fastcnn.options import Option, options_of, read_config_file
 from fastcnn.predict.classifier import Classifier, most_probable, open_classifier
 from fastcnn.predict.feed import Batch, batches, is_path
 from fastcnn.predict.paths import image_paths
 from fastcnn.recipes import resolve
-from fastcnn.train.run import evaluate_run, resume, start
+from fastcnn.train.run import Outcome, evaluate_run, resume, start
 from fastcnn.train.rundir import RunFolder
 
 log = logging.getLogger(__name__)
@@ -145,29 +145,46 @@ def train(
     elif config is not None:
         given = checked(config, known)
     explicit = checked(options, known)
-    if explicit.get("resume") is not None and explicit.keys() & {"name", "output"}:
-        raise UsageError("resume: a resumed run stays in its folder; leave name, output out")
     given |= explicit
-    placed = {name: given.pop(name) for name in settings if name in given}
-    place, command = PlaceConfig(**placed), equivalent_command(given | placed, known)
-    if place.resume is not None:
-        outcome = resume(place, given, command, quiet)
-    else:
-        outcome = start(resolve(given), place, command, quiet)
-    draw(outcome.folder.path)
+    command = equivalent_command(given, known)
+    outcome = train_or_resume(given, explicit.keys(), command, quiet)
     reached = outcome.folder.read_config().run
     return load(outcome.folder.path, device=reached.device, backend=reached.backend)
 
 
+def train_or_resume(
+    given: Mapping[str, Any], named: Collection[str], command: list[str], quiet: bool
+) -> Outcome:
+    """Train with the options `given`, or go on with the run that they say to resume; draw it.
+
+    named: those of them that the user named beside a file of options.
+    """
+    settings = {option.name for option in options_of("place", PlaceConfig)}
+    place = PlaceConfig(**{name: given[name] for name in settings & given.keys()})
+    chosen = {name: value for name, value in given.items() if name not in settings}
+    if place.resume is None:
+        outcome = start(resolve(chosen), place, command, quiet)
+    elif {"name", "output"} & set(named):
+        raise UsageError("resume: a resumed run stays in its folder; leave name and output out")
+    else:
+        outcome = resume(place, chosen, command, quiet)
+    draw(outcome.folder.path)
+    return outcome
+
+
 def draw(folder: Path) -> None:
-    """Draw a run's figures and page; what is not drawn for want of a package is logged."""
+    """Draw a run's figures and page. The run is not lost for one that cannot be drawn, for want of
+    a package or of space, or because of a damaged file that an analysis left: it is logged."""
     from fastcnn.insight import figures, page
 
     for each in (figures.draw_curves, figures.draw_confusion, page.write_page):
         try:
             each(folder)
         except ImportError as error:
-            log.warning("note: %s: %s is missing", each.__name__, error.name)
+            package = (error.name or str(error)).split(".")[0]
+            log.warning("note: %s: %s is missing; see fastcnn doctor", each.__name__, package)
+        except (CheckpointError, OSError) as error:
+            log.warning("note: %s: %s", each.__name__, error)
 
 
 def checked(options: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, Any]:

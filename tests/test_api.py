@@ -133,8 +133,8 @@ def test_options_stand_above_a_file_or_a_mapping(tmp_path, monkeypatch):
         ({"arch": "vgg61"}, "did you mean 'vgg16'?"),
         ({"lr": "fast"}, "--lr: expected a number, got 'fast'"),
         ({"amp": 1}, "--amp: expected true or false, got 1"),
-        ({"resume": "x", "name": "y"}, "leave name, output out"),
-        ({"resume": "x", "output": "y"}, "leave name, output out"),
+        ({"resume": "x", "name": "y"}, "leave name and output out"),
+        ({"resume": "x", "output": "y"}, "leave name and output out"),
     ],
 )
 def test_a_wrong_option_is_a_usage_error(options, expected, tmp_path, monkeypatch):

@@ -59,6 +59,7 @@ def command(capsys, *words):
         ("--json .", "--json .: expected a file that can be written"),
         ("--plot /proc/none/x.png", "--plot /proc/none/x.png: no such folder: No such file or"),
         ("--time-to-accuracy 0.9 --fast-dev-run", "--fast-dev-run: means nothing to --time-to-"),
+        ("--time-to-accuracy 0.9 --loggers wandb", "--loggers: means nothing to --time-to-"),
         ("--time-to-accuracy 0.9 --restore-best", "--restore-best: means nothing to --time-to-"),
         ("--device cpux", "--device: 'cpux' is not one of"),
     ],

@@ -48,6 +48,8 @@ def run(capsys, *words):
         ("trian", 2, "unknown command 'trian'; did you mean 'train'?"),
         ("", 2, "no command given"),
         ("train --lrr 3", 2, "unknown option --lrr; did you mean '--lr'?"),
+        ("train vgg16", 2, "nothing takes 'vgg16'; files and folders go together"),
+        ("predict run a.png --top 3 b.png", 2, "nothing takes 'b.png'; files and folders go"),
         ("train --weigth-decay=1", 2, "did you mean '--weight-decay'?"),
         ("train --no-ampp", 2, "did you mean '--no-amp'?"),
         ("train --lr fast", 2, "--lr: expected a number, got 'fast'"),
@@ -71,7 +73,7 @@ def run(capsys, *words):
         ("train --name a/b --data digits", 2, "--name: expected the name of a folder"),
         ("train --name ../a --data digits", 2, "--name: expected the name of a folder"),
         ("train --name .. --data digits", 2, "--name: expected the name of a folder"),
-        ("train --resume x --name y", 2, "leave --name, --output out"),
+        ("train --resume x --name y", 2, "leave name and output out"),
         ("train --data=", 2, "--data: expected a text, got none"),
         ("train --resume=", 2, "--resume: expected a text, got none"),
         ("eval run --weights bset", 2, "--weights: 'bset' is not one of last, best; did you"),
@@ -201,6 +203,17 @@ def test_an_unexpected_error_is_one_line_too(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "examine", lambda: {}["gone"])
     code, _, err = run(capsys, "doctor")
     assert (code, err) == (1, "fastcnn: unexpected KeyError: 'gone'; --debug shows where\n")
+
+
+def test_a_damaged_analysis_ends_no_resumed_run(capsys, tmp_path):
+    small = [*SMALL, "--output", str(tmp_path), "--name", "run"]
+    assert run(capsys, *small, "--epochs", "1")[0] == 0
+    (tmp_path / "run" / "analysis").mkdir()
+    (tmp_path / "run" / "analysis" / "analysis.json").write_text("{}")
+    more = ["train", "--resume", str(tmp_path / "run"), "--epochs", "2", "--allow-changes"]
+    code, out, err = run(capsys, *more)
+    assert (code, err.count("analysis.json is not what fastcnn wrote")) == (0, 1)
+    assert "Test top-1" in out
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])

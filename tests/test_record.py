@@ -15,7 +15,6 @@ from fastcnn.insight.document import Figure, Page, Section, write_page
 from fastcnn.insight.table import Table, as_csv, markdown, show
 from fastcnn.study.pages import write_pages
 from fastcnn.study.record import Drawing, Record, as_markdown, read, write
-from fastcnn.train.rundir import replace_text
 
 TABLE = Table(
     ("row", "top-1, %", "verdict"),
@@ -58,19 +57,6 @@ def test_a_file_that_is_no_record_is_named(tmp_path, text):
     path.write_text(text)
     with pytest.raises(CheckpointError, match=r"x.json is not a record .*; remove it"):
         read(path)
-
-
-def test_a_full_disk_leaves_what_was_there(folder, monkeypatch):
-    before = (folder / "table1.md").read_text()
-
-    def full(self, *arguments, **options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(type(folder), "write_text", full)
-    with pytest.raises(CheckpointError, match=r"cannot write .*: No space left on device"):
-        replace_text(folder / "table1.md", "new")
-    assert (folder / "table1.md").read_text() == before
-    assert not [*folder.glob("*.part"), *folder.glob(".*.part")]
 
 
 def test_markdown_has_a_line_a_row_and_escapes_its_own_signs():

@@ -27,9 +27,16 @@ CPU_BACKENDS = ("eager", "fused")
 LAYER_BACKENDS = ("eager", "compile")  # of --layers, beside what is ours
 LOADERS = ("resident", "dali", "torch")  # of --data-only, where installed, unless it names them
 BATCHES = {"cuda": (1024, 128), "cpu": (256, 64)}
-# options of a training run that a throughput has too
 # what a run does beside training, which a trial does not
-OF_A_RUN = ("fast_dev_run", "checkpoint_steps", "early_stop", "restore_best", "best_metric")
+OF_A_RUN = (
+    "fast_dev_run",
+    "loggers",
+    "checkpoint_steps",
+    "early_stop",
+    "restore_best",
+    "best_metric",
+)
+# options of a training run that a throughput has too
 SHARED = ("device", "threads", "workers", "amp_dtype", "seed", "conv")
 
 

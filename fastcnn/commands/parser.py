@@ -46,7 +46,9 @@ def one_line(message: str, own_flags: Sequence[str] = ()) -> str:
     """Turn the library's message, which may be a paragraph, into one line."""
     if found := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
         words = found[1].split() or ["''"]
-        word = next((w for w in words if w.startswith("-")), words[0])
+        word = next((w for w in words if w.startswith("-")), None)
+        if word is None:
+            return f"nothing takes '{words[0]}'; files and folders go together, before the options"
         # the outermost parser reports it, and another command may have it
         flags = [flag for flag in (*own_flags, *known_flags()) if flag != word.split("=")[0]]
         return f"unknown option {word}{nearest(word.split('=')[0], flags)}"

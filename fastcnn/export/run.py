@@ -1,9 +1,6 @@
 """Export a run: write, read back, compare with the trained network, only then give it its name."""
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +10,12 @@ import torch
 from torch import Tensor
 
 from fastcnn.data import load_dataset
-from fastcnn.errors import CheckpointError, DataError, NumbersError, UsageError
+from fastcnn.errors import DataError, NumbersError, UsageError
 from fastcnn.export import check, onnx_file, safetensors_file, torch_file
 from fastcnn.export.formats import SUFFIXES, Format, Names, check_options
 from fastcnn.export.metadata import describe, describe_input
 from fastcnn.export.network import exported_network
+from fastcnn.files import replacing
 from fastcnn.train.host import tune_process
 from fastcnn.train.trained import TrainedModel, evaluation_data, open_trained, other_data
 
@@ -77,7 +75,7 @@ def export_run(
     # before the images: they may take long, and what cannot be exported needs none
     content, reader = _encoded(trained, format, preprocess, names, opset)
     pixels, where = _pixels(trained, data, images, options)
-    with _replacing(path, content) as temporary:
+    with replacing(path, content) as temporary:
         comparison = check.compare(trained, reader(temporary), pixels, preprocess)
         if not comparison.passed:
             raise NumbersError(
@@ -144,28 +142,3 @@ def _pixels(
         dataset = load_dataset(config, trained.image_size, CPU)
         images = dataset.test
     return check.drawn(images, count, trained.config.run.seed), f"test images of {dataset.name}"
-
-
-@contextmanager
-def _replacing(path: Path, content: bytes) -> Iterator[Path]:
-    """Write `content` beside `path`; rename it to `path` if the block ends well, else remove it.
-
-    Raises CheckpointError where the disk refuses.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            free = shutil.disk_usage(path.parent).free
-            raise CheckpointError(
-                f"cannot write {path}: {error.strerror or error} "
-                f"({len(content):,} bytes needed, {free:,} free)"
-            ) from error
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

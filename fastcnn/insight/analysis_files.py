@@ -11,13 +11,14 @@ import torch
 
 from fastcnn.data.progress import progress_bar
 from fastcnn.errors import CheckpointError
+from fastcnn.files import replace_text
 from fastcnn.insight import analysis_figures, image_figures
 from fastcnn.insight.classes import accuracy, rates, top_confusions
 from fastcnn.insight.figures import INK, shortened
 from fastcnn.insight.findings import Findings, Picked, name_of
 from fastcnn.insight.image_figures import Cell, overlay
 from fastcnn.insight.table import as_csv
-from fastcnn.train.rundir import RunFolder, replace_text
+from fastcnn.train.rundir import RunFolder
 
 GRID_COLUMNS, CAM_COLUMNS = 4, {"wrong": 2, "right": 3}
 TOP = 10  # confusions that are told

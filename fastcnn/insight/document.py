@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastcnn.errors import CheckpointError
+from fastcnn.files import replace_text
 from fastcnn.insight.chart import Chart
 from fastcnn.insight.table import Table
-from fastcnn.train.rundir import replace_text
 
 TEMPLATES = Path(__file__).with_name("template")
 Facts = tuple[tuple[str, str], ...]  # names and values

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.errors import CheckpointError
+from fastcnn.files import replace_text
 from fastcnn.insight.document import Figure, Section
 from fastcnn.insight.table import Table
-from fastcnn.train.rundir import replace_text
 
 FORMAT = 1
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from fastcnn.config import DATA_NAMES
 from fastcnn.errors import CheckpointError
+from fastcnn.files import replace_text
 from fastcnn.insight.document import Figure, Section
 from fastcnn.insight.kept import keep_sections
 from fastcnn.insight.ood import Result
 from fastcnn.insight.ood_scores import called
 from fastcnn.insight.table import Table, as_csv
-from fastcnn.train.rundir import replace_text
 
 HEADER = ("score", "accuracy, %", "balanced, %", "AUROC, %", "FPR at 95 % TPR, %", "threshold")
 NUMBERS = frozenset(range(1, len(HEADER)))

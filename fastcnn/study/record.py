@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.errors import CheckpointError
+from fastcnn.files import replace_text
 from fastcnn.insight.table import Table, as_csv, markdown
-from fastcnn.train.rundir import replace_text
 
 FORMAT = 1
 

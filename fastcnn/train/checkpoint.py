@@ -5,8 +5,6 @@ is read.
 """
 
 import io
-import os
-import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,34 +12,20 @@ from typing import Any
 import torch
 
 from fastcnn.errors import CheckpointError
+from fastcnn.files import replace_bytes
 
 FORMAT = 2
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write `state` to `path`: first to a temporary file beside it, then renamed.
+    """Write `state` to `path`, whole or not at all.
 
     Raises CheckpointError if the disk refuses; a checkpoint that was there stays.
     """
     # into memory first: torch's own writer reports a full disk as an internal failure
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        needed, free = buffer.getbuffer().nbytes, shutil.disk_usage(path.parent).free
-        kept = "; the former one is kept" if path.exists() else ""
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror or error} "
-            f"({needed:,} bytes needed, {free:,} free){kept}"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_bytes(path, buffer.getbuffer())
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from fastcnn.config import Config
 from fastcnn.errors import UsageError
-from fastcnn.train.rundir import config_text, replace_text
+from fastcnn.files import replace_text
+from fastcnn.train.rundir import config_text
 
 log = logging.getLogger(__name__)
 

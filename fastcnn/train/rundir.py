@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import fastcnn
 from fastcnn.config import Config, PlaceConfig
 from fastcnn.data.left_out import bad_table
 from fastcnn.errors import CheckpointError, UsageError
+from fastcnn.files import replace_text
 
 COLUMNS = (
     "epoch",
@@ -177,18 +177,6 @@ class RunFolder:
 
     def _write(self, name: str, text: str) -> None:
         replace_text(self.path / name, text)
-
-
-def replace_text(path: Path, text: str) -> Path:
-    """Write a file whole or not at all; raises CheckpointError where the disk refuses."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
-    return path
 
 
 def config_text(config: Config) -> str:

@@ -1,0 +1,54 @@
+"""Files that are written whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastcnn.errors import CheckpointError
+
+
+@contextmanager
+def replacing(path: Path, content: bytes | memoryview) -> Iterator[Path]:
+    """Write `content` beside `path`, and onto the disk; yield the file; give it its name after.
+
+    If the block raises, the file is removed and what was at `path` stays. Raises CheckpointError
+    where the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointError(_refused(path, len(content), error)) from error
+        yield temporary
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            raise CheckpointError(_refused(path, len(content), error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_bytes(path: Path, content: bytes | memoryview) -> Path:
+    """Write a file whole or not at all; raises CheckpointError where the disk refuses."""
+    with replacing(path, content):
+        return path
+
+
+def replace_text(path: Path, text: str) -> Path:
+    """The same with text, in UTF-8."""
+    return replace_bytes(path, text.encode())
+
+
+def _refused(path: Path, needed: int, error: OSError) -> str:
+    try:
+        free = f" ({needed:,} bytes needed, {shutil.disk_usage(path.parent).free:,} free)"
+    except OSError:  # the folder itself is gone
+        free = ""
+    kept = "; the former one is kept" if path.is_file() else ""
+    return f"cannot write {path}: {error.strerror or error}{free}{kept}"
