@@ -28,6 +28,10 @@ class CheckpointError(FastcnnError):
     exit_code = 4
 
 
+class DiskError(CheckpointError):
+    """A file that the disk refuses to take: it is full, read-only or failing."""
+
+
 class BuildError(FastcnnError):
     """A native library that cannot be compiled or loaded on this machine."""
 

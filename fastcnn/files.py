@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastcnn.errors import CheckpointError
+from fastcnn.errors import DiskError
 
 
 @contextmanager
 def replacing(path: Path, content: bytes | memoryview) -> Iterator[Path]:
     """Write `content` beside `path`, and onto the disk; yield the file; give it its name after.
 
-    If the block raises, the file is removed and what was at `path` stays. Raises CheckpointError
+    If the block raises, the file is removed and what was at `path` stays. Raises DiskError
     where the disk refuses.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -24,18 +24,18 @@ def replacing(path: Path, content: bytes | memoryview) -> Iterator[Path]:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise CheckpointError(_refused(path, len(content), error)) from error
+            raise DiskError(_refused(path, len(content), error)) from error
         yield temporary
         try:
             os.replace(temporary, path)
         except OSError as error:
-            raise CheckpointError(_refused(path, len(content), error)) from error
+            raise DiskError(_refused(path, len(content), error)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def replace_bytes(path: Path, content: bytes | memoryview) -> Path:
-    """Write a file whole or not at all; raises CheckpointError where the disk refuses."""
+    """Write a file whole or not at all; raises DiskError where the disk refuses."""
     with replacing(path, content):
         return path
 

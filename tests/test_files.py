@@ -3,7 +3,7 @@
 import pytest
 
 from fastcnn import files
-from fastcnn.errors import CheckpointError
+from fastcnn.errors import DiskError
 
 
 def names(folder):
@@ -39,9 +39,9 @@ def test_it_is_on_the_disk_before_it_has_the_name(tmp_path, monkeypatch):
 
 def test_a_refusal_is_one_line_and_keeps_the_former_file(tmp_path):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(CheckpointError, match=r"cannot write .*folder: .* \(3 bytes needed, "):
+    with pytest.raises(DiskError, match=r"cannot write .*folder: .* \(3 bytes needed, "):
         files.replace_bytes(tmp_path / "folder", b"new")
-    with pytest.raises(CheckpointError, match=r"cannot write .*: No such file or directory$"):
+    with pytest.raises(DiskError, match=r"cannot write .*: No such file or directory$"):
         files.replace_bytes(tmp_path / "none" / "a", b"new")
     assert names(tmp_path) == ["folder"]
 
@@ -54,6 +54,6 @@ def test_a_full_disk_keeps_the_former_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files.os, "fsync", full)
     wanted = r"cannot write .*a: No space .*free\); the former one is kept"
-    with pytest.raises(CheckpointError, match=wanted):
+    with pytest.raises(DiskError, match=wanted):
         files.replace_text(tmp_path / "a", "new")
     assert ((tmp_path / "a").read_text(), names(tmp_path)) == ("old", ["a"])

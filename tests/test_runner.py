@@ -11,7 +11,8 @@ import pytest
 import torch
 from small_runs import SMALL, assert_same, final_state, stop_at_check
 
-from fastcnn.errors import CheckpointError, FastcnnError, UsageError
+from fastcnn import files
+from fastcnn.errors import CheckpointError, DiskError, FastcnnError, UsageError
 from fastcnn.study import children, runner
 from fastcnn.study.children import placed
 from fastcnn.study.plan import Variant, plan
@@ -148,6 +149,27 @@ def test_a_full_disk_ends_the_study_and_leaves_what_is_finished(tmp_path, monkey
     assert [len(one.runs) for one in results(chosen, runs)] == [1, 0]
     carry_out(runs, COMMAND, quiet=True)
     assert [len(one.runs) for one in results(chosen, runs)] == [1, 1]
+
+
+def test_only_a_damaged_run_is_to_be_removed(tmp_path, monkeypatch):
+    """An interrupted run that a full disk keeps from going on is worth keeping."""
+    _, runs = planned(tmp_path, seeds=1)
+    with monkeypatch.context() as patch:
+        stop_at_check(patch, 2)
+        with pytest.raises(Interrupted):
+            carry_out(runs, COMMAND, quiet=True)
+    with monkeypatch.context() as patch:
+
+        def full(descriptor):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(files.os, "fsync", full)
+        with pytest.raises(DiskError, match="No space left") as caught:
+            carry_out(runs, COMMAND, quiet=True)
+        assert "remove" not in str(caught.value)
+    (runs[0].folder / "last.pt").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match="or remove .*seed-0 to train it anew"):
+        carry_out(runs, COMMAND, quiet=True)
 
 
 def test_a_damaged_table_of_a_run_is_named(tmp_path):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastcnn.config import PlaceConfig
-from fastcnn.errors import CheckpointError, NumbersError, UsageError
+from fastcnn.errors import CheckpointError, DiskError, NumbersError, UsageError
 from fastcnn.insight.figures import read_metrics
 from fastcnn.study.children import Child, placed
 from fastcnn.study.plan import PlannedRun, RunResult, Variant, VariantResult
@@ -88,6 +88,8 @@ def train_one(planned: PlannedRun, command: list[str], quiet: bool) -> None:
         machine = {k: v for k, v in planned.config.flat().items() if k in run.NEUTRAL_ON_RESUME}
         try:
             run.resume(place, machine, command, quiet)
+        except DiskError:
+            raise
         except CheckpointError as error:
             raise CheckpointError(
                 f"{error}; or remove {planned.folder} to train it anew"
