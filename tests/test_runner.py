@@ -168,7 +168,7 @@ def test_only_a_damaged_run_is_to_be_removed(tmp_path, monkeypatch):
             carry_out(runs, COMMAND, quiet=True)
         assert "remove" not in str(caught.value)
     (runs[0].folder / "last.pt").write_bytes(b"cut")
-    with pytest.raises(CheckpointError, match="or remove .*seed-0 to train it anew"):
+    with pytest.raises(CheckpointError, match=r"or remove .*seed-0 to train it anew"):
         carry_out(runs, COMMAND, quiet=True)
 
 
