@@ -127,10 +127,10 @@ class AugmentConfig:
     color_jitter: float = option(
         0.0, "strength of random brightness, contrast and saturation", low=0, high=1
     )
-    normalize: Literal["zscore", "unit", "centered", "mean-image"] = option(
+    normalize: Literal["zscore", "unit", "centered", "mean-image", "levels"] = option(
         "zscore",
         "inputs: mean 0 and deviation 1 a channel, [0, 1], [-0.5, 0.5], "
-        "or [0, 1] less the mean training image",
+        "[0, 1] less the mean training image, or 0 to 255 less a channel's mean",
     )
 
 

@@ -259,6 +259,7 @@ MODES = {
     "unit": lambda x, n: x,
     "centered": lambda x, n: x - 0.5,
     "mean-image": lambda x, n: x - np.array(n.mean_image),
+    "levels": lambda x, n: 255 * (x - np.array(n.mean)),
 }
 
 
@@ -274,7 +275,8 @@ def test_modes(mode):
         result = fitted.apply(source)
         assert result.dtype == torch.float32
         assert result.is_contiguous()
-        np.testing.assert_allclose(result.numpy(), expected, atol=1e-6)
+        atol = 1e-6 * (255 if mode == "levels" else 1)
+        np.testing.assert_allclose(result.numpy(), expected, rtol=0, atol=atol)
     assert torch.equal(pixels, torch.from_numpy(train.pixels[:5]))
     half = fitted.apply(pixels, torch.bfloat16)
     assert torch.equal(half, fitted.apply(pixels).bfloat16())

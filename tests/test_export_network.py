@@ -22,6 +22,7 @@ BY_DEFINITION = {
     "unit": lambda x, mean: x / 255,
     "centered": lambda x, mean: x / 255 - 0.5,
     "mean-image": lambda x, mean: x / 255 - mean,
+    "levels": lambda x, mean: x - 255 * np.array(MEAN),
 }
 
 

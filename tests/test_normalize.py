@@ -17,7 +17,7 @@ def both(root, **options):
 
 
 @pytest.mark.parametrize("resize", ["stretch", "crop"])
-@pytest.mark.parametrize("mode", ["zscore", "unit", "centered", "mean-image"])
+@pytest.mark.parametrize("mode", ["zscore", "unit", "centered", "mean-image", "levels"])
 def test_files_are_fitted_like_packed_images(root, mode, resize):
     packed, in_files = both(root, resize=resize)
     assert Normalization.fit(in_files, mode) == Normalization.fit(packed, mode)

@@ -180,7 +180,7 @@ KERNEL_CASES = [
 ]
 
 
-@pytest.mark.parametrize("mode", ["zscore", "unit", "centered", "mean-image"])
+@pytest.mark.parametrize("mode", ["zscore", "unit", "centered", "mean-image", "levels"])
 @pytest.mark.parametrize("augment", [*KERNEL_CASES, EVERYTHING])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_library_changes_no_bit(augment, mode, dtype):

@@ -188,7 +188,7 @@ def new_networks(name, normalize, *options):
 CPU = torch.device("cpu")
 CASES = [(name, "zscore") for name in NETWORKS]
 CASES += [
-    (name, mode) for name in ("cnn-a", "vgg11") for mode in ("unit", "centered", "mean-image")
+    (name, mode) for name in ("cnn-a", "vgg11") for mode in ("unit", "centered", "mean-image", "levels")
 ]
 
 

@@ -17,7 +17,7 @@ from fastcnn.ops.reference_augment import normalize
 
 log = logging.getLogger(__name__)
 
-Mode = Literal["zscore", "unit", "centered", "mean-image"]
+Mode = Literal["zscore", "unit", "centered", "mean-image", "levels"]
 # float32 sums of up to 256 squares of uint8 stay below 2^24, so they are exact in any order
 EXACT_CHUNK = 64
 
@@ -83,6 +83,8 @@ class Normalization:
             bias = np.full(3, -0.5)
         elif self.mode == "mean-image":
             bias = -np.array(self.mean_image)
+        elif self.mode == "levels":  # MATLAB's zerocenter: the range of the pixels stays
+            scale, bias = np.ones(3), -255 * mean
         return (
             torch.tensor(scale, dtype=torch.float32, device=device),
             torch.tensor(bias, dtype=torch.float32, device=device),
