@@ -187,9 +187,8 @@ def new_networks(name, normalize, *options):
 
 CPU = torch.device("cpu")
 CASES = [(name, "zscore") for name in NETWORKS]
-CASES += [
-    (name, mode) for name in ("cnn-a", "vgg11") for mode in ("unit", "centered", "mean-image", "levels")
-]
+MODES = ("unit", "centered", "mean-image", "levels")
+CASES += [(name, mode) for name in ("cnn-a", "vgg11") for mode in MODES]
 
 
 @pytest.mark.parametrize(("name", "normalize"), CASES)
