@@ -223,6 +223,9 @@ class RunConfig:
     checkpoint_steps: int = option(
         0, "also write last.pt every N steps; 0: at the end of an epoch", low=0
     )
+    keep_checkpoints: int = option(
+        2, "checkpoints to go on from that are kept: last.pt, last-2.pt, ...", low=1, high=1000
+    )
     loggers: list[Literal["tensorboard", "wandb"]] = option(
         [], "also log each epoch's figures there, in the run folder; no name: nowhere", low=0
     )
@@ -235,7 +238,10 @@ class PlaceConfig:
 
     output: str = option("runs", "folder of all runs")
     name: str | None = option(None, "name of the run folder; default: <arch>-<n>")
-    resume: str | None = option(None, "continue the run in this folder at its last checkpoint")
+    resume: str | None = option(
+        None,
+        "continue the run in this folder at its last checkpoint, or at the older one in this file",
+    )
     allow_changes: bool = option(
         False, "with --resume: accept options that differ from the saved ones"
     )

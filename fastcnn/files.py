@@ -45,6 +45,17 @@ def replace_text(path: Path, text: str) -> Path:
     return replace_bytes(path, text.encode())
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file in `folder` whose name came from another file.
+
+    Raises ValueError for a name that leads out of the folder, and for a link, which may as well.
+    """
+    path = folder / name
+    if not name or path.parent != folder or path.name != name or path.is_symlink():
+        raise ValueError(f"{name!r} is no file of {folder}")
+    return path
+
+
 def _refused(path: Path, needed: int, error: OSError) -> str:
     try:
         free = f" ({needed:,} bytes needed, {shutil.disk_usage(path.parent).free:,} free)"

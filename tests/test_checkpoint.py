@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_a_failed_save_keeps_the_former_file_and_leaves_nothing_else(tmp_path, m
     with pytest.raises(CheckpointError, match=words):
         checkpoint.save({"step": 2}, path)
     assert checkpoint.load(path)["step"] == 1
-    assert os.listdir(tmp_path) == ["last.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints.json", "last.pt"]
 
 
 def test_a_flipped_bit_anywhere_is_refused_or_harmless(tmp_path):
@@ -49,6 +50,136 @@ def test_a_flipped_bit_anywhere_is_refused_or_harmless(tmp_path):
             refused += 1
         whole[place] ^= 16
     assert refused > 500 * 4 / 7
+
+
+def saved(folder, *steps, keep=3):
+    """last.pt after a save a step."""
+    for step in steps:
+        checkpoint.save({"step": step, "w": torch.full((50,), step)}, folder / "last.pt", keep)
+    return folder / "last.pt"
+
+
+def steps_in(folder):
+    return {path.name: checkpoint.load(path)["step"] for path in sorted(folder.glob("*.pt"))}
+
+
+def test_as_many_as_wanted_are_kept(tmp_path):
+    saved(tmp_path, 1, 2, 3, 4)
+    assert steps_in(tmp_path) == {"last-2.pt": 3, "last-3.pt": 2, "last.pt": 4}
+    saved(tmp_path, 5, keep=1)
+    assert steps_in(tmp_path)["last.pt"] == 5
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints.json", "last-2.pt", "last-3.pt", "last.pt"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_an_older_checkpoint_is_offered(tmp_path, damage):
+    path = saved(tmp_path, 7, 8, 9)
+    whole = path.read_bytes()
+    words = {
+        "cut": rf"last\.pt: truncated: 900 of {len(whole):,} bytes",
+        "flipped": r"last\.pt: damaged: its part .*data/0 does not match",
+        "gone": "no checkpoint at",
+    }
+    if damage == "cut":
+        path.write_bytes(whole[:900])
+    elif damage == "flipped":
+        at = whole.index(torch.full((50,), 9).numpy().tobytes())
+        path.write_bytes(whole[:at] + b"x" + whole[at + 1 :])
+    else:
+        path.unlink()
+    with pytest.raises(CheckpointError, match=words[damage]) as caught:
+        checkpoint.load(path)
+    assert str(caught.value).endswith("last-2.pt, of step 8, is whole: give that")
+    (tmp_path / "last-2.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"last-3\.pt, of step 7, is whole"):
+        checkpoint.load(path)
+
+
+def test_a_bit_that_no_member_holds_is_seen_too(tmp_path):
+    """The archive's padding has no checksum of its own."""
+    path = saved(tmp_path, 1)
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(b"ZZZZ")] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(CheckpointError, match=r"damaged: it is not what checkpoints\.json says"):
+        checkpoint.load(path)
+
+
+def test_checkpoints_may_be_renamed_and_taken_elsewhere(tmp_path):
+    saved(tmp_path, 1, 2)
+    (tmp_path / "last-2.pt").replace(tmp_path / "last.pt")
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "last.pt").replace(tmp_path / "other" / "mine.pt")
+    assert checkpoint.load(tmp_path / "other" / "mine.pt")["step"] == 1
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"last.pt": 3}', '{"last.pt": [{"bytes": 1}]}'])
+def test_damaged_sums_are_named_and_no_end_of_a_training(tmp_path, text):
+    path = saved(tmp_path, 1)
+    (tmp_path / "checkpoints.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"checkpoints\.json cannot be read .*; remove it"):
+        checkpoint.load(path)
+    saved(tmp_path, 2)
+    assert steps_in(tmp_path) == {"last.pt": 2, "last-2.pt": 1}
+
+
+@pytest.mark.parametrize("ends_at", ["replace", "link"])
+def test_wherever_a_save_ends_a_whole_checkpoint_has_the_name(tmp_path, monkeypatch, ends_at):
+    """As if the process were killed before each of its renames in turn."""
+
+    class Killed(BaseException):
+        pass
+
+    for number in range(1, 9):
+        path = saved(tmp_path, 1, 2, 3)
+        calls, real = [], getattr(os, ends_at)
+
+        def until(*arguments, calls=calls, real=real, number=number):
+            calls.append(1)
+            if len(calls) == number:
+                raise Killed
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, ends_at, until)
+            try:
+                saved(tmp_path, 4)
+            except Killed:
+                assert steps_in(tmp_path)["last.pt"] == 3
+            else:
+                break
+        for left in tmp_path.iterdir():
+            left.unlink()
+    assert number > 1
+    assert checkpoint.load(path)["step"] == 4
+
+
+def test_a_disk_without_links_has_copies(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    saved(tmp_path, 1, 2, 3)
+    assert steps_in(tmp_path) == {"last-2.pt": 2, "last-3.pt": 1, "last.pt": 3}
+    monkeypatch.setattr(shutil, "copyfile", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot keep .*last-2\.pt: .*--keep-checkpoints 1"):
+        saved(tmp_path, 4)
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 3
+    assert not list(tmp_path.glob(".*"))
+    saved(tmp_path, 4, keep=1)
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 4
+
+
+def test_a_gap_hides_no_older_checkpoint(tmp_path):
+    """A process may end between two of the renames."""
+    path = saved(tmp_path, 1, 2, 3, keep=12)
+    (tmp_path / "last-3.pt").rename(tmp_path / "last-12.pt")
+    (tmp_path / "last-2.pt").unlink()
+    (tmp_path / "last-x.pt").write_bytes(b"")
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"last-12\.pt, of step 1, is whole"):
+        checkpoint.load(path)
 
 
 class Malicious:

@@ -1,5 +1,7 @@
 """Sections of a page that are kept in a file."""
 
+import json
+
 import pytest
 from PIL import Image
 
@@ -35,3 +37,18 @@ def test_another_file_is_refused(tmp_path, text):
     (tmp_path / "analysis.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"analysis\.json is not what fastcnn wrote"):
         kept_sections(tmp_path, "analysis")
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "", ".", "link.png", "a/b.png"])
+def test_a_page_takes_no_file_from_outside(tmp_path, sections, name):
+    """The folder may be a stranger's, and a page holds the bytes of its figures."""
+    folder = tmp_path / "analysis"
+    folder.mkdir()
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "one.png").rename(folder / "one.png")
+    keep_sections(folder, "analysis", sections)
+    path = folder / "analysis.json"
+    path.write_text(path.read_text().replace('"one.png"', json.dumps(name)))
+    with pytest.raises(CheckpointError, match=r"analysis\.json is not what fastcnn wrote"):
+        kept_sections(folder, "analysis")

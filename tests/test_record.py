@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -56,6 +57,18 @@ def test_a_file_that_is_no_record_is_named(tmp_path, text):
     path = tmp_path / "x.json"
     path.write_text(text)
     with pytest.raises(CheckpointError, match=r"x.json is not a record .*; remove it"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "link"])
+def test_a_record_names_no_figure_outside_its_folder(folder, name):
+    (folder.parent / "secret.png").write_bytes(b"secret")
+    (folder / "link.png").symlink_to(folder.parent / "secret.png")
+    path = folder / "table1.json"
+    plain = json.loads(path.read_text())
+    plain["drawings"][0]["name"] = name
+    path.write_text(json.dumps(plain))
+    with pytest.raises(CheckpointError, match=r"table1\.json is not a record .* no file of"):
         read(path)
 
 

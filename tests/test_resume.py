@@ -97,6 +97,41 @@ def test_resume_from_a_periodic_checkpoint_is_bit_equal(tmp_path, monkeypatch):
     assert_same(whole, final_state(tmp_path / "broken"))
 
 
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, monkeypatch):
+    whole = final_state(start(tmp_path, "whole").folder.path)
+    folder = tmp_path / "broken"
+    with monkeypatch.context() as patch:
+        stop_at_check(patch, 8)
+        with pytest.raises(Interrupted):
+            start(tmp_path, "broken")
+    cut = (folder / "last.pt").read_bytes()[:-1]
+    (folder / "last.pt").write_bytes(cut)
+    with pytest.raises(CheckpointError, match=r"truncated: .*last-2\.pt, of step 3, is whole"):
+        resume(folder)
+    (folder / "last.pt").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint at .*last-2\.pt, of step 3, is whole"
+    ):
+        resume(folder)
+    resume(folder / "last-2.pt")
+    assert_same(whole, final_state(folder))
+
+
+def test_going_back_keeps_the_good_checkpoint(tmp_path, monkeypatch):
+    """What was damaged must not take the place of the one gone back to."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at_check(patch, 8)
+        with pytest.raises(Interrupted):
+            start(tmp_path)
+    (folder / "last.pt").write_bytes(b"damaged")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Training, "train", lambda self: {})
+        resume(folder / "last-2.pt")
+    assert checkpoint.load(folder / "last.pt")["step"] == 3
+    assert not (folder / "last-2.pt").exists()
+
+
 def test_resume_refuses_other_options_and_lists_them(tmp_path):
     folder = start(tmp_path, epochs=1).folder.path
     with pytest.raises(UsageError, match=r"lr: 0.002 → 0.5; seed: 0 → 3.*--allow-changes"):

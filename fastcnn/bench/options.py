@@ -32,6 +32,7 @@ OF_A_RUN = (
     "fast_dev_run",
     "loggers",
     "checkpoint_steps",
+    "keep_checkpoints",
     "early_stop",
     "restore_best",
     "best_metric",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.errors import CheckpointError
-from fastcnn.files import replace_text
+from fastcnn.files import inside, replace_text
 from fastcnn.insight.document import Figure, Section
 from fastcnn.insight.table import Table
 
@@ -38,7 +38,7 @@ def kept_sections(folder: Path, key: str) -> list[Section]:
         if content["format"] != FORMAT:
             raise ValueError("another format")
         return [_section(plain, folder) for plain in content["sections"]]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not what fastcnn wrote ({error}); remove it") from error
 
 
@@ -57,7 +57,7 @@ def _plain(section: Section) -> dict[str, Any]:
 
 def _section(plain: dict[str, Any], folder: Path) -> Section:
     table = plain["table"]
-    figures = [Figure(folder / name, alt, caption) for name, alt, caption in plain["figures"]]
+    figures = [Figure(inside(folder, name), *told) for name, *told in plain["figures"]]
     return Section(
         plain["title"],
         plain["anchor"],

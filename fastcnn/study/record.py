@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.errors import CheckpointError
-from fastcnn.files import replace_text
+from fastcnn.files import inside, replace_text
 from fastcnn.insight.table import Table, as_csv, markdown
 
 FORMAT = 1
@@ -71,12 +71,17 @@ def read(path: Path) -> Record:
             table=Table(
                 tuple(table["header"]), _tuples(table["rows"]), frozenset(table["numbers"])
             ),
-            drawings=tuple(Drawing(**drawing) for drawing in found["drawings"]),
+            drawings=tuple(_drawing(path.parent, drawing) for drawing in found["drawings"]),
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not a record of this program ({error}); remove it"
         ) from error
+
+
+def _drawing(folder: Path, plain: dict[str, str]) -> Drawing:
+    inside(folder, f"{plain['name']}.png")  # a page holds what the file holds
+    return Drawing(**plain)
 
 
 def _tuples(value: Any) -> Any:

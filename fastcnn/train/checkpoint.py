@@ -1,41 +1,81 @@
 """Checkpoints: plain tensors and Python values in one file, written whole or not at all.
 
-The file is torch's zip archive; its members carry CRC-32 sums, which are checked before anything
-is read.
+The file is torch's zip archive. Its size and SHA-256 stand in checkpoints.json beside it and are
+checked before anything is read; of a checkpoint that was taken out of its folder, the CRC-32 sums
+of the archive's members.
 """
 
+import hashlib
 import io
+import json
+import os
+import re
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastcnn.errors import CheckpointError
-from fastcnn.files import replace_bytes
+from fastcnn.errors import CheckpointError, DiskError
+from fastcnn.files import replace_text, replacing
 
 FORMAT = 2
+SUMS = "checkpoints.json"
+REMEMBERED = 16  # sums of a name, so that an older checkpoint may have it again
+CHUNK = 1 << 20  # bytes read at a time
 
 
-def save(state: dict[str, Any], path: Path) -> None:
-    """Write `state` to `path`, whole or not at all.
+def save(state: dict[str, Any], path: Path, keep: int = 1) -> None:
+    """Write `state` to `path`, whole or not at all. The `keep` - 1 that were there before stay
+    under older names: last-2.pt, last-3.pt.
 
-    Raises CheckpointError if the disk refuses; a checkpoint that was there stays.
+    Raises DiskError if the disk refuses; a checkpoint that was there stays.
     """
     # into memory first: torch's own writer reports a full disk as an internal failure
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    replace_bytes(path, buffer.getbuffer())
+    content = buffer.getbuffer()
+    with replacing(path, content):
+        # before the file has its name: wherever the process ends, what has it is known
+        _add_sum(path, content, keep)
+        _keep_former(path, keep)
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; nothing in the file can execute (weights_only).
 
-    Raises CheckpointError if it is missing, cut, altered, not one of ours or of a newer format.
+    Raises CheckpointError if it is missing, cut, altered, not one of ours or of a newer format; it
+    names an older one that is whole.
     """
+    try:
+        return _load(path)
+    except CheckpointError as error:
+        for older in formers(path):
+            try:
+                step = _load(older).get("step")
+            except CheckpointError:
+                continue
+            whole = f"{older}, of step {step}, is whole: give that"
+            raise CheckpointError(f"{error}; {whole}") from error
+        raise
+
+
+def formers(path: Path) -> list[Path]:
+    """The older checkpoints of `path` that are there, newest first."""
+    number = re.compile(rf"{re.escape(path.stem)}-(\d+){re.escape(path.suffix)}")
+    there = [path.with_name(name) for name in os.listdir(path.parent) if number.fullmatch(name)]
+    return sorted(there, key=lambda older: int(older.stem.rpartition("-")[2]))
+
+
+def _older(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; give a run folder or a .pt file")
-    _check_sums(path)
+    _check_whole(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # an unpickler may raise anything on a forged file
@@ -49,7 +89,80 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def _check_sums(path: Path) -> None:
+def _keep_former(path: Path, keep: int) -> None:
+    """Give the file at `path` an older name beside its own, and those before it the next ones."""
+    if keep < 2 or not path.is_file():
+        return
+    for number in range(keep - 1, 1, -1):
+        if _older(path, number).is_file():
+            os.replace(_older(path, number), _older(path, number + 1))
+    second = path.with_name(f".{path.name}.{os.getpid()}.former.part")
+    try:
+        try:
+            os.link(path, second)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, second)
+        os.replace(second, _older(path, 2))
+    except OSError as error:
+        raise DiskError(
+            f"cannot keep {_older(path, 2)}: {error.strerror or error}; "
+            "--keep-checkpoints 1 keeps no older one"
+        ) from error
+    finally:
+        second.unlink(missing_ok=True)
+
+
+def _add_sum(path: Path, content: memoryview, keep: int) -> None:
+    """Note size and SHA-256 of what `path` is about to hold, beside those of what it held."""
+    try:
+        sums = _read_sums(path.parent)
+    except CheckpointError:  # a training is not ended for it: from here on it is right again
+        sums = {}
+    own = sums.pop(path.name, [])[-max(keep, REMEMBERED) :]
+    own.append({"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
+    text = json.dumps({**sums, path.name: own}, indent=1) + "\n"
+    replace_text(path.parent / SUMS, text)
+
+
+def _read_sums(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """{name: sums of what it held, the newest last}; {} where there is no such file."""
+    path = folder / SUMS
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            str(name): [{"bytes": int(one["bytes"]), "sha256": str(one["sha256"])} for one in own]
+            for name, own in found.items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); remove it") from error
+
+
+def _check_whole(path: Path) -> None:
+    """Raise CheckpointError for a file that is not the one that was written."""
+    size = path.stat().st_size
+    own = _read_sums(path.parent).get(path.name)
+    if own is None:  # an older one, or one from elsewhere
+        _check_members(path)
+        return
+    if {"bytes": size, "sha256": _sha256(path)} in own:
+        return
+    if size < own[-1]["bytes"]:
+        raise CheckpointError(f"{path}: truncated: {size:,} of {own[-1]['bytes']:,} bytes")
+    _check_members(path)
+    raise CheckpointError(f"{path}: damaged: it is not what {SUMS} says was written")
+
+
+def _sha256(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def _check_members(path: Path) -> None:
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:

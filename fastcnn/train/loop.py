@@ -18,6 +18,7 @@ from fastcnn.train.loggers import Loggers
 from fastcnn.train.metrics import Figures
 from fastcnn.train.progress import Progress, format_seconds
 from fastcnn.train.rundir import RunFolder, versions
+from fastcnn.train.saver import Saver
 from fastcnn.train.setup import Setup
 from fastcnn.train.step import TrainStep
 from fastcnn.train.trained import load_trained
@@ -85,15 +86,17 @@ class Training:
         evaluation = None
         loggers = Loggers(self.setup.config, self.folder.path, self.at.history)
         # a logger may wait for its network when it is closed: then Ctrl-C ends at once
-        with loggers as self.loggers, StopAtStepEdge() as stop:
+        with loggers as self.loggers, StopAtStepEdge() as stop, Saver() as self.saver:
             try:
                 while self.at.epoch < self.epochs and not self._stopped_improving():
                     if not self.at.trained:
                         self._train_epoch(stop)
                     evaluation = self._finish_epoch(stop)
+                self.saver.wait()
                 return self._finish(evaluation, stop)
             except Interrupted:
                 self._save()
+                self.saver.wait()
                 raise
             except torch.OutOfMemoryError as error:
                 raise UsageError(
@@ -193,6 +196,7 @@ class Training:
 
     def _require_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):
+            self.saver.wait()
             saved = self.folder.last.exists()
             kept = f"; the last good checkpoint is {self.folder.last}" if saved else ""
             raise NumbersError(
@@ -274,7 +278,7 @@ class Training:
         model = self.step.evaluated_model.state_dict()
         row = self.at.history[self.at.best_epoch - 1]
         state |= {"model": model, "epoch": self.at.best_epoch, "val": row}
-        checkpoint.save(state, self.folder.best)
+        self.saver.save(state, self.folder.best)
 
     def _save(self) -> None:
         step = self.step
@@ -287,7 +291,7 @@ class Training:
             "loader": self.setup.train_loader.state_dict(),
             "progress": vars(self.at) | {"history": [dict(row) for row in self.at.history]},
         }
-        checkpoint.save(state, self.folder.last)
+        self.saver.save(state, self.folder.last, self.setup.config.run.keep_checkpoints)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up a checkpoint of this very run.

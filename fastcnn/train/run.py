@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ NEUTRAL_ON_RESUME = {
     "threads",
     "workers",
     "checkpoint_steps",
+    "keep_checkpoints",
     "eval_batch_size",
     # whatever they leave out, a run goes on with the images it began with, or not at all
     "on_bad_image",
@@ -102,16 +104,20 @@ def start(config: Config, place: PlaceConfig, command: list[str], quiet: bool = 
 def resume(
     place: PlaceConfig, explicit: dict[str, Any], command: list[str], quiet: bool = False
 ) -> Outcome:
-    """Continue the run in `place.resume`; `explicit` are the options given beside it.
+    """Continue the run in `place.resume`, a run folder, or go back to an older checkpoint, a file
+    in one; `explicit` are the options given beside it.
 
     Raises CheckpointError if there is nothing to continue, UsageError if `explicit` contradicts
     the saved configuration without `place.allow_changes`.
     """
-    folder = RunFolder.open(place.resume or "")
+    target = Path(place.resume or "")
+    folder = RunFolder.open(target.parent if target.is_file() else target)
+    source = target if target.is_file() else folder.last
     # a run killed before its first checkpoint begins anew in its folder
-    state = checkpoint.load(folder.last) if folder.last.exists() else None
+    begun = source.exists() or any(checkpoint.formers(source))
+    state = checkpoint.load(source) if begun else None
     written = folder.read_config()
-    saved = saved_config(state, folder.last) if state else written
+    saved = saved_config(state, source) if state else written
     config = changed_config(saved, written.flat() | explicit, place.allow_changes)
     summary = folder.read_summary()
     if summary is not None and forecast(config) == forecast(saved):
@@ -122,6 +128,8 @@ def resume(
     training = Training(prepare(config), folder, quiet)
     if state is not None:
         training.restore(state)
+        # an older checkpoint becomes the last one: what was newer must not take its place
+        os.replace(source, folder.last)
     folder.write_resumption(config, command)
     folder.write_bad_images(training.setup.dataset.left_out.bad)
     announce(training)

@@ -169,7 +169,7 @@ class RunFolder:
             return None
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}); remove it") from error
         if not isinstance(found, dict) or not found:
             raise CheckpointError(f"{path} is not what this program wrote; remove it")

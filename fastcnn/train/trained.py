@@ -73,6 +73,8 @@ def open_trained(
         raise UsageError(f"--weights: {target} is a checkpoint itself; give its run folder")
     summary = RunFolder(Path(target)).read_summary() or {}
     name = weights or summary.get("tested_model", "last")
+    if name not in ("last", "best"):
+        raise CheckpointError(f"{target}/summary.json: no checkpoint is called {name!r}; remove it")
     return load_trained(checkpoint.locate(target, f"{name}.pt"), device, backend)
 
 
