@@ -17,7 +17,7 @@ def test_what_differs_between_runs_stands_there_once_each():
         run(**own, versions={"torch": "2.11"}),
         run(**own | {"device": "gpu", "precision": "bf16"}, versions={"torch": "2.12"}),
     ]
-    found = dict(facts_of(runs, ["fastcnn", "sweep", "a b"]))
+    found = dict(facts_of(runs, ["fastcnn", "sweep", "a b", "--tables-only"]))
     assert found["command"] == "fastcnn sweep 'a b'"
     assert found["machine"] == "cpu, gpu"
     assert found["precision"] == "fp32, bf16"

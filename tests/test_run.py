@@ -34,7 +34,9 @@ def test_run_folder_holds_what_the_readme_says(tmp_path):
         "metrics.csv",
         "summary.json",
         "last.pt",
+        "last-2.pt",
         "best.pt",
+        "checkpoints.json",
         "confusion_matrix.csv",
     }
     with (folder / "metrics.csv").open() as file:

@@ -19,7 +19,8 @@ def facts_of(runs: Sequence[RunResult], command: Sequence[str]) -> tuple[Fact, .
     """
     summaries = [run.summary for run in runs]
     found = [
-        ("command", shlex.join(command)),
+        # what makes the runs, also where only the table was made anew
+        ("command", shlex.join(word for word in command if word != "--tables-only")),
         ("date", datetime.date.today().isoformat()),
         ("commit", commit() or "unknown"),
         ("machine", _all(s.get("device") for s in summaries)),
