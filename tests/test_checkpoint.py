@@ -106,8 +106,8 @@ def test_a_bit_that_no_member_holds_is_seen_too(tmp_path):
 
 
 def test_checkpoints_may_be_renamed_and_taken_elsewhere(tmp_path):
-    saved(tmp_path, 1, 2)
-    (tmp_path / "last-2.pt").replace(tmp_path / "last.pt")
+    saved(tmp_path, 1, 2, 3)
+    (tmp_path / "last-3.pt").replace(tmp_path / "last.pt")
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 1
     (tmp_path / "other").mkdir()
     (tmp_path / "last.pt").replace(tmp_path / "other" / "mine.pt")
@@ -169,6 +169,13 @@ def test_a_disk_without_links_has_copies(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))
     saved(tmp_path, 4, keep=1)
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 4
+
+
+def test_the_newest_of_many_is_offered(tmp_path):
+    path = saved(tmp_path, *range(1, 13), keep=12)
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"last-2\.pt, of step 11, is whole"):
+        checkpoint.load(path)
 
 
 def test_a_gap_hides_no_older_checkpoint(tmp_path):
