@@ -6,6 +6,7 @@ test_resident.py has what it alone promises, test_file_loaders.py what images in
 
 import builtins
 import os
+import re
 import signal
 import time
 
@@ -390,6 +391,15 @@ class Trouble(torch_loader.Samples):
         return super().sample(epoch, sample)
 
 
+class Slow(torch_loader.Samples):
+    """Samples of which number 11 takes longer than a look at the workers."""
+
+    def sample(self, epoch, sample):
+        if sample == 11:
+            time.sleep(1.5)
+        return super().sample(epoch, sample)
+
+
 @pytest.mark.parametrize("action", ["hang", "kill"])
 def test_worker_in_trouble_is_an_error(monkeypatch, action):
     monkeypatch.setattr(torch_loader, "WORKER_TIMEOUT_S", 3)
@@ -399,10 +409,36 @@ def test_worker_in_trouble_is_an_error(monkeypatch, action):
     monkeypatch.setattr(Trouble, "action", action)
     loader = loader_of(make_images(20), "torch", workers=1, shuffle=False)
     start = time.monotonic()
-    with pytest.raises(DataError, match=r"--loader torch: .*(worker|timed out)"):
+    with pytest.raises(DataError) as caught:
         list(loader)
     assert time.monotonic() - start < 8
+    (pid,) = worker_pids(loader)
+    told = rf"{pid}\) gave nothing for 3 s" if action == "hang" else rf"{pid}\) (exited|is gone)"
+    assert re.match(
+        rf"--loader torch: .*worker \(pid(\(s\))? {told}.*; --workers 0", str(caught.value)
+    )
     assert signal.getsignal(signal.SIGCHLD) == handler
+
+
+def test_a_worker_killed_between_epochs_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch_loader, "POLL_S", 1)
+    loader = loader_of(make_images(20), "torch", workers=2)
+    list(loader)
+    pid = worker_pids(loader)[1]
+    os.kill(pid, signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(DataError, match=rf"--loader torch: .*worker .*{pid}.*; --workers 0"):
+        list(loader)
+    assert time.monotonic() - start < 5
+
+
+def test_an_epoch_that_was_given_up_does_not_hurt_the_next(monkeypatch):
+    """Workers that are still busy with it answer late."""
+    monkeypatch.setattr(torch_loader, "POLL_S", 1)
+    monkeypatch.setattr(torch_loader, "Samples", Slow)
+    loader = loader_of(make_images(20), "torch", workers=1, shuffle=False)
+    next(iter(loader))
+    assert len(list(loader)) == 4
 
 
 def test_signals_to_the_group_leave_workers_alone():

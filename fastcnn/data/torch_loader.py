@@ -10,12 +10,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import connection
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import dataloader, default_collate
 
 from fastcnn.config import AugmentConfig
 from fastcnn.data.draws import Shuffle, alternating_flip, derive_seed
@@ -28,6 +29,7 @@ from fastcnn.errors import DataError, UsageError
 from fastcnn.ops.reference_augment import normalize
 
 POLL_S = 2  # between two looks at whether the workers are alive
+TIMED_OUT = "timed out"  # in DataLoader's own words
 WORKER_TIMEOUT_S = 120  # without a batch for so long, a worker is taken to hang
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
@@ -70,7 +72,7 @@ class TorchLoader(Loader):
         self.schedule = Schedule()
         self.batches: Iterator[torch.Tensor] = iter(())
         self.fetched: Iterator[Fetched] = iter(())
-        self.loader = DataLoader(
+        self.loader = PatientLoader(
             Samples(images, augment, normalization, dtype, seed),
             batch_sampler=self.schedule,
             collate_fn=_collate,
@@ -118,38 +120,73 @@ class TorchLoader(Loader):
         before = signal.getsignal(signal.SIGCHLD)
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         try:
-            return iter(self.loader)
+            with _worker_errors(self.loader._iterator):
+                return iter(self.loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGCHLD, before)
 
 
+class PatientIterator(dataloader._MultiProcessingDataLoaderIter):
+    """Waits for its workers POLL_S at a time and looks whether they live, over and over: until it
+    has something, or raises RuntimeError after WORKER_TIMEOUT_S."""
+
+    def _get_data(self) -> Any:
+        deadline = time.monotonic() + WORKER_TIMEOUT_S
+        while True:
+            try:
+                return super()._get_data()
+            except RuntimeError as error:
+                if TIMED_OUT not in str(error) or time.monotonic() > deadline:
+                    raise
+
+
+class PatientLoader(dataloader.DataLoader):
+    """A DataLoader that a worker may let wait."""
+
+    def _get_iterator(self) -> Any:
+        return PatientIterator(self) if self.num_workers else super()._get_iterator()
+
+
 def _next(fetched: Iterator[Fetched]) -> Fetched:
     """Return the next batch; DataError when a worker is dead, or after WORKER_TIMEOUT_S."""
-    deadline = time.monotonic() + WORKER_TIMEOUT_S
-    while True:
-        try:
-            return next(fetched)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0].strip()
-            if "DataLoader" not in reason:
-                raise
-            if "timed out" in reason and time.monotonic() < deadline:
-                continue
-            raise _worker_error(reason) from error
-        except (OSError, EOFError) as error:
-            # the worker died while it handed a batch over
-            dead = ", ".join(map(str, _dead_workers(fetched)))
-            raise _worker_error(f"DataLoader worker (pid {dead}) is gone ({error})") from error
+    with _worker_errors(fetched):
+        return next(fetched)
 
 
-def _dead_workers(fetched: Any) -> list[int]:
+@contextmanager
+def _worker_errors(fetched: Any) -> Iterator[None]:
+    """Turn what DataLoader raises for a worker that is dead or hangs into a DataError with its
+    process id."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].strip()
+        if "DataLoader" not in reason:
+            raise
+        if TIMED_OUT in reason:
+            reason = f"worker (pid {_slow_workers(fetched)}) gave nothing for {WORKER_TIMEOUT_S} s"
+        raise _worker_error(reason) from error
+    except (OSError, EOFError) as error:
+        # the worker died while it handed a batch over
+        dead = _dead_workers(fetched)
+        raise _worker_error(f"DataLoader worker (pid {dead}) is gone ({error})") from error
+
+
+def _dead_workers(fetched: Any) -> str:
     """Return the process ids of the workers that have ended, or end within a second."""
     workers = fetched._workers  # torch tells of them nowhere else
     # a process lets go of its sentinel before it can be seen to have ended
     ended = connection.wait([worker.sentinel for worker in workers], timeout=1)
-    return [worker.pid for worker in workers if worker.sentinel in ended]
+    return ", ".join(str(worker.pid) for worker in workers if worker.sentinel in ended)
+
+
+def _slow_workers(fetched: Any) -> str:
+    """Return the process id of the worker whose batch is waited for; between epochs, of all."""
+    waited = fetched._task_info.get(fetched._rcvd_idx)
+    workers = [fetched._workers[waited[0]]] if waited else fetched._workers
+    return ", ".join(str(worker.pid) for worker in workers)
 
 
 def _worker_error(reason: str) -> DataError:
