@@ -1,6 +1,7 @@
 """Files that are written whole or not at all."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,24 @@ def replace_bytes(path: Path, content: bytes | memoryview) -> Path:
 def replace_text(path: Path, text: str) -> Path:
     """The same with text, in UTF-8."""
     return replace_bytes(path, text.encode())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that are gone left half written in `folder`."""
+    for path in folder.glob(".*.part"):
+        owner = re.search(r"\.(\d+)(\.former)?\.part$", path.name)
+        if owner and not _runs(int(owner[1])):
+            path.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def inside(folder: Path, name: str) -> Path:

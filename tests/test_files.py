@@ -1,5 +1,8 @@
 """Files written whole or not at all."""
 
+import os
+import subprocess
+
 import pytest
 
 from fastcnn import files
@@ -57,3 +60,13 @@ def test_a_full_disk_keeps_the_former_file(tmp_path, monkeypatch):
     with pytest.raises(DiskError, match=wanted):
         files.replace_text(tmp_path / "a", "new")
     assert ((tmp_path / "a").read_text(), names(tmp_path)) == ("old", ["a"])
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    ours, theirs = f".last.pt.{os.getpid()}.part", f".last.pt.{gone.pid}.part"
+    for name in (ours, theirs, f".last.pt.{gone.pid}.former.part", "last.pt", ".mine.part"):
+        (tmp_path / name).touch()
+    files.remove_leftovers(tmp_path)
+    assert names(tmp_path) == sorted([ours, "last.pt", ".mine.part"])

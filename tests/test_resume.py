@@ -223,6 +223,30 @@ def test_a_resumption_is_recorded_beside_the_first_command(tmp_path, monkeypatch
     assert (found["command"], found["resumed_by"]) == (["test"], [["again"]])
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("arch", "arch: vgg16 → murgolo-improved"), ("image_size", "image_size: 64 → 32")],
+)
+def test_resume_refuses_another_network(tmp_path, name, told):
+    folder = start(tmp_path, epochs=1).folder
+    state = checkpoint.load(folder.last)
+    state["network"][name] = {"arch": "vgg16", "image_size": 64}[name]
+    checkpoint.save(state, folder.last)
+    (folder.path / "summary.json").unlink()
+    with pytest.raises(CheckpointError, match=rf"the network changed since \({told}\); restore"):
+        resume(folder.path)
+
+
+def test_resuming_clears_what_a_kill_left(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at_check(patch, 2)
+        with pytest.raises(Interrupted):
+            start(tmp_path)
+    (tmp_path / "run" / ".last.pt.999999999.part").touch()
+    resume(tmp_path / "run")
+    assert not list((tmp_path / "run").glob(".*"))
+
+
 def test_resume_refuses_other_data(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at_check(patch, 2)
@@ -232,7 +256,9 @@ def test_resume_refuses_other_data(tmp_path, monkeypatch):
     state = checkpoint.load(path)
     state["data"]["digest"] = "0" * 64
     checkpoint.save(state, path)
-    with pytest.raises(CheckpointError, match=r"the data changed since \(digest\)"):
+    with pytest.raises(
+        CheckpointError, match=r"the data changed since \(digest: 0{47}… → \w{47}…\); restore it"
+    ):
         resume(tmp_path / "run")
 
 

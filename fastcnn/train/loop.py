@@ -24,6 +24,7 @@ from fastcnn.train.step import TrainStep
 from fastcnn.train.trained import load_trained
 
 DONE = object()
+BRIEF = 48  # characters of a value in a message
 
 
 @dataclass
@@ -310,9 +311,13 @@ class Training:
         identity = self.setup.identity()
         for name in ("network", "data"):
             if state[name] != identity[name]:
-                changed = [k for k in identity[name] if state[name].get(k) != identity[name][k]]
+                changed = [
+                    f"{key}: {brief(state[name].get(key))} → {brief(now)}"
+                    for key, now in identity[name].items()
+                    if state[name].get(key) != now
+                ]
                 raise CheckpointError(
-                    f"{self.folder.last}: the {name} changed since ({', '.join(changed)}); "
+                    f"{self.folder.last}: the {name} changed since ({'; '.join(changed)}); "
                     "restore it, or start a new run"
                 )
         step = self.step
@@ -325,6 +330,12 @@ class Training:
                 f"--epochs {self.epochs}: the run has trained for more already "
                 f"({step.step / step.steps_per_epoch:.1f})"
             )
+
+
+def brief(value: Any) -> str:
+    """A value in a few words, its end left out: a digest, or the names of many classes."""
+    text = str(value)
+    return text if len(text) <= BRIEF else f"{text[: BRIEF - 1]}…"
 
 
 def largest_weight(model: torch.nn.Module) -> float:

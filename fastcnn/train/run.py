@@ -11,6 +11,7 @@ from typing import Any
 from fastcnn.config import Config, PlaceConfig
 from fastcnn.data.store import LeftOut
 from fastcnn.errors import CheckpointError, NumbersError, UsageError
+from fastcnn.files import remove_leftovers
 from fastcnn.train import checkpoint
 from fastcnn.train.evaluate import evaluate
 from fastcnn.train.host import tune_process
@@ -130,6 +131,7 @@ def resume(
         training.restore(state)
         # an older checkpoint becomes the last one: what was newer must not take its place
         os.replace(source, folder.last)
+    remove_leftovers(folder.path)
     folder.write_resumption(config, command)
     folder.write_bad_images(training.setup.dataset.left_out.bad)
     announce(training)
