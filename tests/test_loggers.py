@@ -193,7 +193,8 @@ def test_what_was_logged_and_not_noted_is_void(tmp_path):
 def test_a_run_that_begins_anew_in_its_folder_logs_anew(monkeypatch, tmp_path):
     options = {"epochs": 2, "loggers": ["tensorboard"]}
     folder = stopped(monkeypatch, tmp_path, "run", 8, **options)
-    (folder / "last.pt").unlink()
+    for name in ("last.pt", "last-2.pt"):
+        (folder / name).unlink()
     resume(folder)
     assert_board_is_the_table(folder, 2)
 

@@ -8,6 +8,7 @@ from small_runs import start
 
 from fastcnn.errors import DataError, NumbersError, UsageError
 from fastcnn.insight.observe import observe, open_tested
+from fastcnn.train import checkpoint
 from fastcnn.train.run import evaluate_run
 from fastcnn.train.trained import evaluation_data, load_trained
 
@@ -84,7 +85,7 @@ def test_half_precision_is_asked_for_as_in_eval(folder):
 def test_other_data_and_another_checkpoint_are_looked_at(folder, tmp_path):
     state = torch.load(folder / "last.pt")
     state["network"]["classes"] = [*map(str, range(8)), "ant", "bee"]
-    torch.save(state, tmp_path / "last.pt")
+    checkpoint.save(state, tmp_path / "last.pt")
     names = state["network"]["classes"]
     data = write_folder(tmp_path / "others", classes=names, count=2, side=20)
     found = looked_at(tmp_path / "last.pt", str(data))
@@ -98,7 +99,7 @@ def test_other_data_and_another_checkpoint_are_looked_at(folder, tmp_path):
 def test_broken_weights_and_splits_that_are_not_there_are_refused(folder, tmp_path):
     state = torch.load(folder / "last.pt")
     (state["ema"] or state["model"])["fc2.linear.bias"][3] = float("inf")
-    torch.save(state, tmp_path / "last.pt")
+    checkpoint.save(state, tmp_path / "last.pt")
     with pytest.raises(NumbersError, match="a logit is not finite"):
         looked_at(tmp_path / "last.pt")
     with pytest.raises(UsageError, match="--weights"):

@@ -24,6 +24,7 @@ from fastcnn.errors import CheckpointError, DataError, NumbersError, UsageError
 from fastcnn.insight import ood
 from fastcnn.insight.ood import judge
 from fastcnn.insight.ood_scores import ENERGY, PROBABILITY, scores
+from fastcnn.train import checkpoint
 from fastcnn.train import trained as trained_models
 from fastcnn.train.trained import TrainedModel, evaluation_data, load_trained
 
@@ -340,7 +341,7 @@ def test_a_checkpoint_may_be_chosen(folder, others, tmp_path):
     run = shutil.copytree(folder, tmp_path / "run")
     state = torch.load(run / "best.pt")
     state["model"]["fc2.linear.bias"] += 3.0
-    torch.save(state, run / "best.pt")
+    checkpoint.save(state, run / "best.pt")
     last, best = (detect(run, others[0], weights=name) for name in ("last", "best"))
     np.testing.assert_allclose(best.held_out.energy, last.held_out.energy + 3, rtol=1e-4)
     assert best.words[0] == "network: murgolo-improved, best.pt, fp32"
@@ -432,7 +433,7 @@ def test_images_changed_since_training_are_told(folder, others, tmp_path, caplog
     changed = shutil.copytree(folder, tmp_path / "run")
     state = torch.load(changed / "last.pt")
     state["data"]["digest"] = "0" * 64
-    torch.save(state, changed / "last.pt")
+    checkpoint.save(state, changed / "last.pt")
     detect(changed, others[0])
     assert "digits has changed since training" in caplog.text
 

@@ -272,7 +272,7 @@ def test_a_finished_run_is_left_alone(tmp_path):
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
     whole = final_state(start(tmp_path, "whole").folder.path)
     folder = start(tmp_path, "broken").folder
-    for name in ("last.pt", "best.pt", "summary.json", "metrics.csv"):
+    for name in ("last.pt", "last-2.pt", "best.pt", "summary.json", "metrics.csv"):
         (folder.path / name).unlink()
     resume(folder.path)
     assert_same(whole, final_state(folder.path))
