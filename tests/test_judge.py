@@ -258,7 +258,9 @@ def test_level_rows_are_neither_in_order_nor_turned():
     found = judge_order([row("a", 59.3), row("b", 52.9)], results(a=[0.1 + 0.2], b=[0.3]))
     assert (found.turned, found.same, found.tau) == ((), False, None)
     assert [(a.key, b.key) for a, b in found.level] == [("a", "b")]
-    assert order_sentence(found).endswith("published: CNN A > CNN B; level: CNN A and CNN B")
+    assert order_sentence(found) == (
+        "by mean top-1, best first: CNN A = CNN B; published: CNN A > CNN B; level: CNN A and CNN B"
+    )
     level_as_published = judge_order([row("a", 50.0), row("b", 50.0)], results(a=A, b=B))
     assert level_as_published.same
     assert level_as_published.tau is None

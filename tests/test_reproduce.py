@@ -201,6 +201,7 @@ def test_images_that_were_left_out_count_as_there(tmp_path, monkeypatch):
         (["mao2022", "training", "--modern"], 2, "--modern: training has no rows of this"),
         (["murgolo", "--lr", "1"], 2, "unknown option --lr"),
         (["murgolo", "--data", "nowhere"], 2, "--data nowhere: neither cifar10"),
+        (["murgolo", "ood", "--ood-data", "nowhere"], 2, "--ood-data nowhere: neither cifar10"),
         (["murgolo", "--output", "/dev/null/x"], 2, "--output: cannot write into /dev/null/x"),
     ],
 )

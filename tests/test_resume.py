@@ -129,7 +129,34 @@ def test_going_back_keeps_the_good_checkpoint(tmp_path, monkeypatch):
         patch.setattr(loop.Training, "train", lambda self: {})
         resume(folder / "last-2.pt")
     assert checkpoint.load(folder / "last.pt")["step"] == 3
-    assert not (folder / "last-2.pt").exists()
+    assert checkpoint.load(folder / "last-2.pt")["step"] == 3
+
+
+def test_a_finished_run_goes_on_from_a_checkpoint_that_is_named(tmp_path):
+    """So that one whose last checkpoint was damaged is whole again."""
+    folder = start(tmp_path).folder.path
+    whole = final_state(folder)
+    resume(folder)
+    assert checkpoint.load(folder / "last-2.pt")["step"] == 3
+    (folder / "last.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"last-2\.pt, of step 3, is whole: give that"):
+        resume(folder)
+    outcome = resume(folder / "last-2.pt")
+    assert_same(whole, final_state(folder))
+    assert outcome.summary == json.loads((folder / "summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("best.pt", r"best\.pt: holds weights alone, .*; a run goes on from its folder, .*run$"),
+        ("last-7.pt", r"no checkpoint at .*last-7\.pt; give"),
+    ],
+)
+def test_what_no_run_goes_on_from_is_named(tmp_path, name, told):
+    folder = start(tmp_path, epochs=1).folder.path
+    with pytest.raises(CheckpointError, match=told):
+        resume(folder / name)
 
 
 def test_resume_refuses_other_options_and_lists_them(tmp_path):

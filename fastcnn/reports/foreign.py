@@ -8,6 +8,7 @@ import torch
 
 from fastcnn.config import DataConfig
 from fastcnn.data import load_dataset
+from fastcnn.errors import DataError, UsageError
 from fastcnn.insight.ood import Detection, Result, detect
 from fastcnn.insight.ood_record import HEADER, NUMBERS, line
 from fastcnn.insight.ood_scores import ENERGY, PROBABILITY
@@ -36,7 +37,10 @@ def check(images: Images, ood_data: str, machine: Mapping[str, Any]) -> None:
     names = ("on_bad_image", "bad_limit")
     given = {name: machine[name] for name in names if name in machine}
     config = DataConfig(data=ood_data, image_size=SIDE, **given)
-    load_dataset(config, SIDE, torch.device("cpu"))
+    try:
+        load_dataset(config, SIDE, torch.device("cpu"))
+    except (DataError, UsageError) as error:
+        raise type(error)(str(error).replace("--data ", "--ood-data ", 1)) from error
 
 
 def record_of(

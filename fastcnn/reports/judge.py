@@ -56,12 +56,14 @@ class JudgedOrder:
 
     turned: pairs, the published better one first, that stand the other way round in ours; level:
     pairs that differ as published and not in ours. tau: Kendall's; None where one side is level
-    throughout.
+    throughout. published_top1, our_top1: of the rows in these orders.
     """
 
     reading: str
     published: tuple[Row, ...]
     ours: tuple[Row, ...]
+    published_top1: tuple[float, ...]
+    our_top1: tuple[float, ...]
     turned: tuple[tuple[Row, Row], ...]
     level: tuple[tuple[Row, Row], ...]
     tau: float | None
@@ -142,10 +144,13 @@ def judge_order(rows: Sequence[Row], results: Results, reading: str = "") -> Jud
     first = sorted((r for r in chosen if r.key in theirs), key=lambda row: -theirs[row.key])
     pairs = [(a, b) for a in first for b in first if theirs[a.key] > theirs[b.key]]
     tau = float(stats.kendalltau(list(theirs.values()), list(ours.values())).statistic)
+    found = sorted(first, key=lambda row: -ours[row.key])
     return JudgedOrder(
         reading,
         tuple(first),
-        tuple(sorted(first, key=lambda row: -ours[row.key])),
+        tuple(found),
+        tuple(theirs[row.key] for row in first),
+        tuple(ours[row.key] for row in found),
         tuple((a, b) for a, b in pairs if ours[a.key] < ours[b.key]),
         tuple((a, b) for a, b in pairs if ours[a.key] == ours[b.key]),
         None if math.isnan(tau) else tau,
@@ -251,11 +256,11 @@ def order_sentence(judged: JudgedOrder) -> str:
     the other way round: CNN B and CNN C; Kendall's tau 0.33"."""
     of = f" (reading {judged.reading})" if judged.reading else ""
     tau = "" if judged.tau is None else f"; Kendall's tau {judged.tau:.2f}"
-    start = f"by mean top-1{of}, best first: {_labels(judged.ours)}"
+    start = f"by mean top-1{of}, best first: {_labels(judged.ours, judged.our_top1)}"
     if judged.same:
         return f"{start}, the published order{tau}"
     turned = _named("the other way round", judged.turned) + _named("level", judged.level)
-    return f"{start}; published: {_labels(judged.published)}{turned}{tau}"
+    return f"{start}; published: {_labels(judged.published, judged.published_top1)}{turned}{tau}"
 
 
 def _of_interval(judged: JudgedFigure) -> str:
@@ -281,8 +286,12 @@ def _direction(judged: JudgedClaim) -> str:
     return f", the means point {'the same' if difference > 0 else 'the other'} way"
 
 
-def _labels(rows: Sequence[Row]) -> str:
-    return " > ".join(row.label for row in rows)
+def _labels(rows: Sequence[Row], values: Sequence[float]) -> str:
+    """The rows' labels in falling order; those of equal values are equal."""
+    text = rows[0].label
+    for row, before, value in zip(rows[1:], values, values[1:], strict=False):
+        text += f" {'=' if value == before else '>'} {row.label}"
+    return text
 
 
 def _named(what: str, pairs: Sequence[tuple[Row, Row]]) -> str:

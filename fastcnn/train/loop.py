@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -294,20 +295,25 @@ class Training:
         }
         self.saver.save(state, self.folder.last, self.setup.config.run.keep_checkpoints)
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint of this very run.
+    def restore(self, state: dict[str, Any], source: Path) -> None:
+        """Take up a checkpoint of this very run, which was read from the file `source`.
 
         Raises CheckpointError if the data changed or an entry is missing or not what it should be.
         """
+        if "model" in state and "optimizer" not in state:
+            raise CheckpointError(
+                f"{source}: holds weights alone, to evaluate and predict with; a run goes on from "
+                f"its folder, {self.folder.path}"
+            )
         try:
-            self._restore(state)
+            self._restore(state, source)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
-                f"{self.folder.last}: not a checkpoint that this run can go on from "
+                f"{source}: not a checkpoint that this run can go on from "
                 f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
             ) from error
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any], source: Path) -> None:
         identity = self.setup.identity()
         for name in ("network", "data"):
             if state[name] != identity[name]:
@@ -317,11 +323,11 @@ class Training:
                     if state[name].get(key) != now
                 ]
                 raise CheckpointError(
-                    f"{self.folder.last}: the {name} changed since ({'; '.join(changed)}); "
+                    f"{source}: the {name} changed since ({'; '.join(changed)}); "
                     "restore it, or start a new run"
                 )
         step = self.step
-        step.load_state_dict(state, self.folder.last)
+        step.load_state_dict(state, source)
         self.setup.train_loader.load_state_dict(state["loader"])
         self.at = Progressed(**state["progress"])
         checkpoint.set_rng_state(state["rng"], self.setup.device)

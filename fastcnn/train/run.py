@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,25 +111,28 @@ def resume(
     the saved configuration without `place.allow_changes`.
     """
     target = Path(place.resume or "")
-    folder = RunFolder.open(target.parent if target.is_file() else target)
-    source = target if target.is_file() else folder.last
+    named = target.suffix == ".pt" and not target.is_dir()
+    folder = RunFolder.open(target.parent if named else target)
+    source = target if named else folder.last
     # a run killed before its first checkpoint begins anew in its folder
-    begun = source.exists() or any(checkpoint.formers(source))
+    begun = named or source.exists() or any(checkpoint.formers(source))
     state = checkpoint.load(source) if begun else None
     written = folder.read_config()
     saved = saved_config(state, source) if state else written
     config = changed_config(saved, written.flat() | explicit, place.allow_changes)
     summary = folder.read_summary()
-    if summary is not None and forecast(config) == forecast(saved):
+    # of a finished run too, who names a checkpoint wants to go on from it
+    if summary is not None and forecast(config) == forecast(saved) and not named:
         Progress(0, 0, quiet).say(f"{folder.path} is finished: nothing to continue")
         return Outcome(folder, summary)
     check_loggers(config.run.loggers)
     tune_process(config.run.threads)
     training = Training(prepare(config), folder, quiet)
     if state is not None:
-        training.restore(state)
-        # an older checkpoint becomes the last one: what was newer must not take its place
-        os.replace(source, folder.last)
+        training.restore(state, source)
+        if source != folder.last:
+            # before anything is saved: what was newer must not take the place of a whole one
+            checkpoint.save(state, folder.last)
     remove_leftovers(folder.path)
     folder.write_resumption(config, command)
     folder.write_bad_images(training.setup.dataset.left_out.bad)
