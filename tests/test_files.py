@@ -1,72 +1,102 @@
-"""Files written whole or not at all."""
+"""Images that stay in their files: the packed ones' pixels, and files that change."""
 
 import os
-import subprocess
 
+import numpy as np
 import pytest
+from image_files import IN_FILES, encoded, load, noise, write, write_folder
 
-from fastcnn import files
-from fastcnn.errors import DiskError
+from fastcnn.errors import DataError
 
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def test_a_file_takes_its_name_at_the_end(tmp_path):
-    path = tmp_path / "a"
-    path.write_text("old")
-    with files.replacing(path, b"new") as written:
-        assert (written.read_bytes(), path.read_text()) == (b"new", "old")
-        assert written.parent == tmp_path
-    assert (path.read_text(), names(tmp_path)) == ("new", ["a"])
+def mixed(root):
+    """Images of several sizes, formats and modes."""
+    write_folder(root, ("train", "test", "val"))
+    write(root / "train/ant/oblong.png", encoded(noise((11, 17, 3))))
+    write(root / "train/ant/tall.jpg", encoded(noise((23, 9, 3)), "JPEG"))
+    write(root / "train/bee/grey.png", encoded(noise((8, 12))))
+    write(root / "test/bee/clear.png", encoded(noise((8, 12, 4))))
+    return root
 
 
-def test_what_the_block_refuses_is_not_kept(tmp_path):
-    path = tmp_path / "a"
-    path.write_text("old")
-    with pytest.raises(ValueError, match="wrong"), files.replacing(path, b"new"):
-        raise ValueError("wrong")
-    assert (path.read_text(), names(tmp_path)) == ("old", ["a"])
+@pytest.mark.parametrize("options", [{}, {"image_size": 12}, {"image_size": 12, "resize": "crop"}])
+def test_files_and_packed_images_agree(root, options):
+    if options:
+        mixed(root)
+    else:
+        write_folder(root, ("train", "test", "val"))
+    packed, files = load(root, store="packed", **options), load(root, **IN_FILES, **options)
+    assert files.digest == packed.digest
+    assert files.classes == packed.classes
+    for name in ("train", "test", "val"):
+        one, other = getattr(packed, name), getattr(files, name)
+        assert other.sides == one.sides
+        assert np.array_equal(other.labels, one.labels)
+        everything = range(len(other))
+        assert np.array_equal(other.pixels_of(everything), one.pixels_of(everything))
+        some = np.arange(len(other))[::2]
+        assert np.array_equal(other.take(some).pixels_of([1, 0]), one.take(some).pixels_of([1, 0]))
 
 
-def test_it_is_on_the_disk_before_it_has_the_name(tmp_path, monkeypatch):
-    order = []
-    sync, replace = files.os.fsync, files.os.replace
-    monkeypatch.setattr(files.os, "fsync", lambda fd: (order.append("sync"), sync(fd)))
-    monkeypatch.setattr(files.os, "replace", lambda *p: (order.append("name"), replace(*p)))
-    files.replace_text(tmp_path / "a", "é")
-    assert order == ["sync", "name"]
-    assert (tmp_path / "a").read_bytes() == "é".encode()
+def test_digest_follows_contents_labels_size_and_view(root):
+    digests = [load(mixed(root), image_size=12, **IN_FILES).digest]
+    digests.append(load(root, image_size=14, **IN_FILES).digest)
+    digests.append(load(root, image_size=12, resize="crop", **IN_FILES).digest)
+    write(root / "train/ant/0.png", encoded(noise((8, 8, 3), seed=77)))
+    digests.append(load(root, image_size=12, **IN_FILES).digest)
+    (root / "train/ant/tall.jpg").rename(root / "train/bee/0.jpg")
+    digests.append(load(root, image_size=12, **IN_FILES).digest)
+    assert len(set(digests)) == 5
 
 
-def test_a_refusal_is_one_line_and_keeps_the_former_file(tmp_path):
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(DiskError, match=r"cannot write .*folder: .* \(3 bytes needed, "):
-        files.replace_bytes(tmp_path / "folder", b"new")
-    with pytest.raises(DiskError, match=r"cannot write .*: No such file or directory$"):
-        files.replace_bytes(tmp_path / "none" / "a", b"new")
-    assert names(tmp_path) == ["folder"]
+def truncate(path):
+    os.truncate(path, 30)
 
 
-def test_a_full_disk_keeps_the_former_file(tmp_path, monkeypatch):
-    (tmp_path / "a").write_text("old")
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files.os, "fsync", full)
-    wanted = r"cannot write .*a: No space .*free\); the former one is kept"
-    with pytest.raises(DiskError, match=wanted):
-        files.replace_text(tmp_path / "a", "new")
-    assert ((tmp_path / "a").read_text(), names(tmp_path)) == ("old", ["a"])
+def replace_by_text(path):
+    path.write_bytes(b"x" * path.stat().st_size)
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path):
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    ours, theirs = f".last.pt.{os.getpid()}.part", f".last.pt.{gone.pid}.part"
-    for name in (ours, theirs, f".last.pt.{gone.pid}.former.part", "last.pt", ".mine.part"):
-        (tmp_path / name).touch()
-    files.remove_leftovers(tmp_path)
-    assert names(tmp_path) == sorted([ours, "last.pt", ".mine.part"])
+def replace_by_good(path):
+    """Another image of as many bytes and equal sides, under the old mtime."""
+    other = path.parent.parent / "ant/1.png"
+    length, times = path.stat().st_size, (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    assert other.stat().st_size <= length
+    path.write_bytes(other.read_bytes().ljust(length, b"\0"))
+    os.utime(path, ns=times)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "changed since it was scanned: .* bytes then, 30 now"),
+        (os.remove, "No such file or directory; it was readable when it was scanned"),
+        (replace_by_text, "changed since it was scanned; put it back"),
+        (replace_by_good, "changed since it was scanned; put it back"),
+    ],
+)
+def test_a_file_that_changes_later_is_named(root, damage, message):
+    files = load(write_folder(root), **IN_FILES).train
+    damage(root / "train/bee/1.png")
+    files.pixels_of([0, 1])
+    with pytest.raises(DataError, match=rf"train/bee/1\.png: {message}"):
+        files.pixels_of([3, 4])
+
+
+def test_a_file_that_is_touched_or_copied_goes_on(root):
+    files = load(write_folder(root), **IN_FILES).train
+    wanted = files.pixels_of([3, 4])
+    for path in (root / "train/bee").iterdir():
+        os.utime(path, ns=(5, 5))
+        path.chmod(0o600)
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data)
+    assert np.array_equal(files.pixels_of([3, 4]), wanted)
+
+
+def test_no_images_have_no_pixels(root):
+    files = load(write_folder(root), **IN_FILES).train
+    assert files.pixels_of([]).shape == (0, 8, 8, 3)
