@@ -175,7 +175,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
         original(self, images * float("nan") if self.step >= 3 else images, labels)
 
     monkeypatch.setattr(loop.TrainStep, "_work", poisoned)
-    with pytest.raises(NumbersError, match=r"training loss is nan in epoch 2: .*last\.pt"):
+    with pytest.raises(NumbersError, match=r"step 4 \(epoch 2\): the loss or a .*last\.pt"):
         start(tmp_path, checkpoint_steps=checkpoint_steps)
     state = checkpoint.load(tmp_path / "run" / "last.pt")
     assert state["step"] == 3

@@ -44,7 +44,14 @@ def waste_of(name, number_format, **options):
     step(*batch)
     with Waste() as waste:
         step(*batch)
-    return waste.found, size
+    # the running statistics of all norms, 16 KB a thousand channels, which a step may have to give
+    # back
+    kept = [
+        ("copy_", tuple(all_of.shape), all_of.dtype)
+        for all_of in [step.guard.statistics]
+        if all_of is not None
+    ]
+    return [one for one in waste.found if one not in kept], size
 
 
 @pytest.mark.parametrize("number_format", [None, torch.bfloat16], ids=["fp32", "bf16"])

@@ -106,6 +106,7 @@ def _metrics(folder: Path, finished: bool) -> dict[str, list[float]]:
         found = read_metrics(folder) or {name: [] for name in COLUMNS}
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); resume the run") from error
+    found.setdefault("skipped_steps", [0.0] * len(found.get("epoch", [])))  # not counted before
     if missing := [name for name in COLUMNS if name not in found]:
         raise CheckpointError(f"{path} has no column {missing[0]}; resume the run")
     if finished and not found["epoch"]:

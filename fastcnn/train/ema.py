@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from fastcnn.train.statistics import statistics
+
 
 class Ema:
     """A second model that trails the first: shadow += (1 − d) · (weight − shadow) a step.
@@ -25,11 +27,6 @@ class Ema:
             moves = torch._foreach_sub(self._source, self._shadow)
             torch._foreach_mul_(moves, weight)
             torch._foreach_add_(self._shadow, moves)
-
-
-def statistics(model: nn.Module) -> list[Tensor]:
-    """The floating-point buffers; the others, counts of batches, stand still in these networks."""
-    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
 
 
 def move_of(decay: float, step: int) -> float:

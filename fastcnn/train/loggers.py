@@ -32,6 +32,7 @@ EPOCH = {
     "top5/val": "val_top5",
     "lr": "lr",
     "images_per_s": "images_per_s",
+    "skipped_steps": "skipped_steps",
 }
 TEST = {"loss/test": "test_loss", "top1/test": "test_top1", "top5/test": "test_top5"}
 # what each one needs: a package, its module and a name in that

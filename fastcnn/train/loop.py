@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from fastcnn.archs.spec import parameters
 from fastcnn.errors import CheckpointError, NumbersError, UsageError
 from fastcnn.ops import plans
 from fastcnn.train import checkpoint
+from fastcnn.train.diagnose import first_not_finite
 from fastcnn.train.evaluate import Evaluation, Evaluator
+from fastcnn.train.guard import LIMIT
 from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
 from fastcnn.train.loggers import Loggers
 from fastcnn.train.metrics import Figures
@@ -111,20 +114,26 @@ class Training:
         steps_done = self.step.step - self.at.epoch * self.step.steps_per_epoch
         batch_size = setup.config.data.batch_size
         before, start = self.at.seconds, time.perf_counter()
-        with self.progress.epoch(self.at.epoch + 1, steps_done, batch_size) as shown:
-            for _ in self._telling_plans(self.step.epoch(setup.train_loader)):
-                shown.update(self.step.metrics)
+        steps = self._telling_plans(self.step.epoch(setup.train_loader))
+        shown = self.progress.epoch(self.at.epoch + 1, steps_done, batch_size)
+        with shown as bar, closing(steps):
+            for _ in steps:
+                bar.update(self.step.metrics)
                 self.at.seconds = before + time.perf_counter() - start
                 stop.check()
-                if every and self.step.step % every == 0:
+                due = bool(every) and self.step.step % every == 0
+                if self.step.guard.ended(wait=due):
+                    break
+                if due:
                     self._save()
                 if setup.config.run.fast_dev_run:
                     break
+        self._require_numbers()
         self.step.metrics.read()
         self.at.seconds = before + time.perf_counter() - start
         self.at.trained = True
 
-    def _telling_plans(self, steps: Iterator[None]) -> Iterator[None]:
+    def _telling_plans(self, steps: Iterator[None]) -> Generator[None]:
         """The steps; after the first of the run, say how many of its convolutions are fused."""
         if not self._told_plans:
             with plans.noted() as taken:
@@ -146,6 +155,7 @@ class Training:
         self.at.epoch += 1
         self.at.trained, self.at.seconds = False, 0.0
         self.step.metrics.reset()
+        self.step.guard.reset()
         self.folder.write_metrics(self.at.history)
         if self.at.best_epoch == self.at.epoch:
             self._save_best()
@@ -171,6 +181,7 @@ class Training:
             "val_top1": figures.top1,
             "val_top5": figures.top5,
             "lr": self.step.lr_of(last_step),
+            "skipped_steps": self.step.guard.skipped(),
             "images_per_s": trained.images / max(self.at.seconds, 1e-9),
             "seconds": self.at.seconds + evaluation.seconds,
         }
@@ -185,6 +196,8 @@ class Training:
         left = sum(r["seconds"] for r in self.at.history) / len(self.at.history)
         left *= self.epochs - row["epoch"]
         rest = f"  {format_seconds(left)} left" if left else ""
+        if skipped := row["skipped_steps"]:
+            rest += f"  {skipped} step{'s' if skipped > 1 else ''} skipped"
         return (
             f"epoch {row['epoch']}/{self.epochs}  train loss {row['train_loss']:.4f} "
             f"top-1 {row['train_top1']:.2%}  val loss {row['val_loss']:.4f} "
@@ -196,14 +209,39 @@ class Training:
         patience = self.setup.config.optim.early_stop
         return bool(patience) and self.at.epoch - self.at.best_epoch >= patience
 
+    def _require_numbers(self) -> None:
+        """Raise NumbersError where a step had gradients that the run cannot go on with."""
+        guard, loader = self.step.guard, self.setup.train_loader
+        if not guard.ended():
+            return
+        if guard.scale is None:
+            position = self.step.metrics.read().images // loader.batch_size
+            number = self.at.epoch * self.step.steps_per_epoch + position + 1
+            place, remedy = f"step {number} (epoch {self.at.epoch + 1})", ""
+            what = "is not finite"
+        else:
+            position = min(loader.position // loader.batch_size, self.step.steps_per_epoch - 1)
+            place = f"epoch {self.at.epoch + 1}"
+            what = (
+                f"is not finite in fp16; {LIMIT} steps in a row were skipped and the loss scale "
+                f"fell to {guard.scale.scale.item():g}"
+            )
+            remedy = ", or --amp-dtype bf16"
+        where = first_not_finite(self.step, loader, position)
+        raise NumbersError(
+            f"{place}: {where} {what}: lower --lr or use --clip-grad 1{remedy}{self._kept()}"
+        )
+
+    def _kept(self) -> str:
+        self.saver.wait()
+        last = self.folder.last
+        return f"; the last good checkpoint is {last}" if last.exists() else ""
+
     def _require_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):
-            self.saver.wait()
-            saved = self.folder.last.exists()
-            kept = f"; the last good checkpoint is {self.folder.last}" if saved else ""
             raise NumbersError(
                 f"{what} is {value} in epoch {self.at.epoch + 1}: lower --lr or use --clip-grad 1"
-                f"{kept}"
+                f"{self._kept()}"
             )
 
     def _finish(self, evaluation: Evaluation | None, stop: StopAtStepEdge) -> dict[str, Any]:
@@ -284,7 +322,10 @@ class Training:
 
     def _save(self) -> None:
         step = self.step
-        self._require_finite(step.metrics.read().loss, "training loss")
+        self._require_numbers()
+        trained = step.metrics.read()
+        if trained.images:
+            self._require_finite(trained.loss, "training loss")
         self._require_finite(largest_weight(step.model), "largest weight")
         state = {
             **self.setup.identity(),
@@ -330,6 +371,8 @@ class Training:
         step.load_state_dict(state, source)
         self.setup.train_loader.load_state_dict(state["loader"])
         self.at = Progressed(**state["progress"])
+        for row in self.at.history:
+            row.setdefault("skipped_steps", 0)  # checkpoints of before they were counted
         checkpoint.set_rng_state(state["rng"], self.setup.device)
         if step.step > self.epochs * step.steps_per_epoch:
             raise UsageError(

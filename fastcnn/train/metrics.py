@@ -1,15 +1,18 @@
 """Loss and accuracy, summed on the device: reading them is the only synchronisation."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastcnn.train.arriving import Arriving
+
 
 @dataclass(frozen=True)
 class Figures:
-    """Means over `images` images; accuracies are fractions of 1."""
+    """Means over `images` images; accuracies are fractions of 1. The loss of none is nan."""
 
     loss: float
     top1: float
@@ -22,18 +25,22 @@ class Metrics:
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
-        self._arriving: Tensor | None = None
-        self._event = torch.cuda.Event() if device.type == "cuda" else None
+        self._arriving = Arriving(device)
 
     @torch.no_grad()
-    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: `loss` is its mean (), `logits` (N, classes), `labels` int64 (N,)."""
+    def update(
+        self, loss: Tensor, logits: Tensor, labels: Tensor, skip: Tensor | None = None
+    ) -> None:
+        """Add a batch: `loss` is its mean (), `logits` (N, classes), `labels` int64 (N,).
+
+        skip: bool (); where it is true the batch does not count.
+        """
         count = labels.shape[0]
         best = logits.topk(min(5, logits.shape[1])).indices
         top1, top5 = logits.argmax(1) == labels, best == labels[:, None]
-        row = torch.stack([loss.double() * count, top1.sum(), top5.sum()])
-        self.sums[:3] += row
-        self.sums[3] += count
+        images = torch.full_like(loss, count, dtype=torch.float64)
+        row = torch.stack([loss.double() * count, top1.sum(), top5.sum(), images])
+        self.sums += row if skip is None else row.masked_fill(skip, 0)
 
     def read(self) -> Figures:
         """Copy the sums to the host (synchronises) and divide."""
@@ -45,24 +52,18 @@ class Metrics:
         Each call asks for the sums as they are once the device has come to this point, and returns
         what the call before asked for: None where that has not arrived, or nobody asked.
         """
-        if self._event is None:
-            return self.read()
-        if self._arriving is not None and not self._event.query():
-            return None
-        found = None if self._arriving is None else _figures(self._arriving)
-        self._arriving = torch.empty(4, dtype=torch.float64, pin_memory=True)
-        self._arriving.copy_(self.sums, non_blocking=True)
-        self._event.record()
-        return found
+        found = self._arriving(self.sums)
+        return None if found is None else _figures(found)
 
     def reset(self) -> None:
         self.sums.zero_()
-        self._arriving = None
+        self._arriving.forget()
 
 
 def _figures(sums: Tensor) -> Figures:
     loss, top1, top5, count = sums.tolist()
-    return Figures(loss / max(count, 1), top1 / max(count, 1), top5 / max(count, 1), int(count))
+    mean = loss / count if count else math.nan
+    return Figures(mean, top1 / max(count, 1), top5 / max(count, 1), int(count))
 
 
 def confusion(logits: Tensor, labels: Tensor) -> Tensor:

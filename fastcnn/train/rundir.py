@@ -27,6 +27,7 @@ COLUMNS = (
     "lr",
     "images_per_s",
     "seconds",
+    "skipped_steps",
 )
 
 

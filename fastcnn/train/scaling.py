@@ -1,7 +1,6 @@
 """What multiplies the gradients before the update: the loss's scale undone, their norm clipped.
 
-Everything stays on the device. One norm over all gradients serves both: it tells how much to clip,
-and it is not finite where any gradient is not.
+Everything stays on the device.
 """
 
 from collections.abc import Sequence
@@ -39,18 +38,16 @@ class LossScale:
 @torch.no_grad()
 def gradient_factor(
     gradients: Sequence[Tensor], clip: float, scale: LossScale | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return what to multiply the gradients with, fp32 () or None for 1, and found_inf, fp32 ().
+) -> Tensor | None:
+    """Return what to multiply the gradients with, fp32 (), or None for 1.
 
-    clip: largest 2-norm of all gradients together, after unscaling; 0: off. found_inf is 1 where a
-    gradient is not finite, else 0; None without a loss scale.
+    clip: largest 2-norm of all gradients together, after unscaling; 0: off.
     """
-    if not clip and scale is None:
-        return None, None
+    factor = None if scale is None else scale.scale[0].reciprocal()
+    if not clip:
+        return factor
     wide = torch.promote_types(gradients[0].dtype, torch.float32)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2, wide)))
-    factor = torch.ones_like(norm) if scale is None else scale.scale[0].reciprocal()
-    found_inf = None if scale is None else (~norm.isfinite()).float()
-    if clip:
-        factor = factor * (clip / (norm * factor + 1e-6)).clamp(max=1.0)
-    return factor.float(), found_inf
+    unscaled = norm if factor is None else norm * factor
+    clipped = (clip / (unscaled + 1e-6)).clamp(max=1.0)
+    return (clipped if factor is None else clipped * factor).float()

@@ -19,6 +19,7 @@ from fastcnn.train import mix
 from fastcnn.train.checkpoint import load_weights
 from fastcnn.train.ema import Ema, move_of
 from fastcnn.train.graph import GraphMode, Recorder, Replay, recorder_for
+from fastcnn.train.guard import Guard
 from fastcnn.train.half import half_network, refresh
 from fastcnn.train.metrics import Metrics, cross_entropy
 from fastcnn.train.optimizer import Optimizer
@@ -53,11 +54,13 @@ class TrainStep:
         self.steps_per_epoch = steps_per_epoch
         self.seed = seed
         self.step = 0
+        self.scale = LossScale(device) if precision.scales_loss else None
+        # before anything takes a copy of the model, or a reference to its statistics
+        self.guard = Guard(model, self.scale, device)
         self.network, self._halves = half_network(model, precision.dtype)
         self.ema = Ema(model) if config.ema else None
         averages = self.ema.parameters if self.ema else ()
         self.optimizer = Optimizer(model, config, self._halves, averages, backend)
-        self.scale = LossScale(device) if precision.scales_loss else None
         self.metrics = Metrics(device)
         self.mixes = bool(config.mixup or config.cutmix)
         columns = 2 + (mix.NUMBERS if self.mixes else 0)
@@ -99,6 +102,7 @@ class TrainStep:
             "ema": self.ema.model.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scale": self.scale.state_dict() if self.scale else None,
+            "guard": self.guard.state_dict(),
             "sums": self.metrics.sums.clone(),
             "step": self.step,
         }
@@ -115,6 +119,7 @@ class TrainStep:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scale:
             self.scale.load_state_dict(state["scale"])
+        self.guard.load_state_dict(state.get("guard"))
         self.metrics.sums.copy_(state["sums"])
         self.step = state["step"]
 
@@ -136,19 +141,24 @@ class TrainStep:
             rows.append(row + list(mix.draw(self.config, self.seed, step) if self.mixes else ()))
         return rows
 
+    def forward(self, images: Tensor, labels: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Loss and logits that step `position` (0-based) of the present epoch has of a batch."""
+        return self._forward(images, labels, self._table[position])
+
     def _work(self, images: Tensor, labels: Tensor) -> None:
         """One step, on the device alone."""
         row = self._table.index_select(0, self._clock)[0]
+        self.guard.keep()
         loss, logits = self._forward(images, labels, row)
         scaled = loss * self.scale.scale[0] if self.scale else loss
         gradients = torch.autograd.grad(scaled, self.optimizer.leaves)
-        factor, found_inf = gradient_factor(gradients, self.config.clip_grad, self.scale)
-        self.optimizer.step(gradients, row[:2], factor, found_inf)
-        if self.scale and found_inf is not None:
-            self.scale.update(found_inf)
+        uncounted = self.guard.judge(gradients, loss)
+        factor = gradient_factor(gradients, self.config.clip_grad, self.scale)
+        self.optimizer.step(gradients, row[:2], factor, self.guard.found)
+        self.guard.settle()
         if self.ema:
             self.ema.update_statistics(row[1])
-        self.metrics.update(loss.detach(), logits.detach(), labels)
+        self.metrics.update(loss.detach(), logits.detach(), labels, uncounted)
         self._clock += 1
 
     def _forward(self, images: Tensor, labels: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
