@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from fastcnn.archs.spec import parameters
 from fastcnn.errors import CheckpointError, NumbersError, UsageError
 from fastcnn.ops import plans
-from fastcnn.train import checkpoint
+from fastcnn.train import checkpoint, memory
 from fastcnn.train.diagnose import first_not_finite
 from fastcnn.train.evaluate import Evaluation, Evaluator
 from fastcnn.train.guard import LIMIT
@@ -103,11 +103,6 @@ class Training:
                 self._save()
                 self.saver.wait()
                 raise
-            except torch.OutOfMemoryError as error:
-                raise UsageError(
-                    f"out of GPU memory at --batch-size {self.setup.config.data.batch_size}: try "
-                    f"{max(1, self.setup.config.data.batch_size // 2)}"
-                ) from error
 
     def _train_epoch(self, stop: StopAtStepEdge) -> None:
         setup, every = self.setup, self.setup.config.run.checkpoint_steps
@@ -116,7 +111,7 @@ class Training:
         before, start = self.at.seconds, time.perf_counter()
         steps = self._telling_plans(self.step.epoch(setup.train_loader))
         shown = self.progress.epoch(self.at.epoch + 1, steps_done, batch_size)
-        with shown as bar, closing(steps):
+        with shown as bar, self._advising("--batch-size", batch_size), closing(steps):
             for _ in steps:
                 bar.update(self.step.metrics)
                 self.at.seconds = before + time.perf_counter() - start
@@ -169,7 +164,11 @@ class Training:
         if id(loader) not in self._evaluators:
             self._evaluators[id(loader)] = new_evaluator(setup, self.step, loader)
         batches = 1 if setup.config.run.fast_dev_run else None
-        return self._evaluators[id(loader)](stop.check, batches)
+        with self._advising("--eval-batch-size", setup.config.data.eval_batch_size):
+            return self._evaluators[id(loader)](stop.check, batches)
+
+    def _advising(self, option: str, batch_size: int) -> AbstractContextManager[None]:
+        return memory.advising(option, batch_size, self.setup.device, self._kept)
 
     def _record(self, trained: Figures, evaluation: Evaluation) -> None:
         figures, last_step = evaluation.figures, self.step.step - 1
