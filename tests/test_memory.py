@@ -34,7 +34,7 @@ sys.exit(main(sys.argv[2:]))
 def test_a_process_without_memory_says_what_to_try(tmp_path):
     options = ["--arch", "vgg11", "--data", "digits", "--batch-size", "1400", "--threads", "1"]
     options += ["--output", str(tmp_path), "--epochs", "1", "--loader", "resident", "--quiet"]
-    words = [sys.executable, "-c", LIMITED, str(400 * 2**20), "train", *options]
+    words = [sys.executable, "-c", LIMITED, str(700 * 2**20), "train", *options]
     env = dict(os.environ) | {"MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 2, done.stderr
