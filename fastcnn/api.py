@@ -168,7 +168,8 @@ def train_or_resume(
         raise UsageError("resume: a resumed run stays in its folder; leave name and output out")
     else:
         outcome = resume(place, chosen, command, quiet)
-    draw(outcome.folder.path)
+    if outcome.folder.writes:
+        draw(outcome.folder.path)
     return outcome
 
 

@@ -26,7 +26,7 @@ from fastcnn.commands import (
     train,
 )
 from fastcnn.commands.parser import PARSERS, Parser, PlainHelp
-from fastcnn.errors import FastcnnError
+from fastcnn.errors import FastcnnError, UsageError
 from fastcnn.train.host import share_the_cores
 
 BROKEN_PIPE = 141  # what a shell reports of a command that SIGPIPE ended
@@ -87,7 +87,12 @@ def main(arguments: list[str] | None = None) -> int:
     share_the_cores()
     try:
         name, given = parse(words)
-        log_to_stderr(logging.WARNING if given.get("quiet") else logging.INFO)
+        rank = rank_of_several()
+        if rank is not None and name != "train":
+            raise UsageError(f"{name} is for one process; torchrun is for fastcnn train")
+        quiet = logging.WARNING if given.get("quiet") else logging.INFO
+        # what the others have to say, rank 0 says as well
+        log_to_stderr(logging.ERROR if rank else quiet)
         COMMANDS[name][0].run(given, ["fastcnn", *words])
         sys.stdout.flush()
     except FastcnnError as error:
@@ -107,11 +112,20 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def rank_of_several() -> int | None:
+    """The number that torchrun gave this process among several; None for one alone."""
+    rank, world = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    several = rank.isdecimal() and world.isdecimal() and int(world) > 1
+    return int(rank) if several else None
+
+
 def failed(message: str, exit_code: int, words: list[str]) -> int:
     if "--debug" in words:
         traceback.print_exc()
+    rank = rank_of_several()
+    who = "fastcnn" if rank is None else f"fastcnn (rank {rank})"
     with contextlib.suppress(OSError):
-        print(f"fastcnn: {message}", file=sys.stderr)
+        print(f"{who}: {message}", file=sys.stderr)
     return exit_code
 
 

@@ -95,8 +95,12 @@ class DataConfig:
         "auto: packed for the resident loader, files for the others",
     )
     workers: int = option(2, "worker processes of the torch loader", low=0, high=256)
-    batch_size: int = option(128, "images a training step", low=1, high=1_000_000)
-    eval_batch_size: int = option(512, "images an evaluation step", low=1, high=1_000_000)
+    batch_size: int = option(
+        128, "images a training step, of all processes together", low=1, high=1_000_000
+    )
+    eval_batch_size: int = option(
+        512, "images an evaluation step, of each process", low=1, high=1_000_000
+    )
     drop_last: bool = option(False, "drop the last, smaller training batch of an epoch")
     shuffle: bool = option(
         True, "a new order of the training images every epoch; else one for all, drawn by the seed"
@@ -218,6 +222,9 @@ class RunConfig:
         "the whole step as one CUDA graph: auto: where it can be captured; on: or not at all",
     )
     threads: int | None = option(None, "CPU threads; default: all cores", low=1, high=1024)
+    sync_norm: bool = option(
+        False, "with torchrun: batch norm over the batches of all processes, not each one's own"
+    )
     deterministic: bool = option(False, "bit-equal runs on the same machine, build and batch size")
     seed: int = option(0, "seed of weights, order, augmentation, subsets", low=0, high=2**31 - 1)
     checkpoint_steps: int = option(

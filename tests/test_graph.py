@@ -167,7 +167,7 @@ def test_a_learning_rate_on_the_host_would_be_frozen(monkeypatch):
 def test_a_step_that_waits_for_the_device_goes_on_eagerly_and_says_why(monkeypatch, caplog):
     original = step.TrainStep._forward
 
-    def waiting(self, images, labels, row):
+    def waiting(self, *arguments):
         loss, logits = original(self, images, labels, row)
         float(loss.detach())
         return loss, logits

@@ -187,7 +187,7 @@ class Breaks(torch.autograd.Function):
 class Batches:
     """A loader of one batch over and over."""
 
-    batch_size, epoch = 8, 0
+    step_images, epoch = 8, 0
 
     def load_state_dict(self, state):
         self.asked = state

@@ -43,6 +43,8 @@ def run(given: dict[str, Any], command: list[str]) -> None:
     written = read_config_file(given["config"], options) if "config" in given else {}
     quiet = given.get("quiet", False)
     outcome = api.train_or_resume(written | named, named.keys(), command, quiet)
+    if not outcome.folder.writes:
+        return  # another process of the run tells it
     print(page.lead(outcome.summary))
     print(f"run folder: {outcome.folder.path}")
     drawn = outcome.folder.path / "index.html"

@@ -34,9 +34,9 @@ class Loader(abc.ABC):
     """The order of samples and the position in it; a subclass delivers the batches.
 
     An epoch has the first `epoch_images` (None: all) of an order of `total` images, of which a
-    process of several (`rank` of `world`) has every world-th, `samples` in all. `epoch` and
-    `position` (samples handed out of this epoch) are what `state_dict` saves. One iteration at a
-    time.
+    process of several (`rank` of `world`) has every world-th, `samples` in all; so `batch_size`
+    images of each are the next `step_images` of the order. `epoch` and `position` (samples that
+    this process has handed out of this epoch) are where it stands. One iteration at a time.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class Loader(abc.ABC):
                 f"process {rank} of {world}: {taken} images leave none for it; "
                 f"start {taken} processes at most"
             )
-        if drop_last and samples < batch_size:
+        if drop_last and taken < batch_size * world:
             raise UsageError(
-                f"--drop-last: {samples} images make no whole batch of {batch_size}; "
-                f"take --batch-size {samples} or less"
+                f"--drop-last: {taken} images make no whole batch of {batch_size * world}; "
+                f"take --batch-size {taken // world * world} or less"
             )
         self.total, self.taken, self.samples = total, taken, samples
         self.rank, self.world = rank, world
@@ -80,8 +80,21 @@ class Loader(abc.ABC):
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
-        whole, rest = divmod(self.samples, self.batch_size)
-        return whole + (1 if rest and not self.drop_last else 0)
+        if self.drop_last:
+            return self.taken // self.step_images
+        return -(-self.samples // self.batch_size)
+
+    @property
+    def step_images(self) -> int:
+        """Images of a whole batch, those of all processes together."""
+        return self.batch_size * self.world
+
+    @property
+    def last_weight(self) -> float:
+        """What the mean over this process's last batch counts in the mean of such means over the
+        processes, so that every image counts alike: 1 but for a part of uneven parts."""
+        rest = 0 if self.drop_last else self.taken % self.step_images
+        return len(range(self.rank, rest, self.world)) * self.world / rest if rest else 1.0
 
     def __iter__(self) -> Iterator[Batch]:
         for count in self.begin():
@@ -93,8 +106,12 @@ class Loader(abc.ABC):
 
     def remaining(self) -> list[int]:
         """Return the sizes of the batches that are left of the current epoch."""
-        whole, rest = divmod(self.samples - self.position, self.batch_size)
-        return [self.batch_size] * whole + ([rest] if rest and not self.drop_last else [])
+        left = self.samples - self.position
+        if self.drop_last:
+            everyone = self.taken - self.position * self.world
+            return [self.batch_size] * min(left // self.batch_size, everyone // self.step_images)
+        whole, rest = divmod(left, self.batch_size)
+        return [self.batch_size] * whole + ([rest] if rest else [])
 
     @abc.abstractmethod
     def begin(self) -> list[int]:
@@ -121,23 +138,22 @@ class Loader(abc.ABC):
         self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
-        """Return {"epoch", "position"}: what was handed out, whatever was prefetched.
+        """Return {"epoch", "position"}: what all processes together have handed out, whatever was
+        prefetched.
 
         After the last batch, and until the iteration ends, position is the end of the epoch.
         """
-        return {"epoch": self.epoch, "position": self.position}
+        return {"epoch": self.epoch, "position": min(self.position * self.world, self.taken)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved position, also with another batch size.
+        """Continue from a saved position, also with another batch size or number of processes.
 
         Raises DataError for a position outside the epoch.
         """
         epoch, position = int(state["epoch"]), int(state["position"])
-        if epoch < 0 or not 0 <= position <= self.samples:
-            raise DataError(
-                f"position {position} of epoch {epoch}: there are {self.samples} images"
-            )
-        self.epoch, self.position = epoch, position
+        if epoch < 0 or not 0 <= position <= self.taken:
+            raise DataError(f"position {position} of epoch {epoch}: there are {self.taken} images")
+        self.epoch, self.position = epoch, len(range(self.rank, position, self.world))
 
 
 def make_loader(

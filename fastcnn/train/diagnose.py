@@ -16,7 +16,7 @@ def first_not_finite(step: TrainStep, loader: Any, position: int) -> str:
     Weights, order and augmentation are what they were, but dropout draws anew: where nothing is
     found again, "the loss or a gradient". The iteration before must have ended.
     """
-    loader.load_state_dict({"epoch": loader.epoch, "position": position * loader.batch_size})
+    loader.load_state_dict({"epoch": loader.epoch, "position": position * loader.step_images})
     images, labels = next(iter(loader))
     if not _finite(images):
         return "an image"

@@ -13,6 +13,7 @@ from fastcnn.data.loaders import Loader
 from fastcnn.train.graph import Recorder, Replay
 from fastcnn.train.metrics import Figures, Metrics, confusion, cross_entropy
 from fastcnn.train.precision import Precision
+from fastcnn.train.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Evaluator:
     `folded.network` computes: the model with its norms folded, in the precision's dtype, refreshed
     by each evaluation; the model itself is read and no more. `flip`: the logits are the mean of
     those of an image and of its mirror image. `required`: see `Replay`. `loss`: as the option.
+    `ranks`: each of which has a part of the images; the figures are those of all.
     """
 
     def __init__(
@@ -47,8 +49,9 @@ class Evaluator:
         recorder: Recorder | None = None,
         required: bool = False,
         loss: str = "cross-entropy",
+        ranks: Ranks = ALONE,
     ):
-        self.loader, self.flip, self.loss = loader, flip, loss
+        self.loader, self.flip, self.loss, self.ranks = loader, flip, loss, ranks
         self.dtype = precision.dtype
         self.folded = Folded(model, self.dtype)
         self.metrics = Metrics(device)
@@ -74,7 +77,8 @@ class Evaluator:
                 after_batch()
             if number == batches:
                 break
-        figures = self.metrics.read()
+        self.ranks.add(self.counts)
+        figures = self.metrics.gather(self.ranks)
         return Evaluation(figures, self.counts.cpu(), time.perf_counter() - start)
 
     def _work(self, images: Tensor, labels: Tensor) -> None:

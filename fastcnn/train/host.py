@@ -36,15 +36,17 @@ def keep_freed_memory() -> bool:
     return all(mallopt(option, value) == 1 for option, value in MALLOC_OPTIONS.items())
 
 
-def tune_process(threads: int | None = None) -> None:
+def tune_process(threads: int | None = None, processes: int = 1) -> None:
     """Set threads (default: the cores this process may use), denormals and allocator.
+
+    processes: that do the same work on this machine, and share its cores.
 
     To be called before the first parallel region: the worker threads inherit the flush mode.
     """
     import torch
 
     torch.set_flush_denormal(True)
-    torch.set_num_threads(threads or usable_cores())
+    torch.set_num_threads(threads or max(usable_cores() // processes, 1))
     keep_freed_memory()
 
 

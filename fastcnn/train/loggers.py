@@ -141,13 +141,14 @@ def check_loggers(names: Iterable[str]) -> None:
 class Loggers:
     """The loggers of a run from where it stands to its end: `epoch` and `finish` tell all of them.
 
-    history: the rows of the epochs that are done. Leaving the block closes them, whatever ends it.
+    history: the rows of the epochs that are done. writes: whether this process is the one that
+    logs. Leaving the block closes them, whatever ends it.
     """
 
-    def __init__(self, config: Config, run: Path, history: Sequence[Row]):
+    def __init__(self, config: Config, run: Path, history: Sequence[Row], writes: bool = True):
         self._run = run
         self._open: dict[str, Logger] = {}
-        for name in config.run.loggers:
+        for name in config.run.loggers if writes else ():
             with self._or_without(name):
                 self._start(name, config, history)
 

@@ -1,5 +1,6 @@
 """The epochs of a run: train, evaluate, record, save; interruption and resumption."""
 
+import copy
 import math
 import time
 from collections.abc import Generator, Iterator
@@ -11,19 +12,23 @@ from typing import Any
 import torch
 
 from fastcnn.archs.spec import parameters
+from fastcnn.data.draws import derive_seed
 from fastcnn.errors import CheckpointError, NumbersError, UsageError
 from fastcnn.ops import plans
 from fastcnn.train import checkpoint, memory
 from fastcnn.train.diagnose import first_not_finite
 from fastcnn.train.evaluate import Evaluation, Evaluator
+from fastcnn.train.graph import GraphMode
 from fastcnn.train.guard import LIMIT
 from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
 from fastcnn.train.loggers import Loggers
 from fastcnn.train.metrics import Figures
 from fastcnn.train.progress import Progress, format_seconds
+from fastcnn.train.ranks import AGREE_STEPS
 from fastcnn.train.rundir import RunFolder, versions
 from fastcnn.train.saver import Saver
 from fastcnn.train.setup import Setup
+from fastcnn.train.statistics import statistics
 from fastcnn.train.step import TrainStep
 from fastcnn.train.trained import load_trained
 
@@ -53,9 +58,18 @@ def new_step(setup: Setup) -> TrainStep:
         len(setup.train_loader),
         config.run.seed,
         setup.device,
-        graph=config.run.graph,
+        graph=graph_mode(setup),
         backend=setup.backend,
+        ranks=setup.ranks,
+        last_weight=setup.train_loader.last_weight,
     )
+
+
+def graph_mode(setup: Setup) -> GraphMode:
+    """Whether steps become graphs: of several ranks, whose exchange cannot always be captured, only
+    where that is asked for."""
+    mode = setup.config.run.graph
+    return "off" if mode == "auto" and setup.ranks.world > 1 else mode
 
 
 def new_evaluator(setup: Setup, step: TrainStep, loader: Any) -> Evaluator:
@@ -70,6 +84,7 @@ def new_evaluator(setup: Setup, step: TrainStep, loader: Any) -> Evaluator:
         step.replay.recorder,
         step.replay.required,
         setup.config.optim.loss,
+        setup.ranks,
     )
 
 
@@ -80,8 +95,11 @@ class Training:
         config = setup.config
         self.setup, self.folder = setup, folder
         self.epochs = 1 if config.run.fast_dev_run else config.optim.epochs
-        self.progress = Progress(self.epochs, len(setup.train_loader), quiet)
+        self.ranks = ranks = setup.ranks
+        steps = len(setup.train_loader)
+        self.progress = Progress(self.epochs, steps, quiet or not ranks.first, ranks.world)
         self.step = new_step(setup)
+        self._rngs: list[dict[str, Any]] = []
         self._evaluators: dict[int, Evaluator] = {}
         self._told_plans = False
         self.at = Progressed()
@@ -89,44 +107,78 @@ class Training:
     def train(self) -> dict[str, Any]:
         """Run the remaining epochs and return the summary; raises Interrupted with all saved."""
         evaluation = None
-        loggers = Loggers(self.setup.config, self.folder.path, self.at.history)
+        writes = self.folder.writes
+        loggers = Loggers(self.setup.config, self.folder.path, self.at.history, writes)
         # a logger may wait for its network when it is closed: then Ctrl-C ends at once
-        with loggers as self.loggers, StopAtStepEdge() as stop, Saver() as self.saver:
+        with loggers as self.loggers, StopAtStepEdge() as stop, Saver(writes) as self.saver:
             try:
+                self._gather()
                 while self.at.epoch < self.epochs and not self._stopped_improving():
                     if not self.at.trained:
                         self._train_epoch(stop)
                     evaluation = self._finish_epoch(stop)
                 self.saver.wait()
-                return self._finish(evaluation, stop)
+                summary = self._finish(evaluation, stop)
+                self.ranks.wait()
+                return summary
             except Interrupted:
                 self._save()
                 self.saver.wait()
+                self.ranks.stopped()
                 raise
 
     def _train_epoch(self, stop: StopAtStepEdge) -> None:
         setup, every = self.setup, self.setup.config.run.checkpoint_steps
         steps_done = self.step.step - self.at.epoch * self.step.steps_per_epoch
         batch_size = setup.config.data.batch_size
+        counted = self.step.metrics.read().images
         before, start = self.at.seconds, time.perf_counter()
         steps = self._telling_plans(self.step.epoch(setup.train_loader))
-        shown = self.progress.epoch(self.at.epoch + 1, steps_done, batch_size)
+        shown = self.progress.epoch(self.at.epoch + 1, steps_done, batch_size, counted)
         with shown as bar, self._advising("--batch-size", batch_size), closing(steps):
             for _ in steps:
                 bar.update(self.step.metrics)
                 self.at.seconds = before + time.perf_counter() - start
-                stop.check()
                 due = bool(every) and self.step.step % every == 0
-                if self.step.guard.ended(wait=due):
+                if self._look(stop, due):
                     break
                 if due:
+                    self._gather()
                     self._save()
                 if setup.config.run.fast_dev_run:
                     break
         self._require_numbers()
-        self.step.metrics.read()
+        self._gather()
         self.at.seconds = before + time.perf_counter() - start
         self.at.trained = True
+
+    def _look(self, stop: StopAtStepEdge, due: bool) -> bool:
+        """Whether a step has ended the training; raises Interrupted where a signal has come.
+
+        Ranks decide together, at steps that all of them come to: a signal to one of them is heard
+        by all, and none is left waiting in the next step.
+        """
+        on_gpu = self.setup.device.type == "cuda"
+        if self.ranks.world > 1 and on_gpu and not due and self.step.step % AGREE_STEPS:
+            return False
+        ended = self.step.guard.ended(wait=due)
+        stop.requested, over = self.ranks.most(stop.requested, ended)
+        try:
+            stop.check()
+        except Interrupted:
+            self._gather()
+            raise
+        return bool(over)
+
+    def _gather(self) -> Figures:
+        """Bring together what the ranks have of the epoch: rank 0 has all of it from then on, and
+        saves it. Return the figures so far."""
+        states = checkpoint.rng_state(self.setup.device)
+        each = {name: self.ranks.gather(state.cpu()) for name, state in states.items()}
+        self._rngs = [
+            {name: found[rank] for name, found in each.items()} for rank in range(self.ranks.world)
+        ]
+        return self.step.metrics.gather(self.ranks)
 
     def _telling_plans(self, steps: Iterator[None]) -> Generator[None]:
         """The steps; after the first of the run, say how many of its convolutions are fused."""
@@ -142,7 +194,7 @@ class Training:
 
     def _finish_epoch(self, stop: StopAtStepEdge) -> Evaluation:
         """Evaluate the epoch just trained, record it, save."""
-        trained = self.step.metrics.read()
+        trained = self._gather()
         self._require_finite(trained.loss, "training loss")
         evaluation = self._evaluate(self.setup.val_loader, stop)
         self._require_finite(evaluation.figures.loss, "validation loss")
@@ -163,6 +215,9 @@ class Training:
         setup = self.setup
         if id(loader) not in self._evaluators:
             self._evaluators[id(loader)] = new_evaluator(setup, self.step, loader)
+        # without --sync-norm each rank has its own; as in DistributedDataParallel, those of one
+        # count
+        self.ranks.copy_from_first(*statistics(self.step.evaluated_model))
         batches = 1 if setup.config.run.fast_dev_run else None
         with self._advising("--eval-batch-size", setup.config.data.eval_batch_size):
             return self._evaluators[id(loader)](stop.check, batches)
@@ -214,7 +269,7 @@ class Training:
         if not guard.ended():
             return
         if guard.scale is None:
-            position = self.step.metrics.read().images // loader.batch_size
+            position = self.step.metrics.batches()
             number = self.at.epoch * self.step.steps_per_epoch + position + 1
             place, remedy = f"step {number} (epoch {self.at.epoch + 1})", ""
             what = "is not finite"
@@ -262,7 +317,11 @@ class Training:
 
     def _evaluate_best(self, loader: Any, stop: StopAtStepEdge) -> Evaluation:
         setup = self.setup
-        model = load_trained(self.folder.best, setup.device, setup.backend).model
+        if self.ranks.first:
+            model = load_trained(self.folder.best, setup.device, setup.backend).model
+        else:
+            model = copy.deepcopy(self.step.evaluated_model)
+        self.ranks.copy_from_first(*model.state_dict().values())
         optim = setup.config.optim
         evaluator = Evaluator(
             model,
@@ -272,6 +331,7 @@ class Training:
             setup.device,
             optim.test_flip,
             loss=optim.loss,
+            ranks=self.ranks,
         )
         return evaluator(stop.check)
 
@@ -329,7 +389,9 @@ class Training:
         state = {
             **self.setup.identity(),
             **step.state_dict(),
-            "rng": checkpoint.rng_state(self.setup.device),
+            "rng": self._rngs[0],
+            "rng_of_ranks": self._rngs[1:],
+            "steps_per_epoch": step.steps_per_epoch,
             "loader": self.setup.train_loader.state_dict(),
             "progress": vars(self.at) | {"history": [dict(row) for row in self.at.history]},
         }
@@ -367,17 +429,32 @@ class Training:
                     "restore it, or start a new run"
                 )
         step = self.step
+        steps = state.get("steps_per_epoch", step.steps_per_epoch)
+        if steps != step.steps_per_epoch:
+            raise UsageError(
+                f"--resume: an epoch had {steps} steps and has {step.steps_per_epoch} with "
+                f"{self.ranks.world} processes, too many for its last batch; start as many as "
+                "before"
+            )
         step.load_state_dict(state, source)
         self.setup.train_loader.load_state_dict(state["loader"])
         self.at = Progressed(**state["progress"])
         for row in self.at.history:
             row.setdefault("skipped_steps", 0)  # checkpoints of before they were counted
-        checkpoint.set_rng_state(state["rng"], self.setup.device)
+        self._restore_rng([state["rng"], *state.get("rng_of_ranks", [])])
         if step.step > self.epochs * step.steps_per_epoch:
             raise UsageError(
                 f"--epochs {self.epochs}: the run has trained for more already "
                 f"({step.step / step.steps_per_epoch:.1f})"
             )
+
+    def _restore_rng(self, saved: list[dict[str, Any]]) -> None:
+        """Take up this rank's generators; a rank that there was none of begins with a new seed."""
+        rank = self.ranks.rank
+        if rank < len(saved):
+            checkpoint.set_rng_state(saved[rank], self.setup.device)
+        else:
+            torch.manual_seed(derive_seed(self.setup.config.run.seed, "rank", rank, self.step.step))
 
 
 def brief(value: Any) -> str:

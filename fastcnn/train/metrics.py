@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastcnn.train.arriving import Arriving
+from fastcnn.train.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,11 @@ class Figures:
 
 
 class Metrics:
-    """Running sums of loss, top-1 and top-5 hits and images: float64 (4,), exact up to 2^53."""
+    """Running sums of loss, top-1 and top-5 hits, images and batches: float64 (5,), exact up to
+    2^53."""
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
         self._arriving = Arriving(device)
 
     @torch.no_grad()
@@ -38,13 +40,30 @@ class Metrics:
         count = labels.shape[0]
         best = logits.topk(min(5, logits.shape[1])).indices
         top1, top5 = logits.argmax(1) == labels, best == labels[:, None]
-        images = torch.full_like(loss, count, dtype=torch.float64)
-        row = torch.stack([loss.double() * count, top1.sum(), top5.sum(), images])
+        images, one = (torch.full_like(loss, n, dtype=torch.float64) for n in (count, 1))
+        row = torch.stack([loss.double() * count, top1.sum(), top5.sum(), images, one])
         self.sums += row if skip is None else row.masked_fill(skip, 0)
 
     def read(self) -> Figures:
         """Copy the sums to the host (synchronises) and divide."""
         return _figures(self.sums)
+
+    def batches(self) -> int:
+        """Batches that this process has counted (synchronises)."""
+        return int(self.sums[4])
+
+    def gather(self, ranks: Ranks) -> Figures:
+        """Return the figures of all ranks together; rank 0 has their sums from then on, the others
+        begin anew."""
+        whole = self.sums[:4].clone()
+        ranks.add(whole)
+        self.sums[:4] = whole if ranks.first else 0
+        return _figures(torch.cat([whole, self.sums[4:]]))
+
+    def load(self, sums: Tensor, batches: int, ranks: Ranks = ALONE) -> None:
+        """Take up what was gathered, `batches` batches into the epoch."""
+        self.sums[:4] = sums[:4] if ranks.first else 0
+        self.sums[4] = batches
 
     def peek(self) -> Figures | None:
         """The figures as the device had them a while ago, without waiting for it.
@@ -61,7 +80,7 @@ class Metrics:
 
 
 def _figures(sums: Tensor) -> Figures:
-    loss, top1, top5, count = sums.tolist()
+    loss, top1, top5, count, _ = sums.tolist()
     mean = loss / count if count else math.nan
     return Figures(mean, top1 / max(count, 1), top5 / max(count, 1), int(count))
 

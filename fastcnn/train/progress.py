@@ -17,13 +17,15 @@ LINE_INTERVAL_S = 30.0
 
 
 class Progress:
-    """Progress of a run over `epochs` epochs, written to standard error."""
+    """Progress of a run over `epochs` epochs, written to standard error. world: the processes that
+    train, of which this is one."""
 
-    def __init__(self, epochs: int, steps_per_epoch: int, quiet: bool = False):
+    def __init__(self, epochs: int, steps_per_epoch: int, quiet: bool = False, world: int = 1):
         from rich.console import Console
 
         self.epochs = epochs
         self.steps = steps_per_epoch
+        self.world = world
         self.quiet = quiet or sys.stderr is None
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.terminal = self.console.is_terminal
@@ -42,17 +44,22 @@ class Progress:
             self.quiet = True
 
     @contextmanager
-    def epoch(self, number: int, steps_done: int, batch_size: int) -> Iterator["EpochProgress"]:
-        """Follow the training steps of epoch `number` (1-based)."""
+    def epoch(
+        self, number: int, steps_done: int, batch_size: int, counted: int
+    ) -> Iterator["EpochProgress"]:
+        """Follow the training steps of epoch `number` (1-based).
+
+        batch_size: images of a step, of all processes; counted: those in the epoch's figures yet.
+        """
         if self.quiet or not self.terminal:
-            yield EpochProgress(self, None, None, number, steps_done, batch_size)
+            yield EpochProgress(self, None, None, number, steps_done, batch_size, counted)
             return
         bar = self._bar()
         with bar:
             task = bar.add_task(
                 f"epoch {number}/{self.epochs}", total=self.steps, completed=steps_done, figures=""
             )
-            yield EpochProgress(self, bar, task, number, steps_done, batch_size)
+            yield EpochProgress(self, bar, task, number, steps_done, batch_size, counted)
 
     def _bar(self) -> Any:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -78,10 +85,11 @@ class EpochProgress:
         number: int,
         steps_done: int,
         batch_size: int,
+        counted: int,
     ):
         self.run, self.bar, self.task, self.number = run, bar, task, number
         self.done, self.batch_size = steps_done, batch_size
-        self.first = steps_done
+        self.first, self.counted = steps_done, counted
         self.start = time.perf_counter()
         self.interval = BAR_INTERVAL_S if bar else LINE_INTERVAL_S
         self.due = self.start + self.interval
@@ -105,13 +113,14 @@ class EpochProgress:
         self.due = now + self.interval
 
     def _text(self, figures: Figures, elapsed: float) -> str:
-        # what the device has done, not what was launched
-        images = figures.images - self.first * self.batch_size
-        total = (self.run.epochs - self.number + 1) * self.run.steps * self.batch_size
+        # what the device has done, not what was launched; the other processes do as much
+        images = (figures.images - self.counted) * self.run.world
+        total = (self.run.epochs - self.number + 1) * self.run.steps - self.first
+        left = total * self.batch_size - images
         rate = max(images, 1) / elapsed
         return (
             f"loss {figures.loss:.3f}  top-1 {figures.top1:.1%}  {rate:,.0f} images/s  "
-            f"{format_seconds((total - figures.images) / rate)} left"
+            f"{format_seconds(left / rate)} left"
         )
 
 

@@ -18,8 +18,9 @@ from fastcnn.train.loggers import check_loggers
 from fastcnn.train.loop import Training
 from fastcnn.train.precision import choose_device
 from fastcnn.train.progress import Progress
-from fastcnn.train.rundir import BAD_IMAGES, RunFolder
-from fastcnn.train.setup import prepare
+from fastcnn.train.ranks import Ranks, joined, require_same
+from fastcnn.train.rundir import BAD_IMAGES, RunFolder, versions
+from fastcnn.train.setup import Setup, prepare
 from fastcnn.train.trained import feed, open_trained
 
 log = logging.getLogger(__name__)
@@ -89,16 +90,30 @@ def start(config: Config, place: PlaceConfig, command: list[str], quiet: bool = 
     """
     if config.run.fast_dev_run and place == PlaceConfig():
         place = replace(place, output=tempfile.mkdtemp(prefix="fastcnn-dev-run-"))
-    RunFolder.check_name(place)
-    check_loggers(config.run.loggers)
-    tune_process(config.run.threads)
-    setup = prepare(config)
-    folder = RunFolder.create(place, config.model.arch)
-    training = Training(setup, folder, quiet)
-    folder.write_start(config, command)
-    folder.write_bad_images(setup.dataset.left_out.bad)
-    announce(training)
-    return Outcome(folder, training.train())
+    with joined() as ranks:
+        if ranks.first:
+            RunFolder.check_name(place)
+        check_loggers(config.run.loggers)
+        tune_process(config.run.threads, ranks.local_world)
+        setup = prepared(config, ranks)
+        own = RunFolder.create(place, config.model.arch) if ranks.first else None
+        path, *_ = ranks.share(str(own.path) if own else "")
+        folder = own or RunFolder(Path(path), writes=False)
+        training = Training(setup, folder, quiet)
+        folder.write_start(config, command)
+        folder.write_bad_images(setup.dataset.left_out.bad)
+        announce(training)
+        return Outcome(folder, training.train())
+
+
+def prepared(config: Config, ranks: Ranks) -> Setup:
+    """What a run needs; raises UsageError where the ranks would not train the same."""
+    setup = prepare(config, ranks)
+    own = {"device"}  # of each machine
+    options = {f"--{k.replace('_', '-')}": v for k, v in config.flat().items() if k not in own}
+    facts = {"images": setup.identity()["data"], "versions": versions()}
+    require_same(ranks, options | facts | {"backend": setup.backend})
+    return setup
 
 
 def resume(
@@ -110,9 +125,17 @@ def resume(
     Raises CheckpointError if there is nothing to continue, UsageError if `explicit` contradicts
     the saved configuration without `place.allow_changes`.
     """
+    with joined() as ranks:
+        return _resume(place, explicit, command, quiet, ranks)
+
+
+def _resume(
+    place: PlaceConfig, explicit: dict[str, Any], command: list[str], quiet: bool, ranks: Ranks
+) -> Outcome:
     target = Path(place.resume or "")
     named = target.suffix == ".pt" and not target.is_dir()
     folder = RunFolder.open(target.parent if named else target)
+    folder.writes = ranks.first
     source = target if named else folder.last
     # a run killed before its first checkpoint begins anew in its folder
     begun = named or source.exists() or any(checkpoint.formers(source))
@@ -123,17 +146,20 @@ def resume(
     summary = folder.read_summary()
     # of a finished run too, who names a checkpoint wants to go on from it
     if summary is not None and forecast(config) == forecast(saved) and not named:
-        Progress(0, 0, quiet).say(f"{folder.path} is finished: nothing to continue")
+        Progress(0, 0, quiet or not ranks.first).say(
+            f"{folder.path} is finished: nothing to continue"
+        )
         return Outcome(folder, summary)
     check_loggers(config.run.loggers)
-    tune_process(config.run.threads)
-    training = Training(prepare(config), folder, quiet)
+    tune_process(config.run.threads, ranks.local_world)
+    training = Training(prepared(config, ranks), folder, quiet)
     if state is not None:
         training.restore(state, source)
-        if source != folder.last:
+        if source != folder.last and ranks.first:
             # before anything is saved: what was newer must not take the place of a whole one
             checkpoint.save(state, folder.last)
-    remove_leftovers(folder.path)
+    if ranks.first:
+        remove_leftovers(folder.path)
     folder.write_resumption(config, command)
     folder.write_bad_images(training.setup.dataset.left_out.bad)
     announce(training)

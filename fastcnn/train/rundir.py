@@ -35,10 +35,13 @@ BAD_IMAGES = "bad_images.csv"
 
 
 class RunFolder:
-    """Paths and files of one run; the files written here are replaced whole."""
+    """Paths and files of one run; the files written here are replaced whole.
 
-    def __init__(self, path: Path):
-        self.path = path
+    writes: whether this process is the one that does; of the others nothing is written.
+    """
+
+    def __init__(self, path: Path, writes: bool = True):
+        self.path, self.writes = path, writes
 
     @property
     def last(self) -> Path:
@@ -123,7 +126,8 @@ class RunFolder:
         found = self._read_json("environment.json") or {"command": command, **environment()}
         found.setdefault("resumed_by", []).append(command)
         self._write("environment.json", _json(found))
-        (self.path / "summary.json").unlink(missing_ok=True)
+        if self.writes:
+            (self.path / "summary.json").unlink(missing_ok=True)
 
     def read_config(self) -> Config:
         """The configuration that config.yaml holds; raises CheckpointError if it is unreadable."""
@@ -177,7 +181,8 @@ class RunFolder:
         return found
 
     def _write(self, name: str, text: str) -> None:
-        replace_text(self.path / name, text)
+        if self.writes:
+            replace_text(self.path / name, text)
 
 
 def config_text(config: Config) -> str:

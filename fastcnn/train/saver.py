@@ -17,16 +17,20 @@ log = logging.getLogger(__name__)
 class Saver:
     """Writes snapshots in a thread of its own, one after the other, in the order they came.
 
-    A disk that refuses is told by the next call: `save`, `wait`, or leaving the `with`.
+    A disk that refuses is told by the next call: `save`, `wait`, or leaving the `with`. writes:
+    whether this process is the one that does; another one leaves it at that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, writes: bool = True) -> None:
+        self.writes = writes
         self._thread = ThreadPoolExecutor(1, "fastcnn-saver")
         self._open: deque[Future[None]] = deque()
 
     def save(self, state: dict[str, Any], path: Path, keep: int = 1) -> None:
         """Write `state` as it is now to `path`, as `checkpoint.save` does; what was asked for
         before the last call is on the disk when this returns."""
+        if not self.writes:
+            return
         while len(self._open) > 1:
             self._open.popleft().result()
         self._open.append(self._thread.submit(checkpoint.save, snapshot(state), path, keep))

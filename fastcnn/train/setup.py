@@ -12,12 +12,13 @@ from fastcnn.archs.spec import Network, build, layer_table
 from fastcnn.archs.whiten import first_convolution, whiten
 from fastcnn.config import Config
 from fastcnn.data import Dataset, Images, Normalization, load_dataset, make_loader, split
-from fastcnn.data.draws import generator
+from fastcnn.data.draws import derive_seed, generator
 from fastcnn.data.files import Files
 from fastcnn.errors import DataError, UsageError
 from fastcnn.ops.backend import choose_backend, choose_convolution
 from fastcnn.train.host import make_deterministic
 from fastcnn.train.precision import Precision, choose_device, choose_precision
+from fastcnn.train.ranks import ALONE, Ranks
 from fastcnn.train.trained import evaluation_loader, splits
 
 WHITENING_PIXELS = 5000 * 32**2  # of training images that the whitening filters are measured on
@@ -39,6 +40,7 @@ class Setup:
     val_loader: Any
     test_loader: Any
     notes: list[str]
+    ranks: Ranks = ALONE
 
     @property
     def classes(self) -> int:
@@ -50,10 +52,11 @@ class Setup:
 
     @property
     def device_name(self) -> str:
+        several = f"{self.ranks.world} x " if self.ranks.world > 1 else ""
         if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
+            return several + torch.cuda.get_device_name(self.device)
         threads = torch.get_num_threads()
-        return f"cpu ({threads} thread{'s' if threads > 1 else ''})"
+        return f"{several}cpu ({threads} thread{'s' if threads > 1 else ''})"
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint says of the network and data it belongs to: plain values."""
@@ -70,11 +73,15 @@ class Setup:
         }
 
 
-def prepare(config: Config) -> Setup:
-    """Build everything a run needs; raises UsageError or DataError before the first step."""
-    device = choose_device(config.run.device)
+def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
+    """Build everything a run needs; raises UsageError or DataError before the first step.
+
+    ranks: who share its batches; each prepares the same, but for its part of the images.
+    """
+    device = choose_device(device_of(config.run.device, ranks))
+    batch_size = part_of_batch(config.data.batch_size, ranks)
     precision = choose_precision(device, config.run.amp, config.run.amp_dtype)
-    configure_torch(config, device)
+    configure_torch(config, device, ranks)
     network = get_network(config.model.arch)
     dataset = load_dataset(config.data, network.image_sizes[0], device)
     dataset = split(dataset, config.data, config.run.seed)
@@ -86,13 +93,13 @@ def prepare(config: Config) -> Setup:
     choose_convolution(config.run.conv, backend, device, precision.dtype)
     notes = [note for note in (precision.note, why_torch) if note]
     samples = config.data.epoch_images or len(dataset.train)
-    drop_last = drops_last(samples, network, config, notes)
+    drop_last = drops_last(samples, network, config, notes, ranks)
     train_loader = make_loader(
         dataset.train,
         replace(config.data, loader=dataset.loader),
         config.augment,
         normalization,
-        batch_size=config.data.batch_size,
+        batch_size=batch_size,
         device=device,
         dtype=precision.dtype or torch.float32,
         seed=config.run.seed,
@@ -101,8 +108,10 @@ def prepare(config: Config) -> Setup:
         drop_last=drop_last,
         epoch_images=config.data.epoch_images,
         backend=backend,
+        rank=ranks.rank,
+        world=ranks.world,
     )
-    feeding = (config, dataset.loader, normalization, device, backend, precision)
+    feeding = (config, dataset.loader, normalization, device, backend, precision, ranks)
     val_loader = evaluation_loader(dataset.val or dataset.test, *feeding)
     test_loader = None if dataset.val is None else evaluation_loader(dataset.test, *feeding)
     model = new_model(network, dataset, config, normalization, device, backend)
@@ -119,16 +128,44 @@ def prepare(config: Config) -> Setup:
         val_loader,
         test_loader,
         notes,
+        ranks,
     )
 
 
-def configure_torch(config: Config, device: torch.device) -> None:
+def device_of(name: str, ranks: Ranks) -> str:
+    """The device of this rank: of several GPUs, each process has one of its own."""
+    if ranks.world == 1 or name == "cpu" or not torch.cuda.is_available():
+        return name
+    if name not in ("auto", "cuda"):
+        raise UsageError(f"--device {name}: torchrun gives each process its own GPU; take cuda")
+    if ranks.local_world > torch.cuda.device_count():
+        raise UsageError(
+            f"--nproc-per-node {ranks.local_world}: there are {torch.cuda.device_count()} GPUs "
+            "here; start as many processes, or add --device cpu"
+        )
+    return f"cuda:{ranks.local}"
+
+
+def part_of_batch(batch_size: int, ranks: Ranks) -> int:
+    """This rank's images of a step; raises UsageError where they cannot be shared out evenly."""
+    if batch_size % ranks.world:
+        fitting = max(batch_size // ranks.world, 1) * ranks.world
+        raise UsageError(
+            f"--batch-size {batch_size}: {ranks.world} processes share it; take a multiple of "
+            f"{ranks.world}, such as {fitting}"
+        )
+    return batch_size // ranks.world
+
+
+def configure_torch(config: Config, device: torch.device, ranks: Ranks) -> None:
     """Seed torch and choose the vendor library's algorithms."""
     if config.run.deterministic:
         make_deterministic()
     elif device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    torch.manual_seed(config.run.seed)
+    # dropout alone draws from here, and is to draw something else on each rank
+    own = derive_seed(config.run.seed, "rank", ranks.rank) if ranks.rank else config.run.seed
+    torch.manual_seed(own)
 
 
 def new_model(
@@ -180,15 +217,28 @@ def check_dataset(dataset: Dataset, config: Config) -> None:
         )
 
 
-def drops_last(samples: int, network: Network, config: Config, notes: list[str]) -> bool:
-    """Whether the last batch is dropped: on demand, or because batch norm cannot take one image."""
-    batch_size = config.data.batch_size
-    single = network.has_norm and samples % batch_size == 1
-    if network.has_norm and min(samples, batch_size) < 2:
+def drops_last(
+    samples: int, network: Network, config: Config, notes: list[str], ranks: Ranks
+) -> bool:
+    """Whether the last batch is dropped: on demand, or because a rank would have too few images of
+    it: none, or a single one for its batch norm."""
+    batch_size, world = config.data.batch_size, ranks.world
+    alone = network.has_norm and not (config.run.sync_norm and world > 1)
+    least = 2 * world if alone else world
+    if min(samples, batch_size) < least:
+        if world > 1:
+            raise UsageError(
+                f"--batch-size {batch_size}, {samples} images: {world} processes need at least "
+                f"{least} images a batch"
+            )
         raise UsageError(f"{network.name} has batch norm: it needs at least 2 images a batch")
-    if single and not config.data.drop_last:
+    rest = samples % batch_size
+    few = 0 < rest < least
+    if few and not config.data.drop_last:
+        images = "a single image" if rest == 1 else f"{rest} images"
+        reason = "which batch norm cannot take" if world == 1 else f"too few for {world} processes"
         notes.append(
-            f"the last batch of an epoch would be a single image, which batch norm cannot take: "
+            f"the last batch of an epoch would be {images}, {reason}: "
             f"it is dropped ({samples} images, batches of {batch_size})"
         )
-    return config.data.drop_last or single
+    return config.data.drop_last or few

@@ -8,7 +8,7 @@ graph and replayed.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +18,25 @@ from fastcnn.data.upload import upload
 from fastcnn.train import mix
 from fastcnn.train.checkpoint import load_weights
 from fastcnn.train.ema import Ema, move_of
-from fastcnn.train.graph import GraphMode, Recorder, Replay, recorder_for
+from fastcnn.train.graph import WARM_UP, GraphMode, Recorder, Replay, recorder_for
 from fastcnn.train.guard import Guard
 from fastcnn.train.half import half_network, refresh
 from fastcnn.train.metrics import Metrics, cross_entropy
 from fastcnn.train.optimizer import Optimizer
 from fastcnn.train.precision import Precision
+from fastcnn.train.ranks import ALONE, Ranks, parallel
 from fastcnn.train.scaling import LossScale, gradient_factor
 from fastcnn.train.schedule import learning_rate
+
+PARALLEL_WARM_UP = 11  # steps until DistributedDataParallel has settled its buckets
 
 
 class TrainStep:
     """Model, optimiser, loss scale and averaged weights, advanced a batch at a time.
 
     `model` holds the fp32 weights; with half precision the step computes with copies of them.
-    `graph`: whether steps become CUDA graphs; `replay.note` says why they could not.
+    `graph`: whether steps become CUDA graphs; `replay.note` says why they could not. `ranks`: whose
+    gradients are averaged; `last_weight`: what this rank's last batch of an epoch counts in that.
     """
 
     def __init__(
@@ -47,6 +51,8 @@ class TrainStep:
         graph: GraphMode = "off",
         backend: str = "auto",
         recorder: Recorder | None = None,
+        ranks: Ranks = ALONE,
+        last_weight: float = 1.0,
     ):
         self.model = model
         self.config = config
@@ -63,11 +69,17 @@ class TrainStep:
         self.optimizer = Optimizer(model, config, self._halves, averages, backend)
         self.metrics = Metrics(device)
         self.mixes = bool(config.mixup or config.cutmix)
-        columns = 2 + (mix.NUMBERS if self.mixes else 0)
+        self.ranks, self.last_weight = ranks, last_weight
+        self._parallel = parallel(self.network, ranks, device)
+        columns = 3 + (mix.NUMBERS if self.mixes else 0)
         self._table = torch.zeros(steps_per_epoch, columns, device=device)
         self._clock = torch.zeros(1, dtype=torch.int64, device=device)
         self._table_epoch = self._clock_step = -1
-        self.replay = Replay(recorder or recorder_for(device, graph), required=graph == "on")
+        self.replay = Replay(
+            recorder or recorder_for(device, graph),
+            required=graph == "on",
+            warm_up=WARM_UP if self._parallel is None else PARALLEL_WARM_UP,
+        )
 
     def lr_of(self, step: int) -> float:
         """Learning rate of step `step` (0-based, over the whole run)."""
@@ -120,8 +132,8 @@ class TrainStep:
         if self.scale:
             self.scale.load_state_dict(state["scale"])
         self.guard.load_state_dict(state.get("guard"))
-        self.metrics.sums.copy_(state["sums"])
         self.step = state["step"]
+        self.metrics.load(state["sums"], self.step % self.steps_per_epoch, self.ranks)
 
     def _prepare(self) -> None:
         """Bring table and clock to the step that comes: at the start, and when an epoch begins."""
@@ -134,24 +146,26 @@ class TrainStep:
         self._clock_step = self.step + 1
 
     def _rows(self, epoch: int) -> list[list[float]]:
-        """Learning rate, move of the averages and mixing of each step of an epoch."""
+        """Learning rate, move of the averages, weight of the loss and mixing of each step of an
+        epoch."""
         rows = []
         for step in range(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch):
-            row = [self.lr_of(step), move_of(self.config.ema, step)]
+            last = (step + 1) % self.steps_per_epoch == 0
+            weight = self.last_weight if last else 1.0
+            row = [self.lr_of(step), move_of(self.config.ema, step), weight]
             rows.append(row + list(mix.draw(self.config, self.seed, step) if self.mixes else ()))
         return rows
 
     def forward(self, images: Tensor, labels: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Loss and logits that step `position` (0-based) of the present epoch has of a batch."""
-        return self._forward(images, labels, self._table[position])
+        return self._forward(self.network, images, labels, self._table[position])
 
     def _work(self, images: Tensor, labels: Tensor) -> None:
         """One step, on the device alone."""
         row = self._table.index_select(0, self._clock)[0]
         self.guard.keep()
-        loss, logits = self._forward(images, labels, row)
-        scaled = loss * self.scale.scale[0] if self.scale else loss
-        gradients = torch.autograd.grad(scaled, self.optimizer.leaves)
+        loss, logits = self._forward(self._parallel or self.network, images, labels, row)
+        gradients = self._gradients(loss * self.scale.scale[0] if self.scale else loss, row[2])
         uncounted = self.guard.judge(gradients, loss)
         factor = gradient_factor(gradients, self.config.clip_grad, self.scale)
         self.optimizer.step(gradients, row[:2], factor, self.guard.found)
@@ -161,14 +175,26 @@ class TrainStep:
         self.metrics.update(loss.detach(), logits.detach(), labels, uncounted)
         self._clock += 1
 
-    def _forward(self, images: Tensor, labels: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    def _gradients(self, loss: Tensor, weight: Tensor) -> list[Tensor]:
+        """Gradients of the optimiser's leaves, the mean over the ranks where there are several."""
+        leaves = self.optimizer.leaves
+        if self._parallel is None:
+            return list(torch.autograd.grad(loss, leaves))
+        for leaf in leaves:
+            leaf.grad = None  # a view into the bucket that is averaged, once the backward has run
+        (loss * weight).backward()
+        return [cast(Tensor, leaf.grad) for leaf in leaves]
+
+    def _forward(
+        self, network: nn.Module, images: Tensor, labels: Tensor, row: Tensor
+    ) -> tuple[Tensor, Tensor]:
         how = (self.config.label_smoothing, self.config.loss)
         images = images.to(self.precision.dtype or images.dtype)
         if not self.mixes:
-            logits = self.network(images)
+            logits = network(images)
             return cross_entropy(logits, labels, *how), logits
-        images, own = mix.mix(images, row[2:])
-        logits = self.network(images)
+        images, own = mix.mix(images, row[3:])
+        logits = network(images)
         first = cross_entropy(logits, labels, *how)
         second = cross_entropy(logits, labels.roll(1), *how)
         return own * first + (1 - own) * second, logits

@@ -18,6 +18,7 @@ from fastcnn.errors import CheckpointError, DataError, UsageError
 from fastcnn.ops.backend import Backend, choose_backend, choose_convolution, convolution_of_run
 from fastcnn.train import checkpoint
 from fastcnn.train.precision import Precision, choose_precision
+from fastcnn.train.ranks import ALONE, Ranks
 from fastcnn.train.rundir import RunFolder
 
 log = logging.getLogger(__name__)
@@ -190,8 +191,9 @@ def evaluation_loader(
     device: torch.device,
     backend: str,
     precision: Precision,
+    ranks: Ranks = ALONE,
 ) -> Any:
-    """Every image once, in order, without augmentation."""
+    """Every image once, in order, without augmentation; shared out among `ranks`."""
     return make_loader(
         images,
         replace(config.data, loader=loader),
@@ -204,6 +206,8 @@ def evaluation_loader(
         shuffle=False,
         drop_last=False,
         backend=backend,
+        rank=ranks.rank,
+        world=ranks.world,
     )
 
 

@@ -1,0 +1,220 @@
+"""The processes that train one network together, as torchrun starts them.
+
+Every process (rank) has a part of each batch, the same weights, and so takes the same decisions;
+rank 0 alone writes. What they exchange beside gradients goes through here. One process alone is
+rank 0 of 1: then nothing below communicates.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcnn.errors import FastcnnError, UsageError
+
+TIMEOUT_S = 600  # for the slowest rank, while images are packed or kernels compiled
+STOP_S = 25  # for rank 0 to save; torchrun kills whoever is left after 30
+STOPPED = "fastcnn/stopped"
+GONE_S = 3.0  # until the system tells of a process that has just died
+AGREE_STEPS = 16  # steps between two looks at each other's signals on GPUs, whose host runs ahead
+# how torch reports a rank that is gone, a network that is down, and a wait that took too long
+LOST = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|timed out|timeout|broken pipe|recvvalue|"
+    r"socket|store",
+    re.IGNORECASE,
+)
+
+
+class RankLost(FastcnnError):
+    """Another process of the run has died, or is out of reach."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process, `rank` of `world`; `local` of `local_world` on this machine.
+
+    peers: machine and process id of each rank. store: where ranks leave each other notes.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+    local_world: int = 1
+    peers: list[tuple[str, int]] = field(default_factory=list)
+    store: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} of {self.world}"
+
+    def add(self, tensor: Tensor) -> None:
+        """Replace `tensor` in place by its sum over the ranks."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor)
+
+    def copy_from_first(self, *tensors: Tensor) -> None:
+        """Replace the tensors in place by those of rank 0."""
+        if self.world > 1:
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor, 0)
+
+    def most(self, *numbers: int) -> list[int]:
+        """The largest value over the ranks of each number; exchanged by the hosts."""
+        if self.world == 1:
+            return list(numbers)
+        values = torch.tensor(numbers, dtype=torch.int64)
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+        return [int(value) for value in values]
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """That tensor of each rank, of one shape and dtype on the host, in their order."""
+        found = [torch.empty_like(tensor) for _ in range(self.world)]
+        if self.world == 1:
+            return [tensor]
+        torch.distributed.all_gather(found, tensor)
+        return found
+
+    def share(self, value: Any) -> list[Any]:
+        """What each rank has of a value of plain types, in their order. Nothing is unpickled."""
+        if self.world == 1:
+            return [value]
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        longest, *_ = self.most(len(own))
+        padded = torch.full((longest,), ord(" "), dtype=torch.uint8)
+        padded[: len(own)] = own
+        return [json.loads(bytes(one.tolist())) for one in self.gather(padded)]
+
+    def wait(self) -> None:
+        """Return when every rank has come here."""
+        self.most(0)
+
+    def stopped(self) -> None:
+        """Return when rank 0 has saved what an interruption leaves: were another one to end before,
+        torchrun would send rank 0 a second signal."""
+        if self.store is None:
+            return
+        if self.first:
+            self.store.set(STOPPED, "")
+            return
+        with contextlib.suppress(torch.distributed.DistError, RuntimeError):  # rank 0 is gone
+            self.store.wait([STOPPED], datetime.timedelta(seconds=STOP_S))
+
+    def gone(self) -> str:
+        """The ranks of this machine that have ended: "rank 1 (pid 12)"."""
+        deadline = time.monotonic() + GONE_S
+        here = socket.gethostname()
+        while True:
+            found = [
+                f"rank {number} (pid {pid})"
+                for number, (host, pid) in enumerate(self.peers)
+                if host == here and not _runs(pid)
+            ]
+            if found or time.monotonic() > deadline:
+                return ", ".join(found)
+            time.sleep(0.1)
+
+
+ALONE = Ranks()
+
+
+def launched() -> Ranks:
+    """This process as torchrun's environment describes it; ALONE without torchrun."""
+    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+        return ALONE
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    try:
+        rank, world, local, local_world = (int(os.environ[name]) for name in names)
+    except (KeyError, ValueError) as error:
+        raise UsageError(
+            f"RANK and WORLD_SIZE are set, but not as torchrun does ({error}); unset them, or use "
+            "torchrun"
+        ) from error
+    return Ranks(rank, world, local, local_world) if world > 1 else ALONE
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks]:
+    """Meet the other ranks, if torchrun started any, and part from them after the block.
+
+    Raises RankLost where one is gone, at whatever place of the block that was noticed.
+    """
+    ranks = launched()
+    if ranks.world == 1:
+        yield ranks
+        return
+    own_group = not torch.distributed.is_initialized()
+    try:
+        if own_group:
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            limit = datetime.timedelta(seconds=TIMEOUT_S)
+            store, *_ = next(torch.distributed.rendezvous("env://", timeout=limit))
+            place = {"store": store, "rank": ranks.rank, "world_size": ranks.world}
+            torch.distributed.init_process_group(backend, timeout=limit, **place)
+            ranks = replace(ranks, store=store)
+        peers = ranks.share([socket.gethostname(), os.getpid()])
+        ranks.peers.extend((str(host), int(pid)) for host, pid in peers)
+        yield ranks
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        raise lost(ranks, error) from error
+    if own_group:
+        torch.distributed.destroy_process_group()
+
+
+def lost(ranks: Ranks, error: Exception) -> RankLost:
+    """What to say of a rank that does not answer."""
+    who = ranks.gone()
+    reason = str(error).splitlines()[0][:200]
+    told = f"{who} has ended" if who else f"another rank is out of reach ({reason})"
+    return RankLost(
+        f"{told}: start the same torchrun command again with --resume and the run's folder"
+    )
+
+
+def require_same(ranks: Ranks, facts: dict[str, Any]) -> None:
+    """Raise UsageError where ranks differ in options, images or versions: {name: value}."""
+    everyone = ranks.share(facts)
+    for number, theirs in enumerate(everyone):
+        if different := [name for name in facts if theirs.get(name) != everyone[0].get(name)]:
+            listed = "; ".join(
+                f"{name}: {everyone[0].get(name)} on rank 0, {theirs.get(name)} on rank {number}"
+                for name in different[:3]
+            )
+            raise UsageError(f"the ranks differ: {listed}; start all of them alike")
+
+
+def parallel(network: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module | None:
+    """The network as one whose gradients are averaged over the ranks; None for one process."""
+    if ranks.world == 1:
+        return None
+    return nn.parallel.DistributedDataParallel(
+        network,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process of this machine has not ended, a zombie being one that has."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state not in "ZX"
