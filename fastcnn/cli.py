@@ -27,6 +27,7 @@ from fastcnn.commands import (
 )
 from fastcnn.commands.parser import PARSERS, Parser, PlainHelp
 from fastcnn.errors import FastcnnError, UsageError
+from fastcnn.signals import StopAnywhere, Stopped
 from fastcnn.train.host import share_the_cores
 
 BROKEN_PIPE = 141  # what a shell reports of a command that SIGPIPE ended
@@ -82,21 +83,24 @@ def log_to_stderr(level: int) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return its exit code: 0 done, 2 usage, 3 data, 4 checkpoint, 5 build,
-    6 numbers."""
+    6 numbers, 128 + the number of a signal that stopped it."""
     words = sys.argv[1:] if arguments is None else arguments
     share_the_cores()
     try:
-        name, given = parse(words)
-        rank = rank_of_several()
-        if rank is not None and name != "train":
-            raise UsageError(f"{name} is for one process; torchrun is for fastcnn train")
-        quiet = logging.WARNING if given.get("quiet") else logging.INFO
-        # what the others have to say, rank 0 says as well
-        log_to_stderr(logging.ERROR if rank else quiet)
-        COMMANDS[name][0].run(given, ["fastcnn", *words])
-        sys.stdout.flush()
+        with StopAnywhere():
+            name, given = parse(words)
+            rank = rank_of_several()
+            if rank is not None and name != "train":
+                raise UsageError(f"{name} is for one process; torchrun is for fastcnn train")
+            quiet = logging.WARNING if given.get("quiet") else logging.INFO
+            # what the others have to say, rank 0 says as well
+            log_to_stderr(logging.ERROR if rank else quiet)
+            COMMANDS[name][0].run(given, ["fastcnn", *words])
+            sys.stdout.flush()
     except FastcnnError as error:
         return failed(str(error), error.exit_code, words)
+    except Stopped as stopped:
+        return failed(str(stopped), 128 + stopped.signum, words)
     except KeyboardInterrupt:
         return failed("interrupted", 130, words)
     except BrokenPipeError:

@@ -28,9 +28,7 @@ class Apart:
     def __init__(self, log, work, *arguments):
         self.log = log
         environment = {name: os.environ[name] for name in ("FASTCNN_CACHE", "PATH")}
-        self.process = SERVER.Process(
-            target=_apart, args=(str(log), environment, work, arguments), daemon=True
-        )
+        self.process = SERVER.Process(target=_apart, args=(str(log), environment, work, arguments))
         self.process.start()
         self.pid = self.process.pid
 

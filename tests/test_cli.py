@@ -323,7 +323,7 @@ def test_build_errors_are_one_line(capsys, native, tmp_path, words, code, expect
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGTERM, -15), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_build_that_is_stopped_leaves_nothing(native, tmp_path, signum, exit_code):
     calls = fake_build.write_compiler(tmp_path / "cxx", delay=600)
     environment = {**os.environ, "CXX": str(tmp_path / "cxx")}

@@ -16,16 +16,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import TracebackType
 
 from fastcnn.cache import LeftBehind, locked
 from fastcnn.errors import BuildError
 from fastcnn.ops import toolchain
+from fastcnn.signals import StopRequests
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Step:
 Make = Callable[[Path, list[Step], str], None]  # folder, steps, title
 
 
-class Signals:
+class Signals(StopRequests):
     """While entered, SIGINT, SIGTERM and SIGHUP are only noted; `check` raises BuildError then.
 
     On leaving they are sent again, to whoever handled them before: a process that does not
@@ -67,29 +67,19 @@ class Signals:
     they are.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def __enter__(self) -> "Signals":
-        self.received: int | None = None
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():
-            # None: a handler that was not set from Python, which could not be put back
-            heard = [s for s in self.SIGNALS if signal.getsignal(s) not in (signal.SIG_IGN, None)]
-            self._before = {s: signal.signal(s, self._note) for s in heard}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-        if self.received is not None:
-            signal.raise_signal(self.received)
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.received = signum
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        if self.requested:
+            signal.raise_signal(self.requested)
 
     def check(self) -> None:
-        if self.received is not None:
-            name = signal.Signals(self.received).name
+        if self.requested:
+            name = signal.Signals(self.requested).name
             raise BuildError(f"the build of the native library was stopped by {name}")
 
 
@@ -122,7 +112,7 @@ def making(native: Path, name: str, quiet: bool) -> Iterator[Make]:
                     yield make
                 except BuildError as error:
                     # who stops one process means no other
-                    if signals.received is None:
+                    if not signals.requested:
                         lock.leave(str(error))
                     raise
         except LeftBehind as reason:
