@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastcnn.config import PlaceConfig, options_by_name
 from fastcnn.errors import CheckpointError, DataError, UsageError, nearest
 from fastcnn.options import Option, options_of, read_config_file
+from fastcnn.packages import PackageError, require
 from fastcnn.predict.classifier import Classifier, most_probable, open_classifier
 from fastcnn.predict.feed import Batch, batches, is_path
 from fastcnn.predict.paths import image_paths
@@ -178,13 +179,15 @@ def draw(folder: Path) -> None:
     a package or of space, or because of a damaged file that an analysis left: it is logged."""
     from fastcnn.insight import figures, page
 
-    for each in (figures.draw_curves, figures.draw_confusion, page.write_page):
+    for each, needed in (
+        (figures.draw_curves, "matplotlib.figure"),
+        (figures.draw_confusion, "matplotlib.figure"),
+        (page.write_page, "jinja2"),
+    ):
         try:
+            require(needed)
             each(folder)
-        except ImportError as error:
-            package = (error.name or str(error)).split(".")[0]
-            log.warning("note: %s: %s is missing; see fastcnn doctor", each.__name__, package)
-        except (CheckpointError, OSError) as error:
+        except (PackageError, CheckpointError, OSError) as error:
             log.warning("note: %s: %s", each.__name__, error)
 
 

@@ -16,6 +16,7 @@ from fastcnn.commands.parser import (
     read_values,
     shared_options,
 )
+from fastcnn.packages import require
 
 ANALYZE_OWN = (
     *EVAL_OWN,
@@ -59,6 +60,7 @@ def parser() -> Parser:
 def run(given: dict[str, Any], command: list[str]) -> None:
     own = read_values(given, ANALYZE_OWN)
     shared = read_values(given, shared_options(ANALYZE_SHARED))
+    require("matplotlib.figure", "jinja2")
     # after the check: the rest takes torch's seconds to import
     from fastcnn.insight.analyze import analyze
 

@@ -15,6 +15,7 @@ from fastcnn.commands.parser import (
     read_values,
 )
 from fastcnn.errors import UsageError
+from fastcnn.packages import require
 
 COMPARE_OWN = (
     own_option(
@@ -42,6 +43,7 @@ def run(given: dict[str, Any], command: list[str]) -> None:
     folders = [Path(name) for name in given["runs"]]
     check_different(folders)
     output = Path(read_values(given, COMPARE_OWN).get("output", "compare.html"))
+    require("jinja2")
     # after the check: the rest takes torch's seconds to import
     from fastcnn.insight import compare
     from fastcnn.insight.table import show

@@ -16,6 +16,7 @@ from fastcnn.commands.parser import (
 )
 from fastcnn.config import DATA_NAMES, DataConfig
 from fastcnn.errors import DataError, UsageError, nearest
+from fastcnn.packages import PackageError, require
 
 DATA_ACTIONS = {
     "check": "decode every image; say what the data hold and name each unreadable file",
@@ -98,11 +99,12 @@ def show_data(config: DataConfig, own: dict[str, Any], as_json: bool) -> None:
     name, classes = found["name"], found["classes"]
     found["figures"] = []
     try:
+        require("matplotlib.figure")
         for path in (
             data_figures.draw_histogram(folder, name, classes),
             data_figures.draw_samples(folder, name, drawn.pixels, drawn.labels, list(classes)),
         ):
             found["figures"].append(str(path))
-    except ImportError as error:
+    except PackageError as error:
         report_missing("data show", error)
     print(as_text(found) if as_json else report.show_text(found))

@@ -17,6 +17,7 @@ from fastcnn.commands.parser import (
     shared_options,
 )
 from fastcnn.errors import UsageError
+from fastcnn.packages import PackageError, require
 
 OOD_OWN = (
     own_option("out", str | None, None, "images out of distribution, as --data of fastcnn train"),
@@ -88,8 +89,9 @@ def run(given: dict[str, Any], command: list[str]) -> None:
     ood_record.write_tables(folder, result)
     figures: tuple[Any, ...] = ()
     try:
+        require("matplotlib.figure")
         figures = ood_record.draw(folder, result)
-    except ImportError as error:
+    except PackageError as error:
         report_missing("figures", error)
     ood_record.keep(folder, result, figures, command)
     page = write_page(Path(given["run"]))
@@ -108,8 +110,9 @@ def write_page(folder: Path) -> Path | None:
     from fastcnn.insight import page
 
     try:
+        require("jinja2")
         return page.write_page(folder)
-    except ImportError as error:
+    except PackageError as error:
         report_missing("index.html", error)
         return None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.errors import NumbersError
+from fastcnn.packages import PackageError
 
 
 def as_text(content: Any) -> str:
@@ -30,10 +31,9 @@ def open_page(path: Path) -> None:
         print(f"note: --open: no browser here; the page is {path}", file=sys.stderr)
 
 
-def report_missing(what: str, error: ImportError) -> None:
+def report_missing(what: str, error: PackageError) -> None:
     """Say that something was not drawn, for want of a package that can be done without."""
-    package = (error.name or str(error)).split(".")[0]
-    print(f"note: {what}: {package} is missing; see fastcnn doctor", file=sys.stderr)
+    print(f"note: {what}: {error}", file=sys.stderr)
 
 
 def say_on(quiet: bool) -> Callable[[str], None]:

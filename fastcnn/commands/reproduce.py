@@ -4,6 +4,7 @@ from typing import Any
 
 from fastcnn.commands.output import report_failures, say_on, show_record
 from fastcnn.commands.parser import Parser, add_debug, add_option, add_options, new_parser
+from fastcnn.packages import require
 
 
 def parser() -> Parser:
@@ -46,6 +47,7 @@ def run(given: dict[str, Any], command: list[str]) -> None:
     if options.list_rows:
         show(rows_table(report, experiments), f"{report.authors}, {report.year}: {report.title}")
         return
+    require("matplotlib.figure", "jinja2", "scipy.stats")
     from fastcnn.reports.reproduce import reproduce
 
     quiet = given.get("quiet", False)

@@ -4,6 +4,7 @@ from typing import Any
 
 from fastcnn.commands.output import report_failures, say_on, show_record
 from fastcnn.commands.parser import METAVARS, Parser, add_debug, add_options, new_parser
+from fastcnn.packages import require
 
 
 def parser() -> Parser:
@@ -36,6 +37,7 @@ def run(given: dict[str, Any], command: list[str]) -> None:
     own, values = values_of_all(given)
     own_names = {option.name for option in sweep_options()}
     options = read_sweep(own | {k: v for k, v in given.items() if k in own_names})
+    require("matplotlib.figure", "jinja2", "scipy.stats")
     # after the check: the rest takes torch's seconds to import
     from fastcnn.study.swept import sweep
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastcnn.data.plain import is_plain
+from fastcnn.packages import require
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit, where it begins to warn of decompression bombs
 EXTENSIONS = frozenset(
@@ -80,7 +81,9 @@ def upright_rgb(image: Any) -> np.ndarray:
 
 @contextlib.contextmanager
 def no_warnings() -> Iterator[None]:
-    """Keep Pillow from warning of a large image, which `decode` refuses."""
+    """Keep Pillow from warning of a large image, which `decode` refuses. Raises PackageError
+    where there is no Pillow to read images with."""
+    require("PIL.Image", "PIL.ImageOps")
     from PIL import Image
 
     with warnings.catch_warnings():

@@ -8,6 +8,7 @@ from fastcnn.data.geometry import resize
 from fastcnn.data.listing import stratum
 from fastcnn.data.store import Contents, Dataset, fingerprint, pack
 from fastcnn.errors import UsageError
+from fastcnn.packages import first_line
 
 CLASSES = tuple("0123456789")
 TEST_FRACTION = 0.2  # fixed, so that figures compare
@@ -16,7 +17,7 @@ TEST_FRACTION = 0.2  # fixed, so that figures compare
 def load_digits(side: int) -> Dataset:
     """Return the digits as RGB of `side` pixels a side, four fifths of each class to train.
 
-    Raises UsageError where scikit-learn is missing.
+    Raises UsageError where scikit-learn is missing or broken.
     """
     return pack("digits", fingerprint("digits", side), partial(_contents, side))
 
@@ -24,9 +25,10 @@ def load_digits(side: int) -> Dataset:
 def _contents(side: int) -> Contents:
     try:
         from sklearn import datasets
-    except (ImportError, OSError) as error:
+    except Exception as error:  # a broken package raises anything
         raise UsageError(
-            f"--data digits: scikit-learn cannot be imported ({error}); pip install scikit-learn"
+            f"--data digits: scikit-learn cannot be imported ({first_line(error)}); "
+            "pip install scikit-learn"
         ) from error
     grey, labels = datasets.load_digits(return_X_y=True)
     pixels = np.rint(grey.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8).repeat(3, axis=3)

@@ -27,6 +27,7 @@ from fastcnn.data.store import Images
 from fastcnn.data.upload import resident
 from fastcnn.errors import DataError, UsageError
 from fastcnn.ops.reference_augment import normalize
+from fastcnn.packages import first_line
 
 POLL_S = 2  # between two looks at whether the workers are alive
 TIMED_OUT = "timed out"  # in DataLoader's own words
@@ -326,8 +327,8 @@ def transforms(augment: AugmentConfig, height: int, width: int) -> list[Transfor
 def _torchvision_v2() -> Any:
     try:
         from torchvision.transforms import v2
-    except (ImportError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a broken package raises anything
+        reason = first_line(error)
         raise UsageError(
             f"--loader torch: torchvision cannot be imported ({reason}); install the torchvision "
             "made for this torch, or take --loader resident"

@@ -1,9 +1,11 @@
 """The formats: their files' endings, what each needs and takes. Needs no torch."""
 
+import importlib
 import importlib.util
 from typing import Literal
 
 from fastcnn.errors import UsageError
+from fastcnn.packages import first_line
 
 Format = Literal["onnx", "torch", "safetensors"]
 Names = Literal["own", "torchvision"]
@@ -29,8 +31,13 @@ def check_options(format: Format, preprocess: bool, names: Names, opset: int | N
     if opset is not None and not OPSETS[0] <= opset <= OPSETS[1]:
         raise UsageError(f"--opset: expected {OPSETS[0]} to {OPSETS[1]}, got {opset}")
     for package in PACKAGES[format]:
+        remedy = "pip install 'fastcnn[export]'"
         if importlib.util.find_spec(package) is None:
+            raise UsageError(f"--format {format}: the package {package} is missing; {remedy}")
+        try:
+            importlib.import_module(package)
+        except Exception as error:  # a broken package raises anything
             raise UsageError(
-                f"--format {format}: the package {package} is missing; "
-                "pip install 'fastcnn[export]'"
-            )
+                f"--format {format}: the package {package} cannot be imported "
+                f"({first_line(error)}); {remedy}"
+            ) from error
