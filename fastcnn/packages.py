@@ -15,6 +15,7 @@ def require(*modules: str) -> None:
     for module in modules:
         package = module.split(".")[0]
         try:
+            importlib.import_module(package)
             importlib.import_module(module)
         except Exception as error:
             missing = isinstance(error, ModuleNotFoundError) and error.name == package
