@@ -1,7 +1,9 @@
 """Tars of image folders: the same images, and what is refused."""
 
+import gzip
 import os
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -124,3 +126,106 @@ def test_corrupt_image_in_a_tar_is_named(root, tmp_path):
     members = members_of(write_folder(root)) | {"train/bee/0.png": b"text"}
     with pytest.raises(DataError, match=r"train/bee/0\.png: cannot identify"):
         load(write_tar(tmp_path / "x.tar", members))
+
+
+# Bombs: what is small here and would be large in memory
+
+
+def peak_of_refusal(path, match):
+    """The bytes that Python took up at most until `path` was refused."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=match):
+            load(path)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def header(kind, size, name="train/ant/0.png"):
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def packed(path, *parts):
+    with gzip.open(path, "wb", 1) as file:
+        for part in parts:
+            file.write(part)
+    return path
+
+
+LONG = 32 << 20
+
+
+@pytest.mark.parametrize("kind", sorted(tar.HEADERS))
+@pytest.mark.parametrize("before", [b"", header(tarfile.REGTYPE, 0)])
+def test_a_long_header_is_refused_before_it_is_read(tmp_path, kind, before):
+    path = packed(tmp_path / "x.tar.gz", before, header(kind, LONG), bytes(LONG), bytes(1024))
+    assert path.stat().st_size < LONG // 100
+    refusal = rf"x\.tar\.gz: a header of {LONG:,} bytes, over 1,048,576; refused"
+    assert peak_of_refusal(path, refusal) < LONG // 8
+
+
+@pytest.mark.parametrize("declared", [1 << 35, -1])
+def test_a_header_of_impossible_length_is_refused(tmp_path, declared):
+    path = packed(tmp_path / "x.tar.gz", header(tarfile.XHDTYPE, declared), bytes(1024))
+    assert peak_of_refusal(path, r"a header of .* bytes, over 1,048,576; refused") < 1 << 22
+
+
+def pax(**records):
+    """A pax header with these records."""
+    text = b""
+    for name, value in records.items():
+        line = f" {name.replace('_', '.')}={value}\n".encode()
+        length = next(n for n in range(len(line), 9999) if len(f"{n}") + len(line) == n)
+        text += f"{length}".encode() + line
+    return header(tarfile.XHDTYPE, len(text)) + text.ljust(-(-len(text) // 512) * 512, b"\0")
+
+
+def sparse_table(entries):
+    """Pax's sparse file 1.0: its table, of any length, stands in the data."""
+    table = f"{entries}\n".encode() + b"0\n" * (2 * entries)
+    return (
+        pax(GNU_sparse_major=1, GNU_sparse_minor=0, GNU_sparse_realsize=1),
+        header(tarfile.REGTYPE, len(table)),
+        table,
+    )
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (header(tarfile.GNUTYPE_SPARSE, 0),),
+        (pax(GNU_sparse_map="0,1", GNU_sparse_size=1 << 40), header(tarfile.REGTYPE, 512)),
+        (pax(GNU_sparse_size=1 << 40), header(tarfile.REGTYPE, 512)),
+        sparse_table(2_000_000),
+    ],
+    ids=["GNU", "pax 0.1", "pax 0.0", "pax 1.0"],
+)
+def test_sparse_files_are_refused(tmp_path, parts):
+    path = packed(tmp_path / "x.tar.gz", *parts, bytes(1024))
+    assert peak_of_refusal(path, r"x\.tar\.gz: a sparse file, .*; refused") < 1 << 22
+
+
+def test_a_length_below_zero_is_refused(tmp_path):
+    """By it, tarfile would come back to the same member again and again."""
+    data = (pax(size=-1024), header(tarfile.REGTYPE, 0), bytes(1024))
+    with pytest.raises(DataError, match=r"(has -1024 bytes; refused|cut, damaged or not a tar)"):
+        load(packed(tmp_path / "x.tar.gz", *data))
+
+
+def test_headers_upon_headers_are_one_line(tmp_path):
+    path = packed(tmp_path / "x.tar.gz", pax(comment="x") * 2000, bytes(1024))
+    with pytest.raises(DataError, match=r"cut, damaged or not a tar \("):
+        load(path)
+
+
+def test_many_members_of_nothing_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar, "MEMBERS_GRACE", 100)
+    monkeypatch.setattr(tar, "MEMBER_BYTES", 1000)
+    names = (header(tarfile.REGTYPE, 0, f"train/ant/{i}.png") for i in range(2000))
+    path = packed(tmp_path / "x.tar.gz", *names, bytes(1024))
+    most = path.stat().st_size // 1000 + 100
+    with pytest.raises(DataError, match=f"holds over {most:,} members; refused"):
+        load(path)

@@ -1,13 +1,16 @@
 """Zips of image folders: the same images, and what is refused."""
 
+import copy
 import os
 import stat
+import tracemalloc
 import zipfile
 
 import numpy as np
 import pytest
 from image_files import image, load, members_of, write, write_folder, write_zip
 
+from fastcnn.data import tar
 from fastcnn.data import zip as zip_reader
 from fastcnn.errors import DataError
 
@@ -162,16 +165,16 @@ def test_flipped_bit_in_a_member_is_named(root, tmp_path, compression):
 def test_a_fault_of_the_disk_is_no_damage_of_a_member(root, tmp_path, monkeypatch):
     path = write_zip(tmp_path / "x.zip", members(root))
 
-    def fail(archive, name):
+    def fail(file, count):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(zipfile.ZipFile, "read", fail)
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", fail)
     with pytest.raises(DataError, match=r"cannot read .*x\.zip: Input/output error"):
         load(path, on_bad_image="skip", bad_limit=1.0)
 
 
 def test_zip_that_grows_is_refused(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(zip_reader, "GROWTH_GRACE", 1 << 16)
+    monkeypatch.setattr(tar, "GROWTH_GRACE", 1 << 16)
     path = write_zip(tmp_path / "x.zip", members(root) | {"train/ant/zeros.bmp": bytes(4 << 20)})
     with pytest.raises(DataError, match="unpacks to over"):
         load(path)
@@ -185,6 +188,38 @@ def test_member_that_holds_more_than_it_says_is_refused(root, tmp_path):
         data[at : at + 4] = (100).to_bytes(4, "little")
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"train/ant/9\.bmp: damaged in the zip .*CRC"):
+        load(path)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_a_member_that_says_too_little_is_not_inflated_whole(root, tmp_path, compression):
+    long = 64 << 20
+    files = members(root) | {"train/ant/9.bmp": bytes(long)}
+    path = write_zip(tmp_path / "x.zip", files, compression)
+    path.write_bytes(path.read_bytes().replace(long.to_bytes(4, "little"), b"d\0\0\0"))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"train/ant/9\.bmp: damaged in the zip .*CRC"):
+            load(path)
+        # LZMA makes 28 MB of the least that zipfile hands it, and joins them once more
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * long
+    finally:
+        tracemalloc.stop()
+
+
+def test_members_that_share_their_data_are_refused(root, tmp_path, monkeypatch):
+    """A bomb of one kernel, which every entry of the directory inflates anew."""
+    monkeypatch.setattr(tar, "GROWTH_GRACE", 1 << 20)
+    path = write_zip(tmp_path / "x.zip", members(root) | {"train/ant/9.bmp": bytes(1 << 20)})
+    with zipfile.ZipFile(path, "a") as archive:
+        kernel = archive.getinfo("train/ant/9.bmp")
+        for number in range(10, 30):
+            shared = copy.copy(kernel)
+            shared.filename = f"train/ant/{number}.bmp"
+            archive.filelist.append(shared)
+        archive._didModify = True
+    monkeypatch.setattr(zip_reader, "_read", None)
+    with pytest.raises(DataError, match=r"unpacks to over [\d,]+ bytes; refused|[Oo]verlap"):
         load(path)
 
 

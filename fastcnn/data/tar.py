@@ -24,6 +24,24 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".txz")
 # Images hardly compress: an archive that grows by more than this is a bomb, not a data set
 MAX_GROWTH = 100
 GROWTH_GRACE = 1 << 30  # bytes
+# Nor do their headers shrink to nothing: more members than this are names without images
+MEMBER_BYTES = 8  # of the archive, at least, for a member
+MEMBERS_GRACE = 100_000
+# A long name is all that these hold here; tarfile takes them into memory whole
+MAX_HEADER_BYTES = 1 << 20
+HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+# what tarfile and the decompressors raise for it; a header before a header before … recurses
+DAMAGE = (
+    *(tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError),
+    RecursionError,
+)
 
 
 def load_tar(path: Path, config: DataConfig) -> Dataset:
@@ -65,14 +83,12 @@ def _list(path: Path) -> tuple[dict[str, int], list[str]]:
     """Return {normalised name: bytes} of the files and the names of the folders, all checked."""
     files: dict[str, int] = {}
     folders: list[str] = []
-    limit = MAX_GROWTH * path.stat().st_size + GROWTH_GRACE
-    total = 0
+    growth = Growth(path)
     with _opened(path) as (archive, finish):
         for member in archive:
+            _forget(archive)
             _check(path, member)
-            total += member.size
-            if total > limit:
-                raise DataError(f"{path}: unpacks to over {limit} bytes; refused")
+            growth.add(member.size)
             name = str(PurePosixPath(member.name))
             if member.isdir():
                 folders.append(name)
@@ -84,12 +100,61 @@ def _list(path: Path) -> tuple[dict[str, int], list[str]]:
     return files, folders
 
 
+class Growth:
+    """Counts members of an archive and the bytes they unpack to; refuses a bomb."""
+
+    def __init__(self, path: Path):
+        self._path, packed = path, path.stat().st_size
+        self._limits = packed // MEMBER_BYTES + MEMBERS_GRACE, MAX_GROWTH * packed + GROWTH_GRACE
+        self._members = self._bytes = 0
+
+    def add(self, size: int) -> None:
+        """Count a member. Raises DataError for one too many, or for bytes too many."""
+        self._members += 1
+        self._bytes += size
+        most, longest = self._limits
+        if self._members > most:
+            raise DataError(f"{self._path}: holds over {most:,} members; refused")
+        if self._bytes > longest:
+            raise DataError(f"{self._path}: unpacks to over {longest:,} bytes; refused")
+
+
+class Refused(Exception):
+    """A header that would make tarfile take up memory at will."""
+
+
+class Member(tarfile.TarInfo):
+    """A member whose headers hold no more than a name needs, and who is as long as its data."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Member":
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in HEADERS and not 0 <= member.size <= MAX_HEADER_BYTES:
+            raise Refused(f"a header of {member.size:,} bytes, over {MAX_HEADER_BYTES:,}")
+        if member.type == tarfile.GNUTYPE_SPARSE:
+            member._refuse()
+        return member
+
+    def _refuse(self, *_: Any) -> None:
+        raise Refused("a sparse file, whose length is not that of its data")
+
+    # tarfile would read their tables, of any length
+    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse
+
+
+def _forget(archive: tarfile.TarFile) -> None:
+    """Drop the members that tarfile keeps, one for every name."""
+    archive.members.clear()  # type: ignore[attr-defined]
+
+
 def _check(path: Path, member: tarfile.TarInfo) -> None:
     parts = PurePosixPath(member.name).parts
     if member.name.startswith("/") or ".." in parts:
         raise DataError(f"{path}: member '{member.name}' points outside the archive; refused")
     if not (member.isfile() or member.isdir()):
         raise DataError(f"{path}: member '{member.name}' is a link or a device; refused")
+    if member.size < 0:  # by which tarfile would go back, and round and round
+        raise DataError(f"{path}: member '{member.name}' has {member.size} bytes; refused")
 
 
 def _sources(path: Path, layout: Layout) -> Iterator[Source]:
@@ -101,6 +166,7 @@ def _sources(path: Path, layout: Layout) -> Iterator[Source]:
     }
     with _opened(path) as (archive, _):
         for member in archive:
+            _forget(archive)
             name = str(PurePosixPath(member.name))
             if name in wanted and member.isfile():
                 yield Source(*wanted[name], name, _reader(archive, member))
@@ -123,9 +189,14 @@ def _opened(path: Path) -> Iterator[tuple[tarfile.TarFile, Callable[[], None]]]:
     """Yield the archive and a function that, after its last member, checks that the tar's end is
     there. Raises DataError for whatever is wrong with the file."""
     try:
-        with _stream(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+        with (
+            _stream(path) as stream,
+            tarfile.open(fileobj=stream, mode="r:", tarinfo=Member) as archive,
+        ):
             yield archive, partial(_check_end, path, stream)
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError) as error:
+    except Refused as error:
+        raise DataError(f"{path}: {error}; refused") from error
+    except DAMAGE as error:
         raise DataError(f"{path}: cut, damaged or not a tar ({error}); get it again") from error
 
 

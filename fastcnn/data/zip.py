@@ -19,12 +19,14 @@ from fastcnn.data.folder import decoded_contents, image_key, warn_ignored
 from fastcnn.data.left_out import checked
 from fastcnn.data.listing import Layout, find_layout
 from fastcnn.data.store import Contents, Dataset, fingerprint, pack
-from fastcnn.data.tar import GROWTH_GRACE, MAX_GROWTH
+from fastcnn.data.tar import Growth
 from fastcnn.data.tiny_layout import tiny_layout, tiny_prefix
 from fastcnn.errors import DataError
 
 ENCRYPTED = 0x1  # bit of a member's flags
 APPENDED = "__MACOSX"  # a folder of metadata that macOS adds to the zips it writes
+BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+PACKED_BYTES = 4096  # at a time; bzip2 and LZMA make up to 80 MB of them
 
 # what zipfile raises for it
 DAMAGE = (
@@ -88,14 +90,10 @@ def _list(path: Path, archive: zipfile.ZipFile) -> tuple[Members, list[str]]:
     """Return the files and the names of the folders, all checked."""
     files: Members = {}
     folders: list[str] = []
-    limit = MAX_GROWTH * path.stat().st_size + GROWTH_GRACE
-    total = 0
+    growth = Growth(path)
     for info in archive.infolist():
         _check(path, info)
-        # no more than this is ever inflated: zipfile stops there, whatever the data hold
-        total += info.file_size
-        if total > limit:
-            raise DataError(f"{path}: unpacks to over {limit} bytes; refused")
+        growth.add(info.file_size)
         name = str(PurePosixPath(info.filename))
         if name.split("/")[0] == APPENDED:
             continue
@@ -128,7 +126,7 @@ def _layout(
         return find_layout(str(path), members, folders, fraction)
     inner = {name.removeprefix(prefix) for name in members if name.startswith(prefix)}
     where = f"{path}/{prefix}".rstrip("/")
-    layout = tiny_layout(where, inner, lambda name: archive.read(members[prefix + name]))
+    layout = tiny_layout(where, inner, lambda name: _read(archive, members[prefix + name]))
     splits = {
         split: [(prefix + name, label) for name, label in items]
         for split, items in layout.splits.items()
@@ -156,12 +154,26 @@ def _reader(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Call
     if info.file_size > MAX_FILE_BYTES:
         return _refusal(f"{info.file_size} bytes, over {MAX_FILE_BYTES}")
     try:
-        data = archive.read(info)
+        data = _read(archive, info)
     except DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:  # bz2's own have no number
             raise DataError(f"cannot read {path}: {error.strerror}") from error
         return _refusal(f"damaged in the zip ({error or type(error).__name__})")
     return lambda: data
+
+
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """Return the bytes of a member, no more than it says that it has, whatever its data hold.
+
+    Not `archive.read`, which inflates all of them before it looks. What deflate gives is bounded by
+    what is asked for; of the others, by what goes in.
+    """
+    step = info.file_size + 1 if info.compress_type in BOUNDED else PACKED_BYTES
+    parts = []
+    with archive.open(info) as file:
+        while part := file.read(step):
+            parts.append(part)
+    return b"".join(parts)
 
 
 def _refusal(reason: str) -> Callable[[], bytes]:
