@@ -1,5 +1,7 @@
 """The layers' backends: which one is taken, and that they train the same network."""
 
+import re
+
 import pytest
 import torch
 from small_runs import SMALL, resume, start
@@ -79,7 +81,13 @@ def test_library_without_code_for_the_gpu(monkeypatch, library):
     monkeypatch.setattr(ops, "has_kernels", lambda device_type: True)
     chosen, note = backend.choose_backend("auto", gpu, torch.float16)
     assert chosen == "torch"
-    assert "7.5" in note
+    built = ops.load().archs
+    holds = f"holds CUDA code for {', '.join(built)}" if built else "was built for the CPU alone"
+    reason = f"the native library {holds}, which this GPU (compute capability 7.5) cannot run; "
+    remedy = "`fastcnn build --archs 7.5` builds for it"
+    assert note == f"backend torch: {reason}{remedy}"
+    with pytest.raises(BuildError, match=re.escape(f"--backend fused: {reason}{remedy}")):
+        backend.choose_backend("fused", gpu, torch.float16)
     monkeypatch.setattr(ops, "has_kernels", lambda device_type: False)
     with pytest.raises(BuildError, match="no CUDA kernels"):
         backend.choose_backend("fused", gpu, None)

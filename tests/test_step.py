@@ -242,10 +242,26 @@ def test_a_named_gpu_becomes_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", list)
     assert choose_device("cuda:1") == torch.device("cuda:1")
     assert current == [torch.device("cuda:1")]
     choose_device("cpu")
     assert len(current) == 1
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_a_gpu_that_torch_has_no_code_for_is_one_line(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "compute_120"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    words = r"holds CUDA code for 7\.5, 9\.0, 12\.0\+PTX, which this GPU \(compute capability 6\.1"
+    with pytest.raises(UsageError, match=rf"^--device cuda(:0)?: torch \S+ {words}\) cannot run; "):
+        choose_device(name)
+    for served in ((7, 5), (9, 0), (12, 1)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=served: c)
+        assert choose_device(name).type == "cuda"
 
 
 @pytest.mark.parametrize("name", ["tpu", "mps", "cuda:99", "cuda"])

@@ -57,20 +57,39 @@ def includes(built: Iterable[str], named: Iterable[str]) -> bool:
     return set(named) <= {name for arch in built for name in (arch, arch.removesuffix("+PTX"))}
 
 
-def check_gpu_code(capability: Capability, archs: Iterable[str]) -> str:
-    """Return "" if a library built for `archs` runs on a GPU of this capability, else the reason
-    and the remedy in one line.
+def runs_on(capability: Capability, archs: Iterable[str]) -> bool:
+    """Whether code for `archs` runs on a GPU of this capability.
 
     Compiled code runs on later GPUs of the same major number, PTX on every later GPU (CUDA C++
     Programming Guide, "Binary Compatibility" and "PTX Compatibility").
     """
-    built = tuple(archs)
-    for arch in built:
+    for arch in archs:
         version = capability_of(arch)
         if version[0] == capability[0] and version[1] <= capability[1]:
-            return ""
+            return True
         if arch.endswith("+PTX") and version <= capability:
-            return ""
+            return True
+    return False
+
+
+def archs_of_torch(listed: Iterable[str]) -> tuple[str, ...]:
+    """Return the architectures in torch's own list of what it is built for: sm_90, compute_120, …
+
+    Code for one GPU alone (sm_90a) counts as any.
+    """
+    found = []
+    for word in listed:
+        if match := re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", word):
+            found.append(f"{match[2]}.{match[3]}" + ("+PTX" if match[1] == "compute" else ""))
+    return tuple(found)
+
+
+def check_gpu_code(capability: Capability, archs: Iterable[str]) -> str:
+    """Return "" if a library built for `archs` runs on a GPU of this capability, else the reason
+    and the remedy in one line."""
+    built = tuple(archs)
+    if runs_on(capability, built):
+        return ""
     what = f"holds CUDA code for {', '.join(built)}" if built else "was built for the CPU alone"
     wanted = name_of(capability)
     return (

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from fastcnn.errors import UsageError
+from fastcnn.ops.gpu_archs import archs_of_torch, name_of, runs_on
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ def choose_device(name: str) -> torch.device:
     cuda:N becomes torch's current GPU: events and streams that name none are on that one.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        check_torch_code(device)
+        return device
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -46,9 +49,24 @@ def choose_device(name: str) -> torch.device:
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: there are only {torch.cuda.device_count()} GPUs")
+    check_torch_code(device)
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def check_torch_code(device: torch.device) -> None:
+    """Raise UsageError for a GPU that torch holds no code for: its first operation would fail."""
+    archs = archs_of_torch(torch.cuda.get_arch_list()) if device.type == "cuda" else ()
+    if not archs:  # torch tells nothing
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if not runs_on(capability, archs):
+        raise UsageError(
+            f"--device {device}: torch {torch.__version__} holds CUDA code for "
+            f"{', '.join(archs)}, which this GPU (compute capability {name_of(capability)}) cannot "
+            "run; install a torch built for it, or use --device cpu"
+        )
 
 
 def choose_precision(device: torch.device, amp: bool, amp_dtype: str) -> Precision:
