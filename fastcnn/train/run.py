@@ -21,6 +21,7 @@ from fastcnn.train.progress import Progress
 from fastcnn.train.ranks import Ranks, joined, require_same
 from fastcnn.train.rundir import BAD_IMAGES, RunFolder, versions
 from fastcnn.train.setup import Setup, prepare
+from fastcnn.train.space import check_space
 from fastcnn.train.trained import feed, open_trained
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,8 @@ def start(config: Config, place: PlaceConfig, command: list[str], quiet: bool = 
         check_loggers(config.run.loggers)
         tune_process(config.run.threads, ranks.local_world)
         setup = prepared(config, ranks)
+        if ranks.first:
+            check_space(Path(place.output) / (place.name or ""), setup)
         own = RunFolder.create(place, config.model.arch) if ranks.first else None
         path, *_ = ranks.share(str(own.path) if own else "")
         folder = own or RunFolder(Path(path), writes=False)
@@ -152,7 +155,10 @@ def _resume(
         return Outcome(folder, summary)
     check_loggers(config.run.loggers)
     tune_process(config.run.threads, ranks.local_world)
-    training = Training(prepared(config, ranks), folder, quiet)
+    setup = prepared(config, ranks)
+    if ranks.first:
+        check_space(folder.path, setup)
+    training = Training(setup, folder, quiet)
     if state is not None:
         training.restore(state, source)
         if source != folder.last and ranks.first:
