@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fastcnn.errors import FastcnnError, UsageError
 TIMEOUT_S = 600  # for the slowest rank, while images are packed or kernels compiled
 STOP_S = 25  # for rank 0 to save; torchrun kills whoever is left after 30
 STOPPED = "fastcnn/stopped"
+RELEASE_S = 5.0  # for a thread to let go of what was exchanged
 GONE_S = 3.0  # until the system tells of a process that has just died
 AGREE_STEPS = 16  # steps between two looks at each other's signals on GPUs, whose host runs ahead
 # how torch reports a rank that is gone, a network that is down, and a wait that took too long
@@ -65,20 +66,23 @@ class Ranks:
     def add(self, tensor: Tensor) -> None:
         """Replace `tensor` in place by its sum over the ranks."""
         if self.world > 1:
-            torch.distributed.all_reduce(tensor)
+            with released(tensor):
+                torch.distributed.all_reduce(tensor)
 
     def copy_from_first(self, *tensors: Tensor) -> None:
         """Replace the tensors in place by those of rank 0."""
         if self.world > 1:
             for tensor in tensors:
-                torch.distributed.broadcast(tensor, 0)
+                with released(tensor):
+                    torch.distributed.broadcast(tensor, 0)
 
     def most(self, *numbers: int) -> list[int]:
         """The largest value over the ranks of each number; exchanged by the hosts."""
         if self.world == 1:
             return list(numbers)
         values = torch.tensor(numbers, dtype=torch.int64)
-        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+        with released(values):
+            torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
         return [int(value) for value in values]
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -86,7 +90,8 @@ class Ranks:
         found = [torch.empty_like(tensor) for _ in range(self.world)]
         if self.world == 1:
             return [tensor]
-        torch.distributed.all_gather(found, tensor)
+        with released(tensor, *found):
+            torch.distributed.all_gather(found, tensor)
         return found
 
     def share(self, value: Any) -> list[Any]:
@@ -175,6 +180,24 @@ def joined() -> Iterator[Ranks]:
         raise lost(ranks, error) from error
     if own_group:
         torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def released(*tensors: Tensor) -> Iterator[None]:
+    """Exchange tensors in the block, and leave it when gloo's threads have let go of them.
+
+    A thread needs Python's lock for that, a little after the exchange is done. Were the process
+    group to end meanwhile, who holds the lock would wait for the thread, and both for ever.
+    """
+    before = _holders(tensors)
+    yield
+    deadline = time.monotonic() + RELEASE_S
+    while _holders(tensors) != before and time.monotonic() < deadline:
+        time.sleep(0)
+
+
+def _holders(tensors: Sequence[Any]) -> list[int]:
+    return [tensor._use_count() for tensor in tensors]
 
 
 def lost(ranks: Ranks, error: Exception) -> RankLost:

@@ -1,0 +1,316 @@
+"""Runs of several processes: the same as of one, one writer, and what becomes of the others when
+one of them dies, is stopped or was started otherwise."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from loader_cases import loader_of, numbered
+from small_runs import start
+
+from fastcnn.config import Config
+from fastcnn.errors import UsageError
+from fastcnn.train import checkpoint, ranks, setup
+from fastcnn.train.ranks import ALONE, Ranks
+
+# no dropout, which draws anew on each rank; SGD, whose steps are no larger than what they come from
+OPTIONS = {
+    "arch": "mao-default",
+    "data": "digits",
+    "train_subset": 101,  # batches of 24, 24, 24, 24 and 5
+    "test_subset": 37,
+    "batch_size": 24,
+    "eval_batch_size": 8,
+    "epochs": 2,
+    "threads": 1,
+    "optimizer": "sgd",
+    "lr": 0.01,
+    "backend": "torch",
+    "loader": "resident",
+}
+
+
+def words_of(options):
+    """The options as those of a command."""
+    words = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
+    return words
+
+
+def launch(count, *words):
+    """Start `torchrun … -m fastcnn train` with these options."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node", str(count), "-m", "fastcnn", "train", *words]
+    env = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        torchrun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+
+
+def ended(process, timeout=120):
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate(timeout=10)
+        raise
+    return process.returncode, out, err
+
+
+def history(folder):
+    rows = checkpoint.load(Path(folder) / "last.pt")["progress"]["history"]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in rows]
+
+
+def assert_close_runs(folder, other):
+    """The same to the rounding of fp32: weights, moments and the curve."""
+    first, second = (checkpoint.load(Path(f) / "last.pt") for f in (folder, other))
+    assert first["step"] == second["step"]
+    assert first["loader"] == second["loader"]
+    for kind in ("model", "ema"):
+        if first[kind] is not None:
+            for name, tensor in first[kind].items():
+                torch.testing.assert_close(tensor, second[kind][name], rtol=1e-4, atol=2e-6)
+    for row, wanted in zip(history(folder), history(other), strict=True):
+        assert row == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run that one process trains."""
+    return start(tmp_path_factory.mktemp("alone"), **OPTIONS).folder.path
+
+
+def test_four_processes_train_and_count_as_one(alone, tmp_path):
+    words = words_of(OPTIONS | {"output": str(tmp_path), "name": "run"})
+    code, out, err = ended(launch(4, *words))
+    assert code == 0, err
+    assert_close_runs(tmp_path / "run", alone)
+    # one has written, and told; what it draws a run without a command does not
+    drawn = {".html", ".png", ".svg"}
+    written = {path.name for path in (tmp_path / "run").iterdir() if path.suffix not in drawn}
+    assert written == {path.name for path in alone.iterdir()}
+    assert out.count("run folder") == 1
+    assert len(re.findall("^epoch 1/2", err, re.MULTILINE)) == 1
+    assert "device 4 x cpu" in err
+    # 37 images on four ranks: 10, 9, 9 and 9, each counted once
+    counts = (tmp_path / "run" / "confusion_matrix.csv").read_text()
+    assert counts == (alone / "confusion_matrix.csv").read_text()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["images"] == {"train": 101, "test": 37}
+
+
+def rank_processes(launcher):
+    """{rank: process id} of a launcher's processes."""
+    found = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdecimal():
+            try:
+                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                environ = (path / "environ").read_bytes().split(b"\0")
+            except (OSError, IndexError):
+                continue
+            own = dict(pair.split(b"=", 1) for pair in environ if b"=" in pair)
+            if parent == launcher.pid and b"RANK" in own:
+                found[int(own[b"RANK"])] = int(path.name)
+    return found
+
+
+def wait_for(path, process, timeout=90):
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+LONG = OPTIONS | {"epochs": 500, "checkpoint_steps": 1, "schedule": "constant"}
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_is_named(tmp_path):
+    process = launch(2, *words_of(LONG | {"output": str(tmp_path), "name": "run"}))
+    wait_for(tmp_path / "run" / "last.pt", process)
+    victim = rank_processes(process)[1]
+    os.kill(victim, signal.SIGKILL)
+    begun = time.monotonic()
+    code, _, err = ended(process, 60)
+    assert time.monotonic() - begun < 30
+    assert code != 0
+    assert re.search(
+        rf"^fastcnn \(rank 0\): rank 1 \(pid {victim}\) has ended: start the same torchrun command "
+        r"again with --resume",
+        err,
+        re.MULTILINE,
+    ), err
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] >= 1
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path, first, second):
+    # the signal comes while the first epoch trains: as soon as the run has a checkpoint
+    slow = OPTIONS | {"checkpoint_steps": 1}
+    process = launch(first, *words_of(slow | {"output": str(tmp_path), "name": "run"}))
+    wait_for(tmp_path / "run" / "last.pt", process)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = ended(process, 60)
+    assert code != 0
+    stopped = checkpoint.load(tmp_path / "run" / "last.pt")["step"]
+    assert 1 <= stopped < 10, err
+    code, _, err = ended(launch(second, "--resume", str(tmp_path / "run")))
+    assert code == 0, err
+    assert_close_runs(tmp_path / "run", alone)
+
+
+def apart(port, rank, world, *words):
+    """Start one process of several as torchrun would on a machine of its own."""
+    place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
+    place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    env = dict(os.environ) | {name: str(value) for name, value in place.items()}
+    command = [sys.executable, "-m", "fastcnn", "train", *words]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def test_ranks_with_other_options_or_images_are_refused(tmp_path):
+    port = free_port()
+    own = [{}, {"lr": 0.02, "test_subset": 36}]
+    options = OPTIONS | {"output": str(tmp_path), "name": "run"}
+    processes = [apart(port, r, 2, *words_of(options | own[r])) for r in range(2)]
+    for rank, process in enumerate(processes):
+        code, _, err = ended(process)
+        assert code == 2, err
+        line = (
+            rf"fastcnn \(rank {rank}\): the ranks differ: --test-subset: 37 on rank 0, 36 on rank "
+            r"1; --lr: 0.01 on rank 0, 0.02 on rank 1; images: .*; start all of them alike"
+        )
+        assert re.search(line, err), err
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_commands_are_for_one_process(tmp_path, monkeypatch, capsys):
+    from fastcnn.cli import main
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["archs"]) == 2
+    line = "fastcnn (rank 1): archs is for one process; torchrun is for fastcnn train\n"
+    assert capsys.readouterr().err == line
+
+
+def test_a_torchrun_environment_that_is_none_is_refused(monkeypatch):
+    assert ranks.launched() is ALONE
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="not as torchrun does"):
+        ranks.launched()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert ranks.launched() == Ranks(0, 2, 0, 2)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert ranks.launched() is ALONE
+
+
+def test_a_batch_is_shared_evenly_or_not_at_all():
+    three = Ranks(1, 3, 1, 3)
+    assert setup.part_of_batch(24, three) == 8
+    with pytest.raises(UsageError, match="take a multiple of 3, such as 24"):
+        setup.part_of_batch(26, three)
+    with pytest.raises(UsageError, match=r"such as 3$"):
+        setup.part_of_batch(2, three)
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert setup.device_of("auto", Ranks(3, 4, 1, 2)) == "cuda:1"
+    assert setup.device_of("cpu", Ranks(3, 4, 1, 2)) == "cpu"
+    assert setup.device_of("cuda:0", ALONE) == "cuda:0"
+    with pytest.raises(UsageError, match="torchrun gives each process its own GPU"):
+        setup.device_of("cuda:0", Ranks(0, 2, 0, 2))
+    with pytest.raises(UsageError, match="there are 2 GPUs here"):
+        setup.device_of("auto", Ranks(3, 4, 3, 4))
+
+
+@given(
+    total=st.integers(1, 60),
+    world=st.integers(1, 4),
+    part=st.integers(1, 5),
+    drop_last=st.booleans(),
+)
+def test_the_weights_of_the_ranks_count_every_image_alike(total, world, part, drop_last):
+    if total < (part * world if drop_last else world):
+        return
+    shards = [
+        loader_of(numbered(total), "resident", batch=part, drop_last=drop_last, rank=r, world=world)
+        for r in range(world)
+    ]
+    steps = [shard.remaining() for shard in shards]
+    rest = total % (part * world)
+    if drop_last or not 0 < rest < world:  # too few for all: the run drops them
+        assert len({len(sizes) for sizes in steps}) == 1
+        assert all(len(shard) == len(sizes) for shard, sizes in zip(shards, steps, strict=True))
+        last = [sizes[-1] for sizes in steps]
+        shares = [
+            shard.last_weight / (world * count) for shard, count in zip(shards, last, strict=True)
+        ]
+        assert shares == pytest.approx([1 / sum(last)] * world)
+
+
+@pytest.mark.parametrize(
+    ("arch", "samples", "batch_size", "world", "dropped"),
+    [
+        ("cnn-a", 50, 24, 2, False),
+        ("cnn-a", 49, 24, 2, True),
+        ("vgg11", 51, 24, 2, True),
+        ("vgg11", 52, 24, 2, False),
+        ("vgg11", 49, 24, 1, True),
+        ("vgg11", 48, 24, 4, False),
+    ],
+)
+def test_a_last_batch_that_is_too_small_for_all_is_dropped(
+    arch, samples, batch_size, world, dropped
+):
+    from fastcnn.archs import get_network
+
+    config = Config.from_flat({"arch": arch, "batch_size": batch_size})
+    notes: list[str] = []
+    found = setup.drops_last(samples, get_network(arch), config, notes, Ranks(0, world, 0, world))
+    assert found is dropped
+    assert len(notes) == dropped
+
+
+def test_ranks_that_would_have_too_few_images_are_refused():
+    from fastcnn.archs import get_network
+
+    config = Config.from_flat({"arch": "vgg11", "batch_size": 4})
+    with pytest.raises(UsageError, match="4 processes need at least 8 images a batch"):
+        setup.drops_last(100, get_network("vgg11"), config, [], Ranks(0, 4, 0, 4))
+
+
+def test_the_run_is_that_of_one_process_in_its_files(alone):
+    """So that the rank count stays out of what a resumed run is compared with."""
+    saved = yaml.safe_load((alone / "config.yaml").read_text())
+    assert not [name for name in saved if "rank" in name or "world" in name]
