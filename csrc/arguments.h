@@ -82,6 +82,12 @@ struct BnActPool {
   uint8_t* code;
 };
 
+// What of a backward is wanted. Where statistics are those of several processes, their sums are
+// added up between the two parts, which the same passes then compute as of one process.
+//   sums:  dweight and dbias, as with batch_stats; dx and dresidual are not read and may be null
+//   apply: dx and dresidual from dweight and dbias, which are read; with batch_stats
+enum class Part { whole, sums, apply };
+
 // Backward of BnAct. With g = dy · post'(z):
 //   dresidual ← g;  dbias ← Σ g;  dweight ← Σ g · x̂,  x̂ = (pre(x) - mean) · rstd
 //   dx ← pre'(x) · rstd · weight · (g - (dbias + x̂ · dweight) / pixels)   if batch_stats
@@ -102,7 +108,8 @@ struct BnActBackward {
   void* dresidual;
   void* dweight;
   void* dbias;
-  void* workspace;  // bn_act_backward_workspace(...) bytes
+  void* workspace;  // bn_act_backward_workspace(...) bytes; null for the part apply
+  Part part = Part::whole;
 };
 
 // Backward of BnActPool: the same, g gathered from dy (N, P', Q', K) by the codes. sizes are x's.
@@ -119,7 +126,8 @@ struct BnActPoolBackward {
   void* dx;
   void* dweight;
   void* dbias;
-  void* workspace;  // bn_act_backward_workspace(...) bytes
+  void* workspace;  // bn_act_backward_workspace(...) bytes; null for the part apply
+  Part part = Part::whole;
 };
 
 // A convolution: N images of H x W pixels and C channels, K filters of R x S, P x Q pixels out.
@@ -171,7 +179,8 @@ struct Conv {
 };
 
 // mean, rstd (K,) ← the merged partials (3, rows, K) of `count` values a channel; the running ones
-// move towards them, as in BnStats. count 0: mean 0, rstd 1, the running ones stay.
+// move towards them, as in BnStats. count 0: mean 0, rstd 1, the running ones stay. count -1: as
+// many values as the partials say, which the device alone knows.
 struct BnMerge {
   int64_t rows, k;
   int64_t count;

@@ -97,6 +97,11 @@ Affine affine_of(const Tensor& x, const Tensor& mean, const Tensor& rstd, const 
           channels_of(weight, x, "weight"), bias ? channels_of(*bias, x, "bias") : nullptr};
 }
 
+// dweight or dbias, which the part apply reads
+void* sums_of(const Tensor& sums, const Tensor& x, const char* name) {
+  return const_cast<void*>(channels_of(sums, x, name));
+}
+
 Affine bias_of(const Tensor& x, const Optional& bias) {
   return {nullptr, nullptr, nullptr, bias ? channels_of(*bias, x, "bias") : nullptr};
 }
@@ -158,26 +163,70 @@ std::tuple<Tensor, Tensor> bias_act_pool(const Tensor& x, const Optional& bias, 
   return forward_pool<B>(x, bias_of(x, bias), 1, slope, pool_of(x, window, stride, padding));
 }
 
+// what the parts of a backward have in common; the rest is null
+BnActBackward backward_of(const Tensor& dy, const Tensor& x, const Optional& y, const Tensor& mean,
+                          const Tensor& rstd, const Tensor& weight, const Tensor& bias,
+                          bool batch_stats, double pre_slope, double post_slope, Part part) {
+  check_input(x, "x");
+  check_like(dy, x, "dy");
+  if (y) check_like(*y, x, "y");
+  BnActBackward args{dtype_of(x), sizes_of(x, "x"), dy.const_data_ptr(), x.const_data_ptr(),
+                     y ? y->const_data_ptr() : nullptr,
+                     affine_of(x, mean, rstd, weight, bias), batch_stats, pre_slope, post_slope};
+  args.part = part;
+  return args;
+}
+
 // dresidual is empty where the forward had no residual, and so no y is given
+Tensor residual_gradient(const Tensor& x, const Optional& y) {
+  return y ? empty_as(x) : empty(x, {0}, x.scalar_type());
+}
+
 template <class B>
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
     const Tensor& dy, const Tensor& x, const Optional& y, const Tensor& mean, const Tensor& rstd,
     const Tensor& weight, const Tensor& bias, bool batch_stats, double pre_slope,
     double post_slope) {
-  check_input(x, "x");
-  check_like(dy, x, "dy");
-  if (y) check_like(*y, x, "y");
-  const Sizes sizes = sizes_of(x, "x");
+  BnActBackward args = backward_of(dy, x, y, mean, rstd, weight, bias, batch_stats, pre_slope,
+                                   post_slope, Part::whole);
   Tensor dx = empty_as(x), dweight = per_channel(x), dbias = per_channel(x);
-  Tensor dresidual = y ? empty_as(x) : empty(x, {0}, x.scalar_type());
-  Tensor workspace = bytes(x, B::backward_workspace(sizes));
-  B::run(BnActBackward{dtype_of(x), sizes, dy.const_data_ptr(), x.const_data_ptr(),
-                       y ? y->const_data_ptr() : nullptr,
-                       affine_of(x, mean, rstd, weight, bias), batch_stats, pre_slope, post_slope,
-                       pointer(dx), y ? pointer(dresidual) : nullptr, pointer(dweight),
-                       pointer(dbias), pointer(workspace)},
-         x);
+  Tensor dresidual = residual_gradient(x, y);
+  Tensor workspace = bytes(x, B::backward_workspace(args.sizes));
+  args.dx = pointer(dx), args.dresidual = y ? pointer(dresidual) : nullptr;
+  args.dweight = pointer(dweight), args.dbias = pointer(dbias);
+  args.workspace = pointer(workspace);
+  B::run(args, x);
   return {dx, dweight, dbias, dresidual};
+}
+
+template <class B>
+std::tuple<Tensor, Tensor> bn_act_backward_sums(const Tensor& dy, const Tensor& x,
+                                                const Optional& y, const Tensor& mean,
+                                                const Tensor& rstd, const Tensor& weight,
+                                                const Tensor& bias, double pre_slope,
+                                                double post_slope) {
+  BnActBackward args = backward_of(dy, x, y, mean, rstd, weight, bias, true, pre_slope, post_slope,
+                                   Part::sums);
+  Tensor dweight = per_channel(x), dbias = per_channel(x);
+  Tensor workspace = bytes(x, B::backward_workspace(args.sizes));
+  args.dweight = pointer(dweight), args.dbias = pointer(dbias);
+  args.workspace = pointer(workspace);
+  B::run(args, x);
+  return {dweight, dbias};
+}
+
+template <class B>
+std::tuple<Tensor, Tensor> bn_act_backward_apply(
+    const Tensor& dy, const Tensor& x, const Optional& y, const Tensor& mean, const Tensor& rstd,
+    const Tensor& weight, const Tensor& bias, const Tensor& dweight, const Tensor& dbias,
+    double pre_slope, double post_slope) {
+  BnActBackward args = backward_of(dy, x, y, mean, rstd, weight, bias, true, pre_slope, post_slope,
+                                   Part::apply);
+  Tensor dx = empty_as(x), dresidual = residual_gradient(x, y);
+  args.dx = pointer(dx), args.dresidual = y ? pointer(dresidual) : nullptr;
+  args.dweight = sums_of(dweight, x, "dweight"), args.dbias = sums_of(dbias, x, "dbias");
+  B::run(args, x);
+  return {dx, dresidual};
 }
 
 // dbias is empty where the forward had no bias; dx is the gradient of a residual as well
@@ -207,25 +256,69 @@ void check_pooled(const Tensor& dy, const Tensor& code, const Sizes& sizes, cons
                   "dy: expected the pooled shape of x, got ", shape_of(dy));
 }
 
-template <class B>
-std::tuple<Tensor, Tensor, Tensor> bn_act_pool_backward(
-    const Tensor& dy, const Tensor& code, const Tensor& x, const Tensor& mean, const Tensor& rstd,
-    const Tensor& weight, bool batch_stats, double pre_slope, double post_slope, int64_t window,
-    int64_t stride, int64_t padding) {
+BnActPoolBackward pool_backward_of(const Tensor& dy, const Tensor& code, const Tensor& x,
+                                   const Tensor& mean, const Tensor& rstd, const Tensor& weight,
+                                   bool batch_stats, double pre_slope, double post_slope,
+                                   int64_t window, int64_t stride, int64_t padding, Part part) {
   check_input(x, "x");
   REQUIRE(dy.scalar_type() == x.scalar_type(), "dy: expected the dtype of x");
   const Sizes sizes = sizes_of(x, "x");
   const Pool pool = pool_of(x, window, stride, padding);
   check_pooled(dy, code, sizes, pool);
+  BnActPoolBackward args{dtype_of(x), sizes, dy.const_data_ptr(),
+                         static_cast<const uint8_t*>(code.const_data_ptr()), x.const_data_ptr(),
+                         affine_of(x, mean, rstd, weight, std::nullopt), batch_stats, pre_slope,
+                         post_slope, pool};
+  args.part = part;
+  return args;
+}
+
+template <class B>
+std::tuple<Tensor, Tensor, Tensor> bn_act_pool_backward(
+    const Tensor& dy, const Tensor& code, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+    const Tensor& weight, bool batch_stats, double pre_slope, double post_slope, int64_t window,
+    int64_t stride, int64_t padding) {
+  BnActPoolBackward args =
+      pool_backward_of(dy, code, x, mean, rstd, weight, batch_stats, pre_slope, post_slope, window,
+                       stride, padding, Part::whole);
   Tensor dx = empty_as(x), dweight = per_channel(x), dbias = per_channel(x);
-  Tensor workspace = bytes(x, B::backward_workspace(sizes));
-  B::run(BnActPoolBackward{dtype_of(x), sizes, dy.const_data_ptr(),
-                           static_cast<const uint8_t*>(code.const_data_ptr()), x.const_data_ptr(),
-                           affine_of(x, mean, rstd, weight, std::nullopt), batch_stats, pre_slope,
-                           post_slope, pool, pointer(dx), pointer(dweight), pointer(dbias),
-                           pointer(workspace)},
-         x);
+  Tensor workspace = bytes(x, B::backward_workspace(args.sizes));
+  args.dx = pointer(dx), args.dweight = pointer(dweight), args.dbias = pointer(dbias);
+  args.workspace = pointer(workspace);
+  B::run(args, x);
   return {dx, dweight, dbias};
+}
+
+template <class B>
+std::tuple<Tensor, Tensor> bn_act_pool_backward_sums(
+    const Tensor& dy, const Tensor& code, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+    const Tensor& weight, double pre_slope, double post_slope, int64_t window, int64_t stride,
+    int64_t padding) {
+  BnActPoolBackward args =
+      pool_backward_of(dy, code, x, mean, rstd, weight, true, pre_slope, post_slope, window,
+                       stride, padding, Part::sums);
+  Tensor dweight = per_channel(x), dbias = per_channel(x);
+  Tensor workspace = bytes(x, B::backward_workspace(args.sizes));
+  args.dweight = pointer(dweight), args.dbias = pointer(dbias);
+  args.workspace = pointer(workspace);
+  B::run(args, x);
+  return {dweight, dbias};
+}
+
+template <class B>
+Tensor bn_act_pool_backward_apply(const Tensor& dy, const Tensor& code, const Tensor& x,
+                                  const Tensor& mean, const Tensor& rstd, const Tensor& weight,
+                                  const Tensor& dweight, const Tensor& dbias, double pre_slope,
+                                  double post_slope, int64_t window, int64_t stride,
+                                  int64_t padding) {
+  BnActPoolBackward args =
+      pool_backward_of(dy, code, x, mean, rstd, weight, true, pre_slope, post_slope, window,
+                       stride, padding, Part::apply);
+  Tensor dx = empty_as(x);
+  args.dx = pointer(dx);
+  args.dweight = sums_of(dweight, x, "dweight"), args.dbias = sums_of(dbias, x, "dbias");
+  B::run(args, x);
+  return dx;
 }
 
 // p, q: rows and columns of the image that was pooled
@@ -253,8 +346,12 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("bn_stats", TORCH_BOX(&bn_stats<B>));
   m.impl("bn_act", TORCH_BOX(&bn_act<B>));
   m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward<B>));
+  m.impl("bn_act_backward_sums", TORCH_BOX(&bn_act_backward_sums<B>));
+  m.impl("bn_act_backward_apply", TORCH_BOX(&bn_act_backward_apply<B>));
   m.impl("bn_act_pool", TORCH_BOX(&bn_act_pool<B>));
   m.impl("bn_act_pool_backward", TORCH_BOX(&bn_act_pool_backward<B>));
+  m.impl("bn_act_pool_backward_sums", TORCH_BOX(&bn_act_pool_backward_sums<B>));
+  m.impl("bn_act_pool_backward_apply", TORCH_BOX(&bn_act_pool_backward_apply<B>));
   m.impl("bias_act", TORCH_BOX(&bias_act<B>));
   m.impl("bias_act_backward", TORCH_BOX(&bias_act_backward<B>));
   m.impl("bias_act_pool", TORCH_BOX(&bias_act_pool<B>));

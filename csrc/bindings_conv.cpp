@@ -241,20 +241,20 @@ Tensor conv_weight_gradient(const Tensor& dy, const Tensor& x, const Optional& i
   return dfilter;
 }
 
-std::tuple<Tensor, Tensor> bn_stats_merge(const Tensor& partials, int64_t count,
+std::tuple<Tensor, Tensor> bn_stats_merge(const Tensor& partials, std::optional<int64_t> count,
                                           const Tensor& running_mean, const Tensor& running_var,
                                           double momentum, double eps) {
   REQUIRE(partials.dim() == 3 && partials.size(0) == 3 && partials.is_contiguous() &&
               partials.scalar_type() == ScalarType::Float,
           "partials: expected contiguous float32 (3, rows, K), got ", shape_of(partials));
-  REQUIRE(count >= 0, "count: expected >= 0, got ", count);
+  REQUIRE(!count || *count >= 0, "count: expected >= 0, got ", *count);
   const int64_t k = partials.size(2);
   vector_of(running_mean, k, partials, "running_mean");
   vector_of(running_var, k, partials, "running_var");
   Tensor mean = empty(partials, {k}, ScalarType::Float);
   Tensor rstd = empty(partials, {k}, ScalarType::Float);
   enqueue(cuda::launch_bn_merge,
-          BnMerge{partials.size(1), k, count, partials.const_data_ptr(), momentum, eps,
+          BnMerge{partials.size(1), k, count.value_or(-1), partials.const_data_ptr(), momentum, eps,
                   pointer(running_mean), pointer(running_var), pointer(mean), pointer(rstd)},
           partials);
   return {mean, rstd};

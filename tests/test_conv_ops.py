@@ -137,12 +137,21 @@ def test_partials_of_many_rows_are_merged():
             torch.stack([torch.full((5,), len(p)).double() for p in parts]),
         ]
     )
-    running = [torch.zeros(5).double(), torch.ones(5).double()]
-    mean, rstd = LIBRARY.bn_stats_merge(partials, 60, *running, 0.3, EPS)
-    torch.testing.assert_close(mean, values.mean(0), **CLOSE)
-    torch.testing.assert_close(rstd, (values.var(0, correction=0) + EPS).rsqrt(), **CLOSE)
-    torch.testing.assert_close(running[0], 0.3 * values.mean(0), **CLOSE)
-    torch.testing.assert_close(running[1], 0.7 + 0.3 * values.var(0), **CLOSE)
+    for count in (60, None):  # None: as many as the rows say
+        running = [torch.zeros(5).double(), torch.ones(5).double()]
+        mean, rstd = LIBRARY.bn_stats_merge(partials, count, *running, 0.3, EPS)
+        torch.testing.assert_close(mean, values.mean(0), **CLOSE)
+        torch.testing.assert_close(rstd, (values.var(0, correction=0) + EPS).rsqrt(), **CLOSE)
+        torch.testing.assert_close(running[0], 0.3 * values.mean(0), **CLOSE)
+        torch.testing.assert_close(running[1], 0.7 + 0.3 * values.var(0), **CLOSE)
+
+
+@pytest.mark.parametrize("count", [0, None])
+def test_partials_of_nothing_leave_the_running_statistics(count):
+    running = [torch.zeros(5), torch.full((5,), 2.0)]
+    mean, rstd = LIBRARY.bn_stats_merge(torch.zeros(3, 2, 5), count, *running, 0.3, EPS)
+    found = torch.stack([mean, rstd, *running])
+    assert torch.equal(found, torch.tensor([0.0, 1.0, 0.0, 2.0]).view(4, 1).expand(4, 5))
 
 
 @pytest.mark.parametrize("pool", [False, True])

@@ -149,8 +149,14 @@ def op_arguments(device="cpu", dtype=torch.float32):
         "bn_stats": (x, mean.clone(), rstd.clone(), True, 0.1, 1e-5, 0.1),
         "bn_act": (x, *norm, residual, True, 0.2, 0.1),
         "bn_act_backward": (t["dy"], x, residual, *norm, True, 0.2, 0.1),
+        "bn_act_backward_sums": (t["dy"], x, residual, *norm, 0.2, 0.1),
+        "bn_act_backward_apply": (t["dy"], x, residual, *norm, bias, mean, 0.2, 0.1),
         "bn_act_pool": (x, *norm, True, 0.2, 0.1, *pool),
         "bn_act_pool_backward": (dy, code, x, mean, rstd, weight, True, 0.2, 0.1, *pool),
+        "bn_act_pool_backward_sums": (dy, code, x, mean, rstd, weight, 0.2, 0.1, *pool),
+        "bn_act_pool_backward_apply": (
+            *(dy, code, x, mean, rstd, weight, bias, mean, 0.2, 0.1, *pool),
+        ),
         "bias_act": (x, bias, residual, 0.1),
         "bias_act_backward": (t["dy"], x, True, 0.1),
         "bias_act_pool": (x, bias, 0.1, *pool),
@@ -212,7 +218,10 @@ def test_tracing_tells_the_results_layout(name, dtype):
     check_tracing(name, dtype)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("bn_stats", "augment")])
+WITH_IMAGES = [n for n in NAMES if n not in ("bn_stats", "augment") and not n.endswith("_sums")]
+
+
+@pytest.mark.parametrize("name", WITH_IMAGES)
 def test_wrong_strides_in_tracing_are_seen(name, monkeypatch):
     """The planted error: tracing is told NCHW memory. (opcheck looks at strides on CUDA alone.)"""
     monkeypatch.setattr(tracing, "like", lambda x: x.new_empty(x.shape))

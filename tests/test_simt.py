@@ -93,6 +93,46 @@ def test_pools(chain, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 17, 5, 3), (2, 24, 11, 9), (0, 24, 6, 5)], ids=str)
+def test_a_backward_in_parts_has_the_bits_of_the_whole(chain, shape, dtype):
+    cases = [Case(0.2, 0.1), Case(1.0, 0.0, residual=True, mask="y")]
+    for case in [*cases, *(Case(0.2, 0.1, pool=pool) for pool in POOLS)]:
+        data = inputs(shape, dtype, case)
+        whole, parts = chain.run(data, case), chain.run(data, case, in_parts=True)
+        for name, value in whole.items():
+            assert torch.equal(parts[name], value), name
+
+
+@pytest.mark.parametrize("part", ["sums", "apply"])
+def test_a_part_without_batch_statistics_is_refused(kernels, part):
+    settings = {"part": part, "batch_stats": False, "pre_slope": 1.0, "post_slope": 1.0}
+    settings |= {"sizes": (1, 2, 2, 1), "dtype": "float32"}
+    assert kernels.bn_act_backward(**settings) == 1
+    assert kernels.bn_act_pool_backward(**settings, pool=(2, 2, 0)) == 1
+
+
+@pytest.mark.parametrize("counts", [(30, 70), (1, 0, 5), (0, 0), (1, 1)], ids=str)
+def test_a_merge_that_counts_itself(kernels, counts):
+    """Of several processes' statistics: the host does not know how many values there are."""
+    values = [torch.randn(count, 24) + 3 for count in counts]
+    means = [v.sum(0) / max(len(v), 1) for v in values]
+    squares = [(v - mean).square().sum(0) for v, mean in zip(values, means, strict=True)]
+    sizes = [torch.full((24,), float(count)) for count in counts]
+    partials = torch.stack([torch.stack(rows) for rows in (means, squares, sizes)])
+    found = {name: torch.zeros(24) for name in ("mean", "rstd", "running_mean", "running_var")}
+    given = {name: t.data_ptr() for name, t in {**found, "partials": partials}.items()}
+    settings = {"rows": len(counts), "k": 24, "count": -1, "momentum": 0.5, "eps": 1e-5}
+    assert kernels.bn_merge(**settings, **given) == 0
+    whole = torch.cat(values)
+    want = dict(found) | {"rstd": torch.ones(24)}
+    if len(whole):
+        var = whole.var(0, correction=0)
+        want = {"mean": whole.mean(0), "rstd": (var + 1e-5).rsqrt()}
+        want |= {"running_mean": whole.mean(0) / 2, "running_var": whole.var(0) / 2}
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_image(chain, dtype):
     check(chain, LARGE_SHAPE, dtype, Case(0.0, 0.1))
     check(chain, LARGE_SHAPE, dtype, Case(1.0, 0.0, pool=(3, 2, 1)))

@@ -118,11 +118,17 @@ void bn_act_backward(const BnActBackward& args, const Parallel& parallel) {
     auto finish = [&] {
       finish_sums(channels, args.workspace, parts.tasks, args.dweight, args.dbias);
     };
-    if (pixels == 0) return finish();
+    if (pixels == 0) {
+      if (args.part != Part::apply) finish();
+      return;
+    }
     if (args.batch_stats) {
-      const InputGradient<A> none(channels, false, nullptr, nullptr, pixels);
-      backward_pass<T, Block, true, false>(args, none, parts, parallel);
-      finish();
+      if (args.part != Part::apply) {
+        const InputGradient<A> none(channels, false, nullptr, nullptr, pixels);
+        backward_pass<T, Block, true, false>(args, none, parts, parallel);
+        finish();
+      }
+      if (args.part == Part::sums) return;
       const InputGradient<A> input(channels, true, args.dweight, args.dbias, pixels);
       return backward_pass<T, Block, false, true>(args, input, parts, parallel);
     }

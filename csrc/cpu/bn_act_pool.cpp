@@ -281,10 +281,11 @@ void bn_act_pool_backward(const BnActPoolBackward& args, const Parallel& paralle
     const Channels<A> channels(args.affine, args.sizes.k);
     const Windows w(args.sizes, args.pool);
     const Parts rows(args.sizes.n * w.pp, 1);
-    if (args.dweight || args.dbias) {
+    if (args.part != Part::apply && (args.dweight || args.dbias)) {
       sum_pass<T, decltype(block)>(args, channels, w, rows, parallel);
       finish_sums(channels, args.workspace, rows.tasks, args.dweight, args.dbias);
     }
+    if (args.part == Part::sums) return;
     const InputGradient<A> input(channels, args.batch_stats, args.dweight, args.dbias, pixels);
     write_pass<T, decltype(block)>(args, input, w, parallel);
   });

@@ -61,13 +61,15 @@ struct InputGradientBlock {
   }
 };
 
-// Σ g and Σ g · (pre(x) - mean) of one task: partial sums [task][2][K], joined in the tasks' order
+// Σ g and Σ g · (pre(x) - mean) of one task: partial sums [task][2][K], joined in the tasks' order;
+// without partials of no use
 struct TaskSums {
   double* g;
   double* gx;
 
   TaskSums(void* partials, int64_t task, int64_t k)
-      : g(static_cast<double*>(partials) + 2 * task * k), gx(g + k) {}
+      : g(partials ? static_cast<double*>(partials) + 2 * task * k : nullptr),
+        gx(partials ? g + k : nullptr) {}
   void clear(int64_t k) const { std::fill(g, g + 2 * k, 0.0); }
 };
 

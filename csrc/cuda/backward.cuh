@@ -6,7 +6,8 @@
 //
 // With batch statistics dx needs the sums first: a pass that reduces, a small launch that merges
 // the blocks' partial sums, and a pass that applies and recomputes g instead of reading it back
-// (a write and a read of N·P·Q·K elements less, and no buffer). Without, one pass does both.
+// (a write and a read of N·P·Q·K elements less, and no buffer). Without, one pass does both. Those
+// of several processes come between the merge and the apply: the two parts are launched apart.
 #pragma once
 
 #include "walk.cuh"
@@ -127,20 +128,20 @@ inline size_t backward_shared(Pass pass, bool sums, int width, const Walk& walk)
 cudaError_t launch_backward_finalise(const Partials& partials, const Affine& affine, void* dweight,
                                      void* dbias, cudaStream_t stream);
 
-// dx of BnActBackward from dweight and dbias, which are there already; dx may be dy.
-cudaError_t launch_bn_act_backward_apply(const BnActBackward& args, cudaStream_t stream);
-
 // The launches of a backward: run(pass) with the pass as a constant
 template <typename Args, typename Run>
 cudaError_t launch_passes(const Args& args, const Partials& partials, cudaStream_t stream,
                           Run run) {
   using std::integral_constant;
   if (args.sizes.k == 0) return cudaSuccess;
-  cudaError_t status = args.batch_stats ? run(integral_constant<Pass, Pass::reduce>{})
-                                        : run(integral_constant<Pass, Pass::single>{});
-  if (status == cudaSuccess && (args.dweight || args.dbias))
-    status = launch_backward_finalise(partials, args.affine, args.dweight, args.dbias, stream);
-  if (status == cudaSuccess && args.batch_stats)
+  cudaError_t status = cudaSuccess;
+  if (args.part != Part::apply) {
+    status = args.batch_stats ? run(integral_constant<Pass, Pass::reduce>{})
+                              : run(integral_constant<Pass, Pass::single>{});
+    if (status == cudaSuccess && (args.dweight || args.dbias))
+      status = launch_backward_finalise(partials, args.affine, args.dweight, args.dbias, stream);
+  }
+  if (status == cudaSuccess && args.batch_stats && args.part != Part::sums)
     status = run(integral_constant<Pass, Pass::apply>{});
   return status;
 }
@@ -148,6 +149,7 @@ cudaError_t launch_passes(const Args& args, const Partials& partials, cudaStream
 // x may be missing without normalisation or pixels, dweight and dbias only without batch statistics
 template <typename Args>
 bool is_complete(const Args& args) {
+  if (args.part != Part::whole && !args.batch_stats) return false;
   if (args.sizes.elements() == 0) return true;
   return args.batch_stats ? args.x && args.dweight && args.dbias : args.x || args.pre_slope == 1;
 }

@@ -143,14 +143,6 @@ cudaError_t launch_bn_act_backward(const BnActBackward& args, cudaStream_t strea
   });
 }
 
-cudaError_t launch_bn_act_backward_apply(const BnActBackward& args, cudaStream_t stream) {
-  if (args.sizes.elements() == 0) return cudaSuccess;
-  return dispatch(args.dtype, [&](auto number) {
-    using T = decltype(number);
-    return run_pass<T, Pass::apply>(args, act_arguments<T>(args), stream);
-  });
-}
-
 std::vector<Kernel> bn_act_backward_kernels() {
   std::vector<Kernel> kernels{
       named("bn_act_backward_finalise_kernel", bn_act_backward_finalise_kernel)};

@@ -133,6 +133,10 @@ __global__ void __launch_bounds__(kThreads)
   float moments[4] = {all.shift, all.offset, all.squares, all.count};
   reduce_lanes(moments, kFinalChannels, kSlices, shared_memory(), MergeMoments<1>());
   if (threadIdx.x >= kFinalChannels || k >= partials.k) return;
+  if (count < 0) {
+    count = moments[3];
+    unbiased_count = count - 1;
+  }
   if (count == 0) {
     out.mean[k] = 0;
     out.rstd[k] = 1;

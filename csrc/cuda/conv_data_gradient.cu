@@ -234,10 +234,10 @@ cudaError_t convolve(const ConvDataGradient& args, const DataGradientArguments<T
 // g in dx becomes dx
 cudaError_t apply(const ConvDataGradient& args, cudaStream_t stream) {
   const ConvShape& shape = args.shape;
-  return launch_bn_act_backward_apply(
+  return launch_bn_act_backward(
       {args.dtype, Sizes{shape.n, shape.h, shape.w, shape.c}, args.dx, args.input.x, nullptr,
        args.input.affine, true, args.input.pre_slope, 1, args.dx, nullptr, args.dweight, args.dbias,
-       args.workspace},
+       args.workspace, Part::apply},
       stream);
 }
 

@@ -102,9 +102,11 @@ def _bn_stats_merge(  # type: ignore[no-untyped-def]
     )
     for name, vector in (("running_mean", running_mean), ("running_var", running_var)):
         _check_vector(vector, k, partials, name)
+    means, squares, counts = partials
+    if count is None:
+        count = int(counts[:, :1].sum())
     if count == 0:
         return torch.zeros_like(running_mean), torch.ones_like(running_var)
-    means, squares, counts = partials
     mean = (means * counts).sum(0) / count
     squares = (squares + counts * (means - mean).square()).sum(0)
     running_mean.lerp_(mean, momentum)

@@ -300,12 +300,13 @@ def _no_gradient(ctx: Any, *gradients: Any) -> None:
 torch.library.register_autograd("fastcnn::conv_affine_act", _no_gradient, lib=schemas)
 
 
-# bn_stats_merge: mean and rstd of the `count` values a channel that conv's partials are of; the
-# running statistics move towards them by momentum, as in bn_stats
+# bn_stats_merge: mean and rstd of the `count` values a channel that conv's partials are of, of as
+# many as they themselves say without a count; the running statistics move towards them by momentum,
+# as in bn_stats
 
 define(
     "bn_stats_merge",
-    "(Tensor partials, SymInt count, Tensor(a!) running_mean, Tensor(b!) running_var, "
+    "(Tensor partials, SymInt? count, Tensor(a!) running_mean, Tensor(b!) running_var, "
     "float momentum, float eps) -> (Tensor mean, Tensor rstd)",
 )
 

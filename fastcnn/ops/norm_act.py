@@ -5,14 +5,19 @@ Below, one block an op of the library: schema, shapes for tracing, gradient. csr
 registers the kernels.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastcnn.ops import tracing
+from fastcnn.ops import norm_across, tracing
 from fastcnn.ops.loading import define, ready, schemas
 from fastcnn.ops.reference import require_same_shape
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _ops = torch.ops.fastcnn
 
@@ -98,6 +103,7 @@ def bn_act(
     pre_slope: float = 1.0,
     post_slope: float = 1.0,
     residual: Tensor | None = None,
+    across: ProcessGroup | None = None,
 ) -> Tensor:
     """Return post((pre(x) - mean) / sqrt(var + eps) * weight + bias + residual).
 
@@ -106,16 +112,24 @@ def bn_act(
     training: mean and biased variance of pre(x) over all but K; the running statistics move by
     `momentum` towards them (the variance unbiased), in place. Else the running statistics.
     Slopes are >= 0. Saved for the backward: x, mean, rstd, and y where there is a residual.
+    across: a process group of torch.distributed. In training mean and variance are then those of
+    pre(x) on all its processes, each of which must call this, with any number of images; so are
+    what the running statistics move to and the gradient of x. The gradients of weight and bias are
+    sums over this process's images.
 
-    Raises ValueError for one value a channel in training and for a residual of another shape,
+    Raises ValueError for one value a channel in training (of all processes, where that can be seen:
+    `reference_across.require_more_than_one_of_all`) and for a residual of another shape,
     RuntimeError for another layout, dtype, device or length, BuildError without a library.
     Ioffe and Szegedy 2015, algorithm 1; He et al. 2016, figure 2.
     """
     ready()
-    if training:
+    if training and across is None:
         require_more_than_one(x)
     if residual is not None:
         require_same_shape(residual, x.shape)
+    if training and across is not None:
+        norm = (weight, bias, running_mean, running_var, momentum, eps)
+        return norm_across.bn_act(x, *norm, pre_slope, post_slope, residual, across)
     mean, rstd = _ops.bn_stats(
         x.detach(), running_mean, running_var, training, momentum, eps, pre_slope
     )
@@ -180,10 +194,11 @@ def bn_act_pool(
     pre_slope: float = 1.0,
     post_slope: float = 1.0,
     pool: tuple[int, int, int] = (2, 2, 0),
+    across: ProcessGroup | None = None,
 ) -> Tensor:
     """Return max-pool(bn_act(x, ...)).
 
-    x: (N, K, P, Q) channels-last; parameters, statistics and errors as for `bn_act`.
+    x: (N, K, P, Q) channels-last; parameters, statistics, across and errors as for `bn_act`.
     pool: window (at most 11), stride and padding in pixels; sizes floor:
     (P + 2 padding - window) // stride + 1.
     result: (N, K, P', Q') channels-last, x's dtype. The winner of a window is chosen before
@@ -193,6 +208,9 @@ def bn_act_pool(
     Raises RuntimeError, as torch does, for a window larger than the padded image.
     """
     ready()
+    if training and across is not None:
+        norm = (weight, bias, running_mean, running_var, momentum, eps)
+        return norm_across.bn_act_pool(x, *norm, pre_slope, post_slope, pool, across)
     if training:
         require_more_than_one(x)
     mean, rstd = _ops.bn_stats(

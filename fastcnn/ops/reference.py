@@ -14,12 +14,15 @@ parameters and statistics are fp32 (fp64 where the activations are). Everything 
 autocast.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastcnn.ops.reference_across import batch_norm_across
 from fastcnn.ops.reference_augment import augment
 from fastcnn.ops.reference_update import adam_, sgd_
 
@@ -34,6 +37,9 @@ __all__ = [
     "conv_bn_act",
     "sgd_",
 ]
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Pads = tuple[int, int, int, int]
 
@@ -50,6 +56,7 @@ def bn_act(
     pre_slope: float = 1.0,
     post_slope: float = 1.0,
     residual: Tensor | None = None,
+    across: ProcessGroup | None = None,
 ) -> Tensor:
     """Return post((pre(x) - mean) / sqrt(var + eps) * weight + bias + residual).
 
@@ -57,13 +64,17 @@ def bn_act(
     weight, bias, running_mean, running_var: (K,), fp32 (fp64 where x is).
     training: mean and biased variance of pre(x) over all but K; the running statistics move by
     `momentum` towards them (the variance unbiased), in place. Else the running statistics.
+    across: a process group of torch.distributed. In training mean and variance are then those of
+    pre(x) on all its processes (`batch_norm_across`); no effect else.
 
     Raises ValueError for one value a channel in training (as torch.nn.BatchNorm2d does) and for a
     residual of another shape. Ioffe and Szegedy 2015, algorithm 1; He et al. 2016, figure 2.
     """
-    y = F.batch_norm(
-        _activation(x, pre_slope), running_mean, running_var, weight, bias, training, momentum, eps
-    )
+    arguments = (_activation(x, pre_slope), running_mean, running_var, weight, bias)
+    if training and across is not None:
+        y = batch_norm_across(*arguments, momentum, eps, across)
+    else:
+        y = F.batch_norm(*arguments, training, momentum, eps)
     # in place: y is a temporary, and a second one costs memory and, on the CPU, page faults
     return _activation(_add(y, residual), post_slope, inplace=True)
 
@@ -80,19 +91,18 @@ def bn_act_pool(
     pre_slope: float = 1.0,
     post_slope: float = 1.0,
     pool: tuple[int, int, int] = (2, 2, 0),
+    across: ProcessGroup | None = None,
 ) -> Tensor:
     """Return max-pool(bn_act(x, ...)).
 
-    x: (N, K, P, Q) channels-last; parameters, statistics and errors as for `bn_act`.
+    x: (N, K, P, Q) channels-last; parameters, statistics, across and errors as for `bn_act`.
     pool: window, stride and padding in pixels; sizes floor: (P + 2 padding - window) // stride + 1.
     result: (N, K, P', Q') channels-last, x's dtype.
 
     Raises RuntimeError, as torch does, for a window larger than the padded image.
     """
-    y = bn_act(
-        x, weight, bias, running_mean, running_var, training, momentum, eps, pre_slope, post_slope
-    )
-    return _max_pool(y, pool)
+    norm = (weight, bias, running_mean, running_var, training, momentum, eps)
+    return _max_pool(bn_act(x, *norm, pre_slope, post_slope, across=across), pool)
 
 
 def bias_act(
@@ -139,20 +149,21 @@ def conv_bn_act(
     residual: Tensor | None = None,
     defer: bool = False,
     plan: Any = None,
+    across: ProcessGroup | None = None,
 ) -> Tensor:
     """Return bn_act or, with a pool, bn_act_pool of `product`(x, filter, conv_bias, stride, pads).
 
     x: (N, C, H, W); filter: (K, C, R, S); both channels-last. conv_bias: (K,), of filter's dtype,
     or None. pool: as for `bn_act_pool`, or None; no residual then. defer and plan are for
-    `fastcnn.ops`, where they change the way and not the result. The rest and errors as for `bn_act`
-    and `bn_act_pool`; ValueError for a residual with a pool.
+    `fastcnn.ops`, where they change the way and not the result. The rest, across and errors as for
+    `bn_act` and `bn_act_pool`; ValueError for a residual with a pool.
     """
     require_no_residual(residual, pool)
     y = product(x, filter, conv_bias, stride, pads)
     arguments = (weight, bias, running_mean, running_var, training, momentum, eps)
     if pool is None:
-        return bn_act(y, *arguments, pre_slope, post_slope, residual)
-    return bn_act_pool(y, *arguments, pre_slope, post_slope, pool)
+        return bn_act(y, *arguments, pre_slope, post_slope, residual, across)
+    return bn_act_pool(y, *arguments, pre_slope, post_slope, pool, across)
 
 
 def conv_bias_act(

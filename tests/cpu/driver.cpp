@@ -52,6 +52,13 @@ void run(Dtype dtype, Sizes sizes, Pool pool) {
                           affine, batch_stats, 0.2, 0.1, dx.data(), dresidual.data(),
                           dweight.data(), dbias.data(), space.data()},
                          threads);
+  for (Part part : {Part::sums, Part::apply}) {
+    const bool sums = part == Part::sums;
+    cpu::bn_act_backward({dtype, sizes, dy.data(), x.data(), y.data(), affine, true, 0.2, 0.1,
+                          sums ? nullptr : dx.data(), sums ? nullptr : dresidual.data(),
+                          dweight.data(), dbias.data(), sums ? space.data() : nullptr, part},
+                         threads);
+  }
   if (std::min(sizes.p, sizes.q) + 2 * pool.padding < pool.window) return;
   const int64_t pooled = sizes.n * pool.output(sizes.p) * pool.output(sizes.q) * k;
   Buffer small_y(pooled, size, false), small_dy(pooled, size), code(pooled, 1, false);
@@ -61,6 +68,13 @@ void run(Dtype dtype, Sizes sizes, Pool pool) {
   cpu::bn_act_pool_backward({dtype, sizes, small_dy.data(), codes, x.data(), affine, true, 0.2,
                              0.1, pool, dx.data(), dweight.data(), dbias.data(), space.data()},
                             threads);
+  for (Part part : {Part::sums, Part::apply}) {
+    const bool sums = part == Part::sums;
+    cpu::bn_act_pool_backward({dtype, sizes, small_dy.data(), codes, x.data(), affine, true, 0.2,
+                               0.1, pool, sums ? nullptr : dx.data(), dweight.data(), dbias.data(),
+                               sums ? space.data() : nullptr, part},
+                              threads);
+  }
   cpu::bn_act_pool_backward({dtype, sizes, small_dy.data(), codes, nullptr, {}, false, 1, 0, pool,
                              dx.data(), nullptr, dbias.data(), space.data()},
                             threads);

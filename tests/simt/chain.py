@@ -160,8 +160,11 @@ class Chain:
         )
         return mean, rstd, *running
 
-    def run(self, data: Inputs, case: Case, wanted=("dresidual", "dweight", "dbias")):
-        """Forward and backward; the same names as `oracle`, and code after a pool."""
+    def run(
+        self, data: Inputs, case: Case, wanted=("dresidual", "dweight", "dbias"), in_parts=False
+    ):
+        """Forward and backward; the same names as `oracle`, and code after a pool. in_parts: the
+        backward as of several processes, the sums before the rest."""
         x, residual, dy = (self.buffer(t.shape, t.dtype, t) for t in data[:3])
         found: dict[str, Tensor] = {}
         affine = {"bias": data.bias}
@@ -194,12 +197,20 @@ class Chain:
             # a layer without normalisation whose mask comes from y keeps no x
             needs_x = case.mask == "x" or case.statistics != "none"
             given = {"x": x if needs_x else None, "y": y if case.mask == "y" else None}
-            self.call("bn_act_backward", x, **given, **common_backward, **outputs)
+            self.backward("bn_act_backward", x, {**given, **common_backward}, outputs, in_parts)
         else:
             code = found["code"] = self.buffer(dy.shape, torch.uint8)
             pool = {"pool": case.pool, "code": code}
             self.call("bn_act_pool", x, x=x, y=y, **pool, **common)
             given = {"x": x if case.statistics != "none" else None}
-            self.call("bn_act_pool_backward", x, **given, **pool, **common_backward, **outputs)
+            given |= pool | common_backward
+            self.backward("bn_act_pool_backward", x, given, outputs, in_parts)
         self.check_fences()
         return found | outputs
+
+    def backward(self, op: str, x: Tensor, given: dict, outputs: dict, in_parts: bool) -> None:
+        if not in_parts:
+            return self.call(op, x, **given, **outputs)
+        sums = {name: outputs[name] for name in ("dweight", "dbias")}
+        self.call(op, x, part="sums", **given, **sums)
+        self.call(op, x, part="apply", **given | {"workspace": None}, **outputs)

@@ -48,6 +48,10 @@ struct Fields {
            : name == "bfloat16" ? Dtype::bf16
                                 : Dtype::f64;
   }
+  Part part() const {
+    const auto name = values.contains("part") ? value<std::string>("part") : "whole";
+    return name == "sums" ? Part::sums : name == "apply" ? Part::apply : Part::whole;
+  }
   Affine affine() const {
     return {pointer("mean"), pointer("rstd"), pointer("weight"), pointer("bias")};
   }
@@ -92,7 +96,7 @@ int bn_act_backward(const py::kwargs& kwargs) {
       {f.dtype(), f.sizes(), f.pointer("dy"), f.pointer("x"), f.pointer("y"), f.affine(),
        f.value<bool>("batch_stats"), f.value<double>("pre_slope"), f.value<double>("post_slope"),
        f.pointer("dx"), f.pointer("dresidual"), f.pointer("dweight"), f.pointer("dbias"),
-       f.pointer("workspace")},
+       f.pointer("workspace"), f.part()},
       nullptr);
 }
 
@@ -102,7 +106,7 @@ int bn_act_pool_backward(const py::kwargs& kwargs) {
       {f.dtype(), f.sizes(), f.pointer("dy"), static_cast<const uint8_t*>(f.pointer("code")),
        f.pointer("x"), f.affine(), f.value<bool>("batch_stats"), f.value<double>("pre_slope"),
        f.value<double>("post_slope"), f.pool(), f.pointer("dx"), f.pointer("dweight"),
-       f.pointer("dbias"), f.pointer("workspace")},
+       f.pointer("dbias"), f.pointer("workspace"), f.part()},
       nullptr);
 }
 

@@ -78,6 +78,9 @@ def run(kernels, sizes, dtype):
     for batch in (True, False):
         given = {"x": x, "dy": residual, "y": y, "dresidual": dresidual, "batch_stats": batch}
         assert kernels.bn_act_backward(**common, **slopes, **affine, **given, **outputs) == 0
+    for part in ("sums", "apply"):
+        given |= {"part": part, "batch_stats": True}
+        assert kernels.bn_act_backward(**common, **slopes, **affine, **given, **outputs) == 0
 
     for pool in POOLS:
         window, stride, padding = pool
@@ -90,6 +93,9 @@ def run(kernels, sizes, dtype):
         assert kernels.bn_act_pool(**given, y=heap.output(pooled * item)) == 0
         for batch in (True, False):
             backward = {**given, **outputs, "dy": dy, "batch_stats": batch}
+            assert kernels.bn_act_pool_backward(**backward) == 0
+        for part in ("sums", "apply"):
+            backward |= {"part": part, "batch_stats": True}
             assert kernels.bn_act_pool_backward(**backward) == 0
     heap.release()
 
