@@ -10,12 +10,19 @@ torch), "auto" (fused where it can be).
 here has a fixed momentum (0.1), which never reads it, and counting costs a kernel a layer and step.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcnn.archs import spec
 from fastcnn.ops import Pending, plans
 from fastcnn.ops.backend import BACKENDS, ops_for
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 MOMENTUM = 0.1
 
@@ -28,7 +35,8 @@ class ConvNormAct(nn.Module):
     result alone, so that normalisation and activation may be left to it. Where they are (on a GPU
     in half precision with the library's convolutions, in training and wherever gradients are
     wanted; never with backend "torch") the result is an `ops.Pending`, for a forward hook as well;
-    `.applied()` makes a tensor of it.
+    `.applied()` makes a tensor of it. `across`: the processes over which the norm takes its
+    statistics in training (`synchronise`), or None; then nothing is left to the next module.
     """
 
     def __init__(self, channels: int, record: spec.Conv, backend: str = "auto") -> None:
@@ -52,6 +60,7 @@ class ConvNormAct(nn.Module):
         self.pool = (pool.size, pool.stride, pool.padding) if pool else None
         self.l2 = record.l2
         self.defers = False
+        self.across: Across | None = None
 
     def forward(self, x: Tensor | Pending, residual: Tensor | None = None) -> Tensor | Pending:
         """x: (N, channels, H, W), residual and result: (N, filters, P, Q), all channels-last.
@@ -63,19 +72,22 @@ class ConvNormAct(nn.Module):
         # the op adds a bias that no norm follows: on a GPU torch's convolution would, in a pass of
         # its own
         ops = ops_for(self.backend, x, conv.bias if norm is None else norm.weight)
-        defer = self.defers and plans.may_defer(x.x if isinstance(x, Pending) else x)
+        across = _group(self)
+        defer = (
+            self.defers and across is None and plans.may_defer(x.x if isinstance(x, Pending) else x)
+        )
         rest = (self.stride, self.pads, self.pool, residual, defer)
         if norm is None:
             return ops.conv_bias_act(x, conv.weight, conv.bias, self.post_slope, *rest)
         arguments = (*_tensors(norm), self.training, MOMENTUM, norm.eps)
         slopes = (self.pre_slope, self.post_slope)
-        return ops.conv_bn_act(x, conv.weight, conv.bias, *arguments, *slopes, *rest)
+        return ops.conv_bn_act(x, conv.weight, conv.bias, *arguments, *slopes, *rest, across=across)
 
 
 class LinearNormAct(nn.Module):
     """Linear → [activation] → [batch norm] → [activation] → [dropout].
 
-    `linear`: nn.Linear. `norm`: nn.BatchNorm1d or None. `l2`: as in `ConvNormAct`.
+    `linear`: nn.Linear. `norm`: nn.BatchNorm1d or None. `l2`, `across`: as in `ConvNormAct`.
     """
 
     def __init__(self, channels: int, record: spec.Linear, backend: str = "auto") -> None:
@@ -87,6 +99,7 @@ class LinearNormAct(nn.Module):
         self.post_slope = record.post_slope
         self.dropout = record.dropout
         self.l2 = record.l2
+        self.across: Across | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, channels), result: (N, units).
@@ -99,7 +112,7 @@ class LinearNormAct(nn.Module):
             y = ops.bias_act(y, None, self.post_slope)
         else:
             arguments = (*_tensors(self.norm), self.training, MOMENTUM, self.norm.eps)
-            y = ops.bn_act(y, *arguments, self.pre_slope, self.post_slope)
+            y = ops.bn_act(y, *arguments, self.pre_slope, self.post_slope, across=_group(self))
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
 
@@ -130,6 +143,33 @@ class GlobalAvgPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # the backward of nn.AdaptiveAvgPool2d throws in deterministic mode
         return x.mean((2, 3))
+
+
+class Across:
+    """A process group in a layer: copies of the layer share it, where copy.deepcopy would fail."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Across:
+        return self
+
+
+def synchronise(network: nn.Module, group: ProcessGroup | None) -> int:
+    """Let every norm of the network take its statistics, in training, over all processes of the
+    group, which step together from then on; None: over its own images again. Return how many.
+
+    The convolutions before them are the vendor's in training, also with `--conv fused`
+    (`ops.conv_bn_act`). No effect in evaluation.
+    """
+    layers = [
+        module
+        for module in network.modules()
+        if isinstance(module, ConvNormAct | LinearNormAct) and module.norm is not None
+    ]
+    for layer in layers:
+        layer.across = None if group is None else Across(group)
+    return len(layers)
 
 
 def make(record: spec.Layer, channels: int, backend: str = "auto") -> nn.Module:
@@ -175,6 +215,11 @@ def _checked(backend: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     return backend
+
+
+def _group(layer: ConvNormAct | LinearNormAct) -> ProcessGroup | None:
+    """The group that a norm takes its statistics over now."""
+    return layer.across.group if layer.across and layer.training else None
 
 
 def _tensors(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -7,7 +7,9 @@ product, and inference is one kernel. plans.py chooses, for each layer and gradi
 compute the same, up to rounding.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ from fastcnn.ops.loading import product_dtype, ready
 from fastcnn.ops.plans import Kind, Plan
 from fastcnn.ops.reference import product, require_no_residual, require_same_shape
 from fastcnn.ops.tracing import parameter_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _ops = torch.ops.fastcnn
 conv_composites.register()
@@ -42,6 +47,7 @@ def conv_bn_act(
     residual: Tensor | None = None,
     defer: bool = False,
     plan: Plan | None = None,
+    across: ProcessGroup | None = None,
 ) -> Tensor | Pending:
     """Return bn_act or, with a pool, bn_act_pool of conv2d(x, filter) + conv_bias.
 
@@ -53,12 +59,22 @@ def conv_bn_act(
     errors: as for `bn_act` and `bn_act_pool`; ValueError for a residual with a pool.
     defer: leave normalisation and activation to the next convolution, where gradients may be wanted
     (ValueError with a pool or a residual). plan: who computes what; None: `plans.plan_for` says it.
+    across: as for `bn_act`. In training the convolution is then the vendor's, whatever mode and
+    measurements say: a product of our own kernel would come with this process's statistics alone.
+    ValueError with defer or another plan.
     Saved for the backward by the fused way: x, what is pending of it, filter; the product.
     """
     ready()
     _require_deferrable(defer, pool, residual)
     x, filter = _loadable(x), _loadable(filter)
     geometry, norm = (stride, pads), (running_mean, running_var, training, momentum, eps, pre_slope)
+    if training and across is not None:
+        _require_vendor(plan, defer)
+        y, _ = _convolve(x, filter, conv_bias, geometry, None, plans.VENDOR)
+        rest = (weight, bias, running_mean, running_var, True, momentum, eps, pre_slope, post_slope)
+        if pool:
+            return norm_act.bn_act_pool(y, *rest, pool, across)
+        return norm_act.bn_act(y, *rest, residual, across)
     inference = not training and not torch.is_grad_enabled() and pool in (None, POOL)
     kind = _kind("bn", inference, pool)
     plan = plan or _plan(x, filter, geometry, kind, training, conv_bias is not None)
@@ -130,6 +146,13 @@ def _require_deferrable(
     require_no_residual(residual, pool)
     if defer and (pool or residual is not None):
         raise ValueError("defer: expected neither a pool nor a residual, which need the result")
+
+
+def _require_vendor(plan: Plan | None, defer: bool) -> None:
+    if defer or plan not in (None, plans.VENDOR):
+        raise ValueError(
+            "across: expected neither defer nor a fused plan, whose statistics are one process's"
+        )
 
 
 def _loadable(x: Any) -> Any:
