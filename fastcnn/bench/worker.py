@@ -21,6 +21,7 @@ from fastcnn.train import host
 
 ROOT = Path(__file__).resolve().parents[2]  # the child's package is this one
 SETTINGS = ("plain", "tuned")
+ENDS_S = 60  # for a process that has closed its output
 
 
 class Worker:
@@ -59,7 +60,7 @@ class Worker:
         assert self._process.stdout is not None
         if line := self._process.stdout.readline():
             return line
-        code = self._process.wait()
+        code = self._process.wait(ENDS_S)
         raise FastcnnError(f"a process of the benchmark ended with code {code}; see its output")
 
     def close(self) -> None:

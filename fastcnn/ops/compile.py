@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 CANNOT = "the native library cannot be built"
 LINE_INTERVAL_S = 10.0
+WAIT_S = 3600.0  # for another process's build, which takes minutes
 GRACE_S = 5.0  # for compilers to end by SIGTERM before they are killed
 FIRST_ERROR = re.compile(
     r"\b(error|fatal)\b.*:|undefined reference|multiple definition|cannot find", re.IGNORECASE
@@ -89,12 +90,17 @@ def making(native: Path, name: str, quiet: bool) -> Iterator[Make]:
 
     Raises BuildError, also with what failed in the process that this one waited for.
     """
-    waits = itertools.count()
+    waits, until = itertools.count(), time.monotonic() + WAIT_S
 
     def waiting() -> None:
         signals.check()
         if next(waits) == 0 and not quiet:
             log.info("waiting for another process, which builds the native library")
+        if time.monotonic() > until:
+            raise BuildError(
+                f"another process has been building the native library for {WAIT_S / 60:.0f} "
+                f"minutes: end it, or set FASTCNN_CACHE to a folder of your own (not {native})"
+            )
 
     def make(folder: Path, steps: list[Step], title: str) -> None:
         failed_log = native / f"{name}.failed.log"
@@ -221,7 +227,9 @@ def _started(command: list[str], environment: dict[str, str]) -> Iterator[subpro
     )
     try:
         yield process
-        process.wait()
+        # its output has ended, and so it has, or it is ended below
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
     finally:
         if process.returncode != 0:
             _end(process)
@@ -238,7 +246,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             with contextlib.suppress(OSError):
                 os.kill(member, signal.SIGKILL)
         _gone(process.pid)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that not even SIGKILL ends
+        process.wait(GRACE_S)
 
 
 def _gone(session: int) -> bool:

@@ -16,6 +16,8 @@ from fastcnn.study.plan import PlannedRun, Variant
 from fastcnn.train.host import usable_cores
 from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
 
+SAVE_S = 300  # for a step, an evaluation's batch and a checkpoint
+
 
 def placed(planned: PlannedRun, place: int, jobs: int) -> PlannedRun:
     """The run with this job's share of the machine: a GPU, or some of the cores."""
@@ -85,6 +87,15 @@ class Child:
         error = FastcnnError(f"{self.planned.name}: {reason} (see {self.log})")
         error.exit_code = max(1, code)
         raise error
+
+    def end(self) -> None:
+        """Wait until the process, which was told to, has saved its run and ended; kill it where it
+        does not."""
+        try:
+            self.process.wait(SAVE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(SAVE_S)
 
     def _last_line(self) -> str:
         lines = self.log.read_text(errors="replace").strip().splitlines()

@@ -242,5 +242,5 @@ def _side_by_side(
             for child in children:
                 child.process.terminate()
             for child in children:
-                child.process.wait()
+                child.end()
     return failures
