@@ -28,10 +28,13 @@ def cache_dir() -> Path:
     reason = _unwritable(wanted)
     if reason is None:
         return wanted
-    other = Path(tempfile.gettempdir()) / f"fastcnn-{os.getuid()}"
-    other_reason = _unwritable(other)
-    if other_reason is None and other.stat().st_uid != os.getuid():
-        other_reason = "belongs to another user"
+    try:
+        other = Path(tempfile.gettempdir()) / f"fastcnn-{os.getuid()}"
+        other_reason = _unwritable(other)
+        if other_reason is None and other.stat().st_uid != os.getuid():
+            other_reason = "belongs to another user"
+    except FileNotFoundError as error:  # no place for temporary files at all
+        other, other_reason = Path("TMPDIR"), str(error)
     if other_reason is not None:
         raise DataError(
             f"no cache folder: {wanted}: {reason}; {other}: {other_reason}; "

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import tempfile
 
 import fake_build
 import pytest
+from commands_apart import SMALL, command
 
 from fastcnn.cache import LeftBehind, cache_dir, locked
 from fastcnn.errors import DataError
@@ -34,6 +36,41 @@ def test_no_cache_at_all_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(DataError, match="set FASTCNN_CACHE"):
         cache_dir()
+
+
+def test_no_place_for_temporary_files_is_an_error_too(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTCNN_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: [str(tmp_path / "file")])
+    with pytest.raises(DataError, match=r"TMPDIR: .*No usable temporary.*set FASTCNN_CACHE"):
+        cache_dir()
+
+
+class ReadOnlyHome:
+    """The environment of a user whose home nobody can write to, not even root."""
+
+    def __init__(self, temporary):
+        self.temporary = str(temporary)
+
+    def __call__(self):
+        for name in ("FASTCNN_CACHE", "XDG_CACHE_HOME"):
+            os.environ.pop(name, None)
+        os.environ.update(HOME="/proc", TMPDIR=self.temporary)
+        tempfile.tempdir = None
+
+
+def test_a_home_that_is_read_only_stops_no_training(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    words = [*SMALL, "--epochs", "1", "--output", str(tmp_path), "--name", "run"]
+    with command(tmp_path / "log", *words, before=ReadOnlyHome(tmp_path / "tmp")) as process:
+        assert process.ended() == 0, process.output
+    other = tmp_path / "tmp" / f"fastcnn-{os.getuid()}"
+    told = [line for line in process.output.splitlines() if line.startswith("cache folder /proc/")]
+    assert len(told) == 1
+    assert told[0].endswith(f"; using {other}")
+    assert (tmp_path / "run" / "summary.json").is_file()
+    assert any(other.iterdir())
 
 
 def test_cache_folder_by_environment(tmp_path, monkeypatch):
