@@ -102,12 +102,37 @@ def test_a_changed_source_gives_another_build_and_the_old_one_stays(source, file
     assert first.path != second.path
 
 
-def test_an_upgraded_torch_gives_another_build(source, monkeypatch):
-    first = build.ensure(source=source)
+def other_version(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "__version__", torch.__version__ + ".post1")
+
+
+def other_commit(monkeypatch, tmp_path):
+    """A nightly build of the same day, or one that somebody made."""
+    monkeypatch.setattr(torch.version, "git_version", "0" * 40)
+
+
+def other_cuda(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.version, "cuda", "1.0")
+
+
+def other_library(monkeypatch, tmp_path):
+    """The same commit with other flags."""
+    (tmp_path / "torch" / "lib").mkdir(parents=True)
+    (tmp_path / "torch" / "lib" / "libtorch_cpu.so").write_bytes(b"shorter")
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+
+
+@pytest.mark.parametrize("change", [other_version, other_commit, other_cuda, other_library])
+def test_an_upgraded_torch_gives_another_build(source, monkeypatch, tmp_path, change):
+    first = build.ensure(source=source)
+    assert build.find(source=source).path == first.path
+    monkeypatch.setattr(library, "_torch_libraries", lambda archs: [])
+    change(monkeypatch, tmp_path)
+    assert build.find(source=source) is None
     second = build.ensure(source=source)
     assert second.fresh
     assert first.path != second.path
+    assert first.path.exists()
 
 
 def test_another_cpu_or_compiler_or_other_flags_give_another_build(

@@ -68,6 +68,7 @@ def key_of(source: Path, archs: Iterable[str]) -> dict[str, Any]:
     key = {
         "format": FORMAT,
         "torch": torch.__version__,
+        "libtorch": libtorch(),
         "cpu": toolchain.cpu_features(),
         "compiler": [toolchain.identity(compiler[0]), *compiler[1:]] if compiler else None,
         "flags": [*FLAGS, *TORCH_DEFINES],
@@ -80,6 +81,14 @@ def key_of(source: Path, archs: Iterable[str]) -> dict[str, Any]:
         key["cuda_flags"] = [*CUDA_DEFINES, *NVCC_FLAGS]
         key["nvcc"] = toolchain.identity(cuda.nvcc) if cuda else None
     return key
+
+
+def libtorch() -> str:
+    """Return what tells builds of torch apart that have one version: the commit, CUDA's version and
+    the length of the library. Neither its place nor its date: it may be copied."""
+    file = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    length = file.stat().st_size if file.exists() else 0
+    return f"{torch.version.git_version}, CUDA {torch.version.cuda}, {length} bytes"
 
 
 def fits(stamped: Any, key: dict[str, Any]) -> bool:
