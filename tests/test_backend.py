@@ -1,9 +1,12 @@
 """The layers' backends: which one is taken, and that they train the same network."""
 
+import os
 import re
 
 import pytest
 import torch
+from commands_apart import SMALL as APART
+from commands_apart import command
 from small_runs import SMALL, resume, start
 
 from fastcnn import ops
@@ -62,6 +65,35 @@ def test_auto_says_why_it_takes_torch(no_library):
     assert backend.ops_for("auto", torch.zeros(1)) is reference
     with pytest.raises(BuildError, match="--backend fused: no C\\+\\+ compiler: install g"):
         backend.choose_backend("fused", CPU, None)
+
+
+class NoCompiler:
+    """A machine without compilers, and without a library that was built before."""
+
+    def __init__(self, cache):
+        self.cache = str(cache)
+
+    def __call__(self):
+        os.environ.update(FASTCNN_CACHE=self.cache, PATH="/nowhere")
+        os.environ.pop("CXX", None)
+
+
+def test_without_a_compiler_a_run_says_so_and_trains_in_plain_torch(tmp_path):
+    reason = "no C++ compiler: install g++"
+    for name, code in (("auto", 0), ("fused", BuildError.exit_code)):
+        words = [*APART, "--backend", name, "--epochs", "1", "--output", str(tmp_path / name)]
+        log, before = tmp_path / f"{name}.log", NoCompiler(tmp_path / "cache")
+        with command(log, *words, before=before) as process:
+            assert process.ended() == code, process.output
+        lines = process.output.splitlines()
+        if code:
+            assert lines[-1].startswith("fastcnn: --backend fused: the native library cannot be b")
+            assert reason in lines[-1]
+            assert not (tmp_path / name).exists()
+        else:
+            [note] = [line for line in lines if reason in line]
+            assert note.startswith("note: backend torch: ")
+            assert lines[-2].startswith("Test top-1 ")
 
 
 def test_a_dtype_without_kernels():

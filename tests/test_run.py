@@ -189,6 +189,19 @@ def test_a_last_batch_of_one_is_dropped_only_for_batch_norm(tmp_path):
     assert steps == [2, 3]
 
 
+@pytest.mark.parametrize(("batch_size", "eval_batch_size"), [(25, 7), (100, 1000), (64, 40)])
+def test_every_test_image_is_counted_once_whatever_the_batch(tmp_path, batch_size, eval_batch_size):
+    sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
+    outcome = start(tmp_path, epochs=1, **sizes)
+    with (outcome.folder.path / "confusion_matrix.csv").open() as file:
+        _, *rows = csv.reader(file)
+    labels = prepare(resolve(SMALL | sizes)).dataset.test.labels
+    counted = [sum(map(int, row[1:])) for row in rows]
+    assert counted == torch.bincount(torch.from_numpy(labels), minlength=10).tolist()
+    right = sum(int(row[1 + number]) for number, row in enumerate(rows))
+    assert outcome.summary["test_top1"] == pytest.approx(right / 40)
+
+
 def test_fast_dev_run_leaves_no_run_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = SMALL | {"fast_dev_run": True}
