@@ -1,6 +1,7 @@
 """Runs of several processes: the same as of one, one writer, and what becomes of the others when
 one of them dies, is stopped or was started otherwise."""
 
+import dataclasses
 import json
 import os
 import re
@@ -18,10 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loader_cases import loader_of, numbered
 from small_runs import start
+from torch.nn import functional as F
 
 from fastcnn.config import Config
 from fastcnn.errors import UsageError
-from fastcnn.train import checkpoint, ranks, setup
+from fastcnn.recipes import resolve
+from fastcnn.train import checkpoint, loop, ranks, setup
 from fastcnn.train.ranks import ALONE, Ranks
 
 # no dropout, which draws anew on each rank; SGD, whose steps are no larger than what they come from
@@ -314,3 +317,62 @@ def test_the_run_is_that_of_one_process_in_its_files(alone):
     """So that the rank count stays out of what a resumed run is compared with."""
     saved = yaml.safe_load((alone / "config.yaml").read_text())
     assert not [name for name in saved if "rank" in name or "world" in name]
+
+
+# batch norm and no dropout; every image of the last, uneven batch counts
+NORMS = OPTIONS | {"arch": "murgolo-base", "train_subset": 57, "epochs": 1}
+
+
+def test_with_synchronised_norms_two_processes_train_as_one(tmp_path, library):
+    wanted = start(tmp_path, "alone", **NORMS | {"backend": "fused"}).folder.path
+    options = NORMS | {"backend": "fused", "sync_norm": True}
+    words = words_of(options | {"output": str(tmp_path), "name": "run"})
+    code, _, err = ended(launch(2, *words))
+    assert code == 0, err
+    assert_close_runs(tmp_path / "run", wanted)
+
+
+def trained_in_parts(config, world):
+    """The weights that `world` processes come to without --sync-norm, by one process: each part
+    of a batch goes through the network by itself, and the statistics are those of the first."""
+    setups = [setup.prepare(config, Ranks(r, world, r, world)) for r in range(world)]
+    whole = loop.new_step(dataclasses.replace(setups[0], ranks=ALONE))
+    model, statistics = whole.network.train(), whole.guard.statistics
+    none = torch.zeros(())
+    for parts in zip(*(one.train_loader for one in setups), strict=True):
+        whole._prepare()
+        gradients, images = [], sum(len(labels) for _, labels in parts)
+        for rank, (x, labels) in enumerate(parts):
+            before = statistics.clone()
+            loss = F.cross_entropy(model(x), labels, label_smoothing=config.optim.label_smoothing)
+            own = torch.autograd.grad(loss * len(labels) / images, whole.optimizer.leaves)
+            gradients.append(own)
+            if rank:
+                statistics.copy_(before)
+        rates = whole._table[whole.step % whole.steps_per_epoch][:2]
+        total = [sum(each) for each in zip(*gradients, strict=True)]
+        whole.optimizer.step(total, rates, None, none)
+        whole.step += 1
+    return whole.model.state_dict()
+
+
+def test_without_them_each_process_norms_its_own_part(tmp_path):
+    options = NORMS | {"output": str(tmp_path), "name": "run"}
+    code, _, err = ended(launch(2, *words_of(options)))
+    assert code == 0, err
+    found = checkpoint.load(tmp_path / "run" / "last.pt")["model"]
+    for name, tensor in trained_in_parts(resolve(NORMS), 2).items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-6)
+
+
+def test_synchronised_norms_are_for_several_processes_and_no_fused_convolution(library):
+    from fastcnn.archs import get_network
+    from fastcnn.archs.spec import build
+
+    model = build(get_network("murgolo-base"), 32, 10)
+    notes: list[str] = []
+    config = Config.from_flat({"arch": "murgolo-base", "conv": "fused", "sync_norm": True})
+    setup.synchronise_norms(model, config, ALONE, notes)
+    assert notes == ["--sync-norm: changes nothing in one process; torchrun starts several"]
+    with pytest.raises(UsageError, match="--conv fused: not with --sync-norm"):
+        setup.synchronise_norms(model, config, Ranks(0, 2, 0, 2), notes)

@@ -18,9 +18,7 @@ def first_not_finite(step: TrainStep, loader: Any, position: int) -> str:
     """
     loader.load_state_dict({"epoch": loader.epoch, "position": position * loader.step_images})
     images, labels = next(iter(loader))
-    if not _finite(images):
-        return "an image"
-    found: list[str] = []
+    found = [] if _finite(images) else ["an image"]
     hooks = [
         module.register_forward_hook(_noting(f"the output of {name}", found))
         for name, module in step.network.named_modules()
@@ -31,11 +29,14 @@ def first_not_finite(step: TrainStep, loader: Any, position: int) -> str:
     finally:
         for hook in hooks:
             hook.remove()
-    if found:
-        return found[0]
     if not _finite(loss):
-        return "the loss"
-    return _gradient(step, loss) or "the loss or a gradient"
+        found.append("the loss")
+    # ranks go on together, since a synchronised norm waits for all of them; what only another one
+    # has seen, that one tells
+    (met,) = step.ranks.most(len(found) > 0)
+    if not met and (gradient := _gradient(step, loss)):
+        found.append(gradient)
+    return found[0] if found else "the loss or a gradient"
 
 
 def _gradient(step: TrainStep, loss: Tensor) -> str:

@@ -8,6 +8,7 @@ from torch import nn
 
 from fastcnn.archs import get_network
 from fastcnn.archs.init import initialise
+from fastcnn.archs.layers import synchronise
 from fastcnn.archs.spec import Network, build, layer_table
 from fastcnn.archs.whiten import first_convolution, whiten
 from fastcnn.config import Config
@@ -115,6 +116,8 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     val_loader = evaluation_loader(dataset.val or dataset.test, *feeding)
     test_loader = None if dataset.val is None else evaluation_loader(dataset.test, *feeding)
     model = new_model(network, dataset, config, normalization, device, backend)
+    if config.run.sync_norm:
+        synchronise_norms(model, config, ranks, notes)
     return Setup(
         config,
         network,
@@ -155,6 +158,15 @@ def part_of_batch(batch_size: int, ranks: Ranks) -> int:
             f"{ranks.world}, such as {fitting}"
         )
     return batch_size // ranks.world
+
+
+def synchronise_norms(model: nn.Module, config: Config, ranks: Ranks, notes: list[str]) -> None:
+    """Let batch norm count the images of all ranks; raises UsageError with --conv fused, whose
+    kernels take the statistics of their own images."""
+    if ranks.world == 1:
+        notes.append("--sync-norm: changes nothing in one process; torchrun starts several")
+    elif synchronise(model, torch.distributed.group.WORLD) and config.run.conv == "fused":
+        raise UsageError("--conv fused: not with --sync-norm; leave one of them out")
 
 
 def configure_torch(config: Config, device: torch.device, ranks: Ranks) -> None:
