@@ -11,8 +11,8 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fastcnn.errors import UsageError, nearest
-from fastcnn.options import Option, option, options_of
+from fastcnn.errors import UsageError
+from fastcnn.options import Option, option, options_of, unknown_option
 
 DATA_NAMES = ("cifar10", "tiny-imagenet", "digits")  # what --data may name beside a path
 
@@ -282,7 +282,7 @@ class Config:
         known = options_by_name()
         for name, value in options.items():
             if name not in known:
-                raise UsageError(f"unknown option '{name}'{nearest(name, known)}")
+                raise UsageError(unknown_option(name, known))
             known[name].check(value)
         sections = {}
         for section in dataclasses.fields(cls):

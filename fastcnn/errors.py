@@ -5,9 +5,16 @@ from collections.abc import Iterable
 
 
 class FastcnnError(Exception):
-    """Base of every error that the command prints as one line; `exit_code` ends the process."""
+    """Base of every error that the command prints as one line; `exit_code` ends the process.
+
+    Line breaks and control characters, which names of files and libraries' messages may hold, are
+    spelt out.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
 
 class UsageError(FastcnnError):
@@ -42,6 +49,11 @@ class NumbersError(FastcnnError):
     """A loss or a gradient that is not finite."""
 
     exit_code = 6
+
+
+def one_line(text: str) -> str:
+    """Return `text` with what is not printable spelt out: a line break as \\n."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

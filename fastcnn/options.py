@@ -5,12 +5,16 @@ The options themselves stand in config.py.
 
 import dataclasses
 import math
+import reprlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastcnn.errors import UsageError, nearest
+
+SHOWN = 80  # characters of a value in an error
 
 
 def option(
@@ -84,7 +88,7 @@ class Option:
         fits = type(value) is self.scalar or (self.scalar is float and type(value) is int)
         if not fits:
             words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-            raise UsageError(f"{self.flag}: expected {words[self.scalar]}, got {value!r}")
+            raise UsageError(f"{self.flag}: expected {words[self.scalar]}, got {_shown(value)}")
         if self.scalar in (int, float):
             self._check_bounds(value)
 
@@ -104,14 +108,16 @@ class Option:
 
     def _check_choice(self, value: Any) -> None:
         if value not in self.choices:
-            valid, hint = ", ".join(self.choices), nearest(str(value), self.choices)
-            raise UsageError(f"{self.flag}: '{value}' is not one of {valid}{hint}")
+            given = value if isinstance(value, str) else _shown(value)
+            valid, hint = ", ".join(self.choices), nearest(given[:SHOWN], self.choices)
+            raise UsageError(f"{self.flag}: '{given[:SHOWN]}' is not one of {valid}{hint}")
 
     def _check_list(self, values: Any) -> None:
         """Whole numbers from 1 up, or words, at least one or as many as `low` says; none twice."""
         if self.element is int:
             if not isinstance(values, list) or any(type(v) is not int or v < 1 for v in values):
-                raise UsageError(f"{self.flag}: expected whole numbers from 1 up, got {values!r}")
+                given = _shown(values)
+                raise UsageError(f"{self.flag}: expected whole numbers from 1 up, got {given}")
             return
         low = self.bounds.get("low")
         fewest = 1 if low is None else low
@@ -120,16 +126,16 @@ class Option:
             or len(values) < fewest
             or any(type(v) is not str for v in values)
         ):
-            raise UsageError(f"{self.flag}: expected one or more names, got {values!r}")
+            raise UsageError(f"{self.flag}: expected one or more names, got {_shown(values)}")
         for value in values if self.choices else ():
             self._check_choice(value)
-        if repeated := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+        if repeated := [value for value, count in Counter(values).items() if count > 1]:
             raise UsageError(f"{self.flag}: {', '.join(repeated)} stands there twice")
 
     def _check_bounds(self, value: float) -> None:
         low, high = self.bounds.get("low"), self.bounds.get("high")
-        if not math.isfinite(value):
-            raise UsageError(f"{self.flag}: expected a finite number, got {value}")
+        if not _finite(value):
+            raise UsageError(f"{self.flag}: expected a finite number, got {_shown(value)}")
         if low is not None and (value < low or (self.bounds.get("open_low") and value == low)):
             word = "more than" if self.bounds.get("open_low") else "at least"
             raise UsageError(f"{self.flag}: must be {word} {low}, got {value}")
@@ -153,6 +159,20 @@ def options_of(section: str, cls: type) -> list[Option]:
     return found
 
 
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that is no float
+        return False
+
+
+def _shown(value: Any) -> str:
+    """A value in an error: its beginning, for a few lines of YAML can stand for billions."""
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = SHOWN
+    return brief.repr(value)
+
+
 def _number(text: str, kind: type) -> Any:
     """The number that `text` spells, or `text` itself if it spells none."""
     try:
@@ -164,15 +184,25 @@ def _number(text: str, kind: type) -> Any:
 def read_config_file(path: str, options: Iterable[Option]) -> dict[str, Any]:
     """The options in a YAML file, by name, read and checked.
 
-    Raises UsageError for a file that is missing, no mapping of names to values, or repeats a name.
+    Raises UsageError, which names the file, for one that is missing, no mapping of names to values,
+    or repeats a name, and for a value that an option cannot take.
     """
     known = {option.name: option for option in options}
     values = {}
     for name, value in _mapping(path).items():
         if name not in known:
-            raise UsageError(f"{path}: unknown option '{name}'{nearest(str(name), known)}")
-        values[name] = known[name].parse(value)
+            raise UsageError(f"{path}: {unknown_option(name, known)}")
+        try:
+            values[name] = known[name].parse(value)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
     return values
+
+
+def unknown_option(name: Any, known: Iterable[str]) -> str:
+    """Say that there is no such option, and which one may be meant."""
+    given = str(name)[:SHOWN]
+    return f"unknown option '{given}'{nearest(given, known)}"
 
 
 def read_lists(path: str) -> dict[str, Any]:
@@ -184,20 +214,52 @@ def read_lists(path: str) -> dict[str, Any]:
 
 
 def _mapping(path: str) -> dict[Any, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--config {path}: not YAML: {error}") from error
+    try:
+        found, names = read_yaml(text)
+    except ValueError as error:
+        raise UsageError(f"--config {path}: not YAML: {error}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"--config {path}: expected lines of 'option: value'")
+    if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise UsageError(f"--config {path}: {', '.join(repeated[:SHOWN])} stands there twice")
+    return found
+
+
+def read_yaml(text: str) -> tuple[Any, list[str]]:
+    """The plain value in a YAML text and, of a mapping, its names as they stand there.
+
+    Raises ValueError, with one line, for what is no YAML or has aliases: a few lines of these can
+    stand for billions of values, or for one that holds itself.
+    """
     # here, so that what reads no file (a benchmark from a bare source tree) does not need it
     import yaml
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        found = yaml.safe_load(text)
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict) or not isinstance(node, yaml.MappingNode):
-        raise UsageError(f"--config {path}: expected lines of 'option: value'")
-    names = [key.value for key, _ in node.value]
-    if repeated := {str(name) for name in names if names.count(name) > 1}:
-        raise UsageError(f"--config {path}: {', '.join(sorted(repeated))} stands there twice")
-    return found
+        if _repeats(node):
+            raise ValueError("it has aliases (*name); write their values out")
+        found = None if node is None else yaml.SafeLoader("").construct_document(node)
+    except Exception as error:  # dates, tags and depth raise what they like
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(reason) from error
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return found, [str(key.value) for key, _ in pairs]
+
+
+def _repeats(root: Any) -> bool:
+    """Whether a node stands at two places of a composed YAML text, as an alias makes it."""
+    waiting, seen = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            return True
+        seen.add(id(node))
+        inner = node.value if isinstance(getattr(node, "value", None), list) else []
+        waiting += [one for item in inner for one in (item if isinstance(item, tuple) else (item,))]
+    return False

@@ -40,7 +40,7 @@ HEADERS = (
 # what tarfile and the decompressors raise for it; a header before a header before … recurses
 DAMAGE = (
     *(tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError),
-    RecursionError,
+    *(RecursionError, MemoryError, OverflowError),
 )
 
 
@@ -197,7 +197,8 @@ def _opened(path: Path) -> Iterator[tuple[tarfile.TarFile, Callable[[], None]]]:
     except Refused as error:
         raise DataError(f"{path}: {error}; refused") from error
     except DAMAGE as error:
-        raise DataError(f"{path}: cut, damaged or not a tar ({error}); get it again") from error
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{path}: cut, damaged or not a tar ({reason}); get it again") from error
 
 
 def _stream(path: Path) -> IO[bytes]:

@@ -108,6 +108,8 @@ def _list(path: Path, archive: zipfile.ZipFile) -> tuple[Members, list[str]]:
 
 def _check(path: Path, info: zipfile.ZipInfo) -> None:
     name = info.filename
+    if not name:
+        raise DataError(f"{path}: a member without a name; get it again")
     if name.startswith("/") or ".." in PurePosixPath(name).parts:
         raise DataError(f"{path}: member '{name}' points outside the archive; refused")
     # the upper half holds Unix's mode, 0 in zips from elsewhere

@@ -1,9 +1,13 @@
 """PNG figures of a run: learning curves and the confusion matrix, from its CSV files."""
 
+import contextlib
 import csv
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from fastcnn.errors import CheckpointError
 
 INK, FAINT = "#1f2430", "#d5d9e0"
 TRAIN, VAL, TOP5 = "#c2571a", "#1f5fa8", "#3b8f5a"
@@ -13,17 +17,32 @@ NAMED = 24  # characters of a name beside or above axes; longer ones leave these
 
 
 def read_metrics(folder: Path) -> dict[str, list[float]]:
-    """metrics.csv by column; every list has one value an epoch."""
-    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+    """metrics.csv by column; every list has one value an epoch. Raises CheckpointError where it is
+    damaged."""
+    path = folder / "metrics.csv"
+    with path.open(newline="", encoding="utf-8") as file, _damage(path):
         rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else {})}
+        return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else {})}
 
 
 def read_confusion(folder: Path) -> tuple[list[str], list[list[int]]]:
-    """Class names and counts (rows true, columns predicted) of confusion_matrix.csv."""
-    with (folder / "confusion_matrix.csv").open(newline="", encoding="utf-8") as file:
+    """Class names and counts (rows true, columns predicted) of confusion_matrix.csv. Raises
+    CheckpointError where it is damaged."""
+    path = folder / "confusion_matrix.csv"
+    with path.open(newline="", encoding="utf-8") as file, _damage(path):
         header, *rows = csv.reader(file)
-    return header[1:], [[int(count) for count in row[1:]] for row in rows]
+        counts = [[int(count) for count in row[1:]] for row in rows]
+        if {len(row) for row in counts} != {len(rows)} or len(header) != len(rows) + 1:
+            raise ValueError("not as many rows as columns")
+        return header[1:], counts
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, csv.Error) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); remove it, or resume") from error
 
 
 def draw_curves(folder: Path) -> Path | None:

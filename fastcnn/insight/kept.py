@@ -11,7 +11,7 @@ from typing import Any
 from fastcnn.errors import CheckpointError
 from fastcnn.files import inside, replace_text
 from fastcnn.insight.document import Figure, Section
-from fastcnn.insight.table import Table
+from fastcnn.insight.table import Table, pairs, text, texts
 
 FORMAT = 1
 
@@ -56,18 +56,14 @@ def _plain(section: Section) -> dict[str, Any]:
 
 
 def _section(plain: dict[str, Any], folder: Path) -> Section:
-    table = plain["table"]
-    figures = [Figure(inside(folder, name), *told) for name, *told in plain["figures"]]
+    told = [texts(figure, 3) for figure in plain["figures"]]
+    figures = [Figure(inside(folder, name), alt, caption) for name, alt, caption in told]
     return Section(
-        plain["title"],
-        plain["anchor"],
-        _tuples(plain["paragraphs"]),
-        Table(_tuples(table["header"]), _tuples(table["rows"]), frozenset(table["numbers"])),
-        _tuples(plain["sentences"]),
+        text(plain["title"]),
+        text(plain["anchor"]),
+        texts(plain["paragraphs"]),
+        Table.from_plain(plain["table"]),
+        texts(plain["sentences"]),
         tuple(figure for figure in figures if figure.path.is_file()),
-        _tuples(plain["facts"]),
+        pairs(plain["facts"]),
     )
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

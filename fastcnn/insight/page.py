@@ -148,7 +148,7 @@ def _confusion(folder: Path) -> Section:
     try:
         classes, counts = read_confusion(folder)
         caption = _most_confused(classes, counts)
-    except (OSError, ValueError, IndexError) as error:
+    except OSError as error:
         path = folder / "confusion_matrix.csv"
         raise CheckpointError(f"{path} cannot be read ({error}); remove it and its .png") from error
     alt = f"Confusion matrix of {len(classes)} classes: rows true, columns predicted."

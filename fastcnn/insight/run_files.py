@@ -1,17 +1,17 @@
 """What the files of a run's folder say of it, finished or not."""
 
-import csv
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcnn.errors import CheckpointError, UsageError
+from fastcnn.errors import CheckpointError
 from fastcnn.insight.figures import read_metrics
 from fastcnn.train.rundir import COLUMNS, RunFolder
 
 NUMBER = (int, float)
+LONGEST = 80  # characters of a value in an error
 # of summary.json, what a page cannot do without, and what it shows where it is there
 NEEDED: dict[str, Any] = {
     "arch": str,
@@ -26,6 +26,8 @@ NEEDED: dict[str, Any] = {
 SHOWN: dict[str, Any] = {
     "parameters": int,
     "images": dict,
+    "bad_images": int,
+    "grey_images_dropped": int,
     "test_loss": NUMBER,
     "best_epoch": int,
     "best_val_top1": NUMBER,
@@ -78,10 +80,7 @@ def read_run(folder: Path) -> RunFiles:
     finished run, missing.
     """
     run = RunFolder.open(folder)
-    try:
-        options = run.read_config().flat()
-    except UsageError as error:
-        raise CheckpointError(f"{folder / 'config.yaml'}: {error}") from error
+    options = run.read_config().flat()
     summary = run.read_summary()
     if summary is not None:
         check_summary(summary, folder / "summary.json")
@@ -95,7 +94,11 @@ def check_summary(summary: dict[str, Any], path: Path) -> None:
             raise CheckpointError(f"{path} holds no {name}; remove it, and resume the run")
         value = summary.get(name)
         if name in summary and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise CheckpointError(f"{path}: {name} is {value!r}; remove it, and resume the run")
+            given = repr(value)[:LONGEST]
+            raise CheckpointError(f"{path}: {name} is {given}; remove it, and resume the run")
+    counts = summary.get("images", {}).values()
+    if not all(type(count) is int for count in counts):
+        raise CheckpointError(f"{path}: images holds no numbers; remove it, and resume the run")
 
 
 def _metrics(folder: Path, finished: bool) -> dict[str, list[float]]:
@@ -104,7 +107,7 @@ def _metrics(folder: Path, finished: bool) -> dict[str, list[float]]:
         return {name: [] for name in COLUMNS}
     try:
         found = read_metrics(folder) or {name: [] for name in COLUMNS}
-    except (OSError, ValueError, TypeError, csv.Error) as error:
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error}); resume the run") from error
     found.setdefault("skipped_steps", [0.0] * len(found.get("epoch", [])))  # not counted before
     if missing := [name for name in COLUMNS if name not in found]:

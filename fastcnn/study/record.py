@@ -11,7 +11,7 @@ from typing import Any
 
 from fastcnn.errors import CheckpointError
 from fastcnn.files import inside, replace_text
-from fastcnn.insight.table import Table, as_csv, markdown
+from fastcnn.insight.table import Table, as_csv, markdown, pairs, text, texts
 
 FORMAT = 1
 
@@ -63,14 +63,14 @@ def read(path: Path) -> Record:
     """The record in a JSON file; raises CheckpointError if it is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found.pop("format") != FORMAT:
+        if found["format"] != FORMAT:
             raise ValueError("another format")
-        table = found.pop("table")
         return Record(
-            **{k: _tuples(v) for k, v in found.items() if k != "drawings"},
-            table=Table(
-                tuple(table["header"]), _tuples(table["rows"]), frozenset(table["numbers"])
-            ),
+            **{name: text(found[name]) for name in ("key", "title", "lead")},
+            facts=pairs(found["facts"]),
+            table=Table.from_plain(found["table"]),
+            sentences=texts(found["sentences"]),
+            notes=texts(found["notes"]),
             drawings=tuple(_drawing(path.parent, drawing) for drawing in found["drawings"]),
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -80,12 +80,9 @@ def read(path: Path) -> Record:
 
 
 def _drawing(folder: Path, plain: dict[str, str]) -> Drawing:
-    inside(folder, f"{plain['name']}.png")  # a page holds what the file holds
-    return Drawing(**plain)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    drawing = Drawing(**{name: text(told) for name, told in plain.items()})
+    inside(folder, f"{drawing.name}.png")  # a page holds what the file holds
+    return drawing
 
 
 def _plain(record: Record) -> dict[str, Any]:

@@ -24,6 +24,16 @@ FORMAT = 2
 SUMS = "checkpoints.json"
 REMEMBERED = 16  # sums of a name, so that an older checkpoint may have it again
 CHUNK = 1 << 20  # bytes read at a time
+# what reading and sorting out a JSON file that somebody else wrote may raise
+FORGED = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RecursionError,
+)
 
 
 def save(state: dict[str, Any], path: Path, keep: int = 1) -> None:
@@ -46,19 +56,21 @@ def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; nothing in the file can execute (weights_only).
 
     Raises CheckpointError if it is missing, cut, altered, not one of ours or of a newer format; it
-    names an older one that is whole.
+    names an older one that is whole, or says why none is.
     """
     try:
         return _load(path)
     except CheckpointError as error:
+        why = ""
         for older in formers(path):
             try:
                 step = _load(older).get("step")
-            except CheckpointError:
+            except CheckpointError as fault:
+                why = why or f"; no older one can be read: {fault}"
                 continue
             whole = f"{older}, of step {step}, is whole: give that"
             raise CheckpointError(f"{error}; {whole}") from error
-        raise
+        raise CheckpointError(f"{error}{why}") from error
 
 
 def formers(path: Path) -> list[Path]:
@@ -135,7 +147,7 @@ def _read_sums(folder: Path) -> dict[str, list[dict[str, Any]]]:
         }
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except FORGED as error:
         raise CheckpointError(f"{path} cannot be read ({error}); remove it") from error
 
 
@@ -143,10 +155,11 @@ def _check_whole(path: Path) -> None:
     """Raise CheckpointError for a file that is not the one that was written."""
     size = path.stat().st_size
     own = _read_sums(path.parent).get(path.name)
-    if own is None:  # an older one, or one from elsewhere
+    if not own:  # an older one, or one from elsewhere
         _check_members(path)
         return
     if {"bytes": size, "sha256": _sha256(path)} in own:
+        _refuse_compressed(path)
         return
     if size < own[-1]["bytes"]:
         raise CheckpointError(f"{path}: truncated: {size:,} of {own[-1]['bytes']:,} bytes")
@@ -163,6 +176,7 @@ def _sha256(path: Path) -> str:
 
 
 def _check_members(path: Path) -> None:
+    _refuse_compressed(path)
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
@@ -173,6 +187,19 @@ def _check_members(path: Path) -> None:
         ) from error
     if damaged is not None:
         raise CheckpointError(f"{path}: damaged: its part {damaged} does not match its checksum")
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Raise CheckpointError for an archive with members that may grow without end when they are
+    read; torch compresses none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except Exception:  # no archive: whoever reads it says so
+        return
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(f"{path}: its part {member.filename} is compressed; refused")
 
 
 def locate(target: str | Path, name: str = "last.pt") -> Path:
@@ -199,12 +226,23 @@ def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where: Path) -> None:
-    """Load a state dict into `model`, whole or not at all.
+def _is_plain(value: Any) -> bool:
+    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    return dense and value.device.type != "meta"
 
-    Raises CheckpointError naming the first entries that are missing, unknown or of another shape.
-    """
+
+def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where: Path) -> None:
+    """Load a state dict into `model`, whole or not at all. Raises as check_weights."""
+    check_weights(model, weights, where)
+    model.load_state_dict(weights)
+
+
+def check_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where: Path) -> None:
+    """Raise CheckpointError unless a state dict fits `model`, naming the first entries that are
+    missing, unknown or of another shape."""
     own = model.state_dict()
+    if not isinstance(weights, dict) or not all(map(_is_plain, weights.values())):
+        raise CheckpointError(f"{where}: not a checkpoint of a network: it holds no weights")
     faults = [f"{key} is missing" for key in own if key not in weights]
     faults += [f"{key} is unknown" for key in weights if key not in own]
     faults += [
@@ -215,4 +253,3 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise CheckpointError(f"{where} does not fit the network: {'; '.join(faults[:3])}{more}")
-    model.load_state_dict(weights)

@@ -16,6 +16,7 @@ from fastcnn.config import Config, PlaceConfig
 from fastcnn.data.left_out import bad_table
 from fastcnn.errors import CheckpointError, UsageError
 from fastcnn.files import replace_text
+from fastcnn.options import read_yaml
 
 COLUMNS = (
     "epoch",
@@ -133,12 +134,15 @@ class RunFolder:
         """The configuration that config.yaml holds; raises CheckpointError if it is unreadable."""
         path = self.path / "config.yaml"
         try:
-            options = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+            options, _ = read_yaml(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
         if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
             raise CheckpointError(f"{path} holds no options")
-        return Config.from_flat(options)
+        try:
+            return Config.from_flat(options)
+        except UsageError as error:
+            raise CheckpointError(f"{path}: {error}") from error
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Write metrics.csv: one row an epoch."""

@@ -47,7 +47,15 @@ def load_trained(path: Path, device: torch.device, backend: str) -> TrainedModel
         normalization = Normalization.from_plain(state["normalization"])
         weights = state.get("ema") or state["model"]
         data = state["data"]
-    except (KeyError, TypeError, AttributeError, UsageError) as error:
+        own = (type(image_size) is int, isinstance(classes, list), isinstance(data, dict))
+        if not all(own) or not all(isinstance(name, str) for name in classes):
+            raise ValueError("its network or data are described otherwise")
+        # without memory: a forged size must not ask for more than the weights in the file
+        with torch.device("meta"):
+            checkpoint.check_weights(
+                build(network, image_size, len(classes), backend), weights, path
+            )
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, UsageError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of a network ({error})") from error
     # torch draws initial weights for the new layers; what a run draws next must not depend on it
     with torch.random.fork_rng(devices=[]):
