@@ -308,3 +308,47 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
 def test_no_checkpoint_to_resume(tmp_path):
     with pytest.raises(CheckpointError, match="is not a run folder"):
         resume(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [b"\xf4garbage", None])
+def test_resuming_writes_the_epochs_that_are_done_anew(tmp_path, monkeypatch, damage):
+    """Of a run that was stopped in its final test nothing else would."""
+    start(tmp_path, "whole")
+    with monkeypatch.context() as patch:
+        stop_at_check(patch, 7)
+        with pytest.raises(Interrupted):
+            start(tmp_path, "broken")
+    metrics = tmp_path / "broken" / "metrics.csv"
+    if damage:
+        metrics.write_bytes(damage)
+    else:
+        metrics.unlink()
+    resume(tmp_path / "broken")
+    untimed = [
+        [line.split(",")[:-2] for line in (tmp_path / name / "metrics.csv").read_text().split()]
+        for name in ("whole", "broken")
+    ]
+    assert untimed[0] == untimed[1]
+
+
+def test_epochs_without_figures_are_refused(tmp_path):
+    folder = start(tmp_path, epochs=1).folder
+    state = checkpoint.load(folder.last)
+    for history in ([{}], 3):
+        state["progress"] |= {"history": history}
+        checkpoint.save(state, folder.last)
+        (folder.path / "summary.json").unlink(missing_ok=True)
+        with pytest.raises(CheckpointError, match=r"last\.pt: holds epochs without their figures"):
+            resume(folder.path)
+
+
+def test_a_checkpoint_of_other_images_is_named(tmp_path):
+    folder = start(tmp_path, epochs=1).folder
+    state = checkpoint.load(folder.last)
+    (folder.path / "summary.json").unlink()
+    checkpoint.save(state | {"loader": {"epoch": 0, "position": 10**6}}, folder.last)
+    with pytest.raises(CheckpointError, match=r"last\.pt: position 1000000 of epoch"):
+        resume(folder.path)
+    checkpoint.save(state | {"step": 10**400}, folder.last)
+    with pytest.raises(CheckpointError, match=r"last\.pt: .*too (big|large)"):
+        resume(folder.path)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastcnn.config import Config, PlaceConfig
 from fastcnn.data.store import LeftOut
-from fastcnn.errors import CheckpointError, NumbersError, UsageError
+from fastcnn.errors import CheckpointError, DataError, NumbersError, UsageError
 from fastcnn.files import remove_leftovers
 from fastcnn.train import checkpoint
 from fastcnn.train.evaluate import evaluate
@@ -19,7 +19,7 @@ from fastcnn.train.loop import Training
 from fastcnn.train.precision import choose_device
 from fastcnn.train.progress import Progress
 from fastcnn.train.ranks import Ranks, joined, require_same
-from fastcnn.train.rundir import BAD_IMAGES, RunFolder, versions
+from fastcnn.train.rundir import BAD_IMAGES, COLUMNS, RunFolder, versions
 from fastcnn.train.setup import Setup, prepare
 from fastcnn.train.space import check_space
 from fastcnn.train.trained import feed, open_trained
@@ -160,16 +160,30 @@ def _resume(
         check_space(folder.path, setup)
     training = Training(setup, folder, quiet)
     if state is not None:
-        training.restore(state, source)
+        try:
+            training.restore(state, source)
+            check_history(training.at.history)
+        except (CheckpointError, DataError, OverflowError) as error:
+            told = str(error)  # parts of a training know no file
+            raise CheckpointError(told if str(source) in told else f"{source}: {told}") from error
         if source != folder.last and ranks.first:
             # before anything is saved: what was newer must not take the place of a whole one
             checkpoint.save(state, folder.last)
     if ranks.first:
         remove_leftovers(folder.path)
     folder.write_resumption(config, command)
+    # as the checkpoint knows them: the file may be damaged, or tell of epochs gone back on
+    folder.write_metrics(training.at.history)
     folder.write_bad_images(training.setup.dataset.left_out.bad)
     announce(training)
     return Outcome(folder, training.train())
+
+
+def check_history(history: Any) -> None:
+    """Raise CheckpointError unless a checkpoint's epochs have the figures of metrics.csv."""
+    rows = history if isinstance(history, list) else [None]
+    if not all(isinstance(row, dict) and row.keys() >= set(COLUMNS) for row in rows):
+        raise CheckpointError("holds epochs without their figures; give an older checkpoint")
 
 
 def saved_config(state: dict[str, Any], path: Path) -> Config:
