@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class FastcnnError(Exception):
@@ -13,8 +14,8 @@ class FastcnnError(Exception):
 
     exit_code = 1
 
-    def __init__(self, message: str):
-        super().__init__(one_line(message))
+    def __init__(self, message: str, **details: Any):
+        super().__init__(one_line(message), **details)
 
 
 class UsageError(FastcnnError):

@@ -320,7 +320,7 @@ def test_the_run_is_that_of_one_process_in_its_files(alone):
 
 
 # batch norm and no dropout; every image of the last, uneven batch counts
-NORMS = OPTIONS | {"arch": "murgolo-base", "train_subset": 57, "epochs": 1}
+NORMS = OPTIONS | {"arch": "murgolo-no-dropout", "train_subset": 57, "epochs": 1}
 
 
 def test_with_synchronised_norms_two_processes_train_as_one(tmp_path, library):
@@ -369,9 +369,9 @@ def test_synchronised_norms_are_for_several_processes_and_no_fused_convolution(l
     from fastcnn.archs import get_network
     from fastcnn.archs.spec import build
 
-    model = build(get_network("murgolo-base"), 32, 10)
+    model = build(get_network("murgolo-no-dropout"), 32, 10)
     notes: list[str] = []
-    config = Config.from_flat({"arch": "murgolo-base", "conv": "fused", "sync_norm": True})
+    config = Config.from_flat({"arch": "murgolo-no-dropout", "conv": "fused", "sync_norm": True})
     setup.synchronise_norms(model, config, ALONE, notes)
     assert notes == ["--sync-norm: changes nothing in one process; torchrun starts several"]
     with pytest.raises(UsageError, match="--conv fused: not with --sync-norm"):
