@@ -216,12 +216,16 @@ def test_damaged_missing_foreign_and_newer_files_are_named(tmp_path):
     (tmp_path / "empty.pt").write_bytes(b"")
     torch.save([1, 2], tmp_path / "foreign.pt")
     torch.save({"format": 99}, tmp_path / "newer.pt")
+    torch.save({"format": 0}, tmp_path / "none.pt")
+    torch.save({"format": 2, "optimizer": {}, "progress": []}, tmp_path / "part.pt")
     expected = {
         "half.pt": "cut or damaged",
         "empty.pt": "cut or damaged",
         "absent.pt": "no checkpoint at",
         "foreign.pt": "not a checkpoint of fastcnn",
         "newer.pt": "newer than this fastcnn",
+        "none.pt": "not a checkpoint of fastcnn",
+        "part.pt": "not a checkpoint of format 2",
     }
     for name, words in expected.items():
         with pytest.raises(CheckpointError, match=words) as caught:

@@ -138,10 +138,6 @@ def test_counts_go_on_from_a_checkpoint(monkeypatch, tmp_path):
     other.load_state_dict(step.state_dict(), tmp_path)
     other(*batch(1, NAN))
     assert (other.guard.skipped(), other.guard.ended()) == (3, True)
-    older = step.state_dict()
-    del older["guard"]
-    other.load_state_dict(older, tmp_path)
-    assert (other.guard.skipped(), other.guard.ended()) == (0, False)
 
 
 @pytest.mark.parametrize("number_format", [None, torch.float16], ids=["fp32", "fp16"])

@@ -352,3 +352,37 @@ def test_a_checkpoint_of_other_images_is_named(tmp_path):
     checkpoint.save(state | {"step": 10**400}, folder.last)
     with pytest.raises(CheckpointError, match=r"last\.pt: .*too (big|large)"):
         resume(folder.path)
+
+
+def in_format_2(folder):
+    """Write last.pt as it was written before skipped steps and ranks were known."""
+    state = checkpoint.load(folder / "last.pt")
+    for name in ("guard", "rng_of_ranks", "steps_per_epoch"):
+        del state[name]
+    state["sums"] = state["sums"][:4].clone()
+    for row in state["progress"]["history"]:
+        del row["skipped_steps"]
+    torch.save(state | {"format": 2}, folder / "last.pt")
+    (folder / "checkpoints.json").unlink()
+    return state
+
+
+@pytest.mark.parametrize("look", [2, 5, 8])
+def test_a_checkpoint_of_the_format_before_goes_on_bit_equal(tmp_path, monkeypatch, look):
+    whole = start(tmp_path, "whole")
+    with monkeypatch.context() as patch:
+        stop_at_check(patch, look)
+        with pytest.raises(Interrupted):
+            start(tmp_path)
+    in_format_2(tmp_path / "run")
+    resume(tmp_path / "run")
+    assert_same(final_state(tmp_path / "run"), final_state(whole.folder.path))
+
+
+def test_of_the_first_format_the_weights_are_left(tmp_path):
+    start(tmp_path)
+    state = in_format_2(tmp_path / "run")
+    torch.save(state | {"format": 1}, tmp_path / "run" / "last.pt")
+    assert run.evaluate_run(str(tmp_path / "run"), weights="last")["images"] == 40
+    with pytest.raises(CheckpointError, match="holds weights alone"):
+        resume(tmp_path / "run" / "last.pt")

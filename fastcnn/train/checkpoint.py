@@ -19,8 +19,8 @@ import torch
 
 from fastcnn.errors import CheckpointError, DiskError
 from fastcnn.files import replace_text, replacing
+from fastcnn.train.formats import FORMAT, migrate
 
-FORMAT = 2
 SUMS = "checkpoints.json"
 REMEMBERED = 16  # sums of a name, so that an older checkpoint may have it again
 CHUNK = 1 << 20  # bytes read at a time
@@ -94,10 +94,16 @@ def _load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a checkpoint that is safe to load") from error
     if not isinstance(state, dict) or type(state.get("format")) is not int:
         raise CheckpointError(f"{path}: not a checkpoint of fastcnn")
+    if state["format"] < 1:
+        raise CheckpointError(f"{path}: not a checkpoint of fastcnn")
     if state["format"] > FORMAT:
         raise CheckpointError(
             f"{path}: format {state['format']} is newer than this fastcnn ({FORMAT}); upgrade it"
         )
+    try:
+        migrate(state)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint of format {state['format']}") from error
     return state
 
 

@@ -90,9 +90,5 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         return {"counts": self._counts.clone()}
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Take up counts; None: from a checkpoint that was written before there were any."""
-        if state is None:
-            self._counts.zero_()
-        else:
-            self._counts.copy_(state["counts"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._counts.copy_(state["counts"])

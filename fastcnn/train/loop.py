@@ -429,8 +429,8 @@ class Training:
                     "restore it, or start a new run"
                 )
         step = self.step
-        steps = state.get("steps_per_epoch", step.steps_per_epoch)
-        if steps != step.steps_per_epoch:
+        steps = state["steps_per_epoch"]
+        if steps is not None and steps != step.steps_per_epoch:
             raise UsageError(
                 f"--resume: an epoch had {steps} steps and has {step.steps_per_epoch} with "
                 f"{self.ranks.world} processes, too many for its last batch; start as many as "
@@ -439,9 +439,7 @@ class Training:
         step.load_state_dict(state, source)
         self.setup.train_loader.load_state_dict(state["loader"])
         self.at = Progressed(**state["progress"])
-        for row in self.at.history:
-            row.setdefault("skipped_steps", 0)  # checkpoints of before they were counted
-        self._restore_rng([state["rng"], *state.get("rng_of_ranks", [])])
+        self._restore_rng([state["rng"], *state["rng_of_ranks"]])
         if step.step > self.epochs * step.steps_per_epoch:
             raise UsageError(
                 f"--epochs {self.epochs}: the run has trained for more already "

@@ -131,7 +131,7 @@ class TrainStep:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scale:
             self.scale.load_state_dict(state["scale"])
-        self.guard.load_state_dict(state.get("guard"))
+        self.guard.load_state_dict(state["guard"])
         self.step = state["step"]
         self.metrics.load(state["sums"], self.step % self.steps_per_epoch, self.ranks)
 
