@@ -48,12 +48,18 @@ class StopRequests:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
+    def note(self, signum: int) -> None:
+        """Take up a request that came by another way, such as another rank's; what comes here soon
+        after is the same one."""
+        if not self.requested:
+            self.requested, self._since = signum, time.monotonic()
+
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         # forked loader workers inherit the handler; the parent ends them, a signal does not
         if os.getpid() != self._process:
             return
         if not self.requested:
-            self.requested, self._since = signum, time.monotonic()
+            self.note(signum)
             self.heard(signum)
         elif time.monotonic() > self._since + REPEATED_S:
             os._exit(128 + signum)

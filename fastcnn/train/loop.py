@@ -162,7 +162,9 @@ class Training:
         if self.ranks.world > 1 and on_gpu and not due and self.step.step % AGREE_STEPS:
             return False
         ended = self.step.guard.ended(wait=due)
-        stop.requested, over = self.ranks.most(stop.requested, ended)
+        requested, over = self.ranks.most(stop.requested, ended)
+        if requested:
+            stop.note(requested)
         try:
             stop.check()
         except Interrupted:
