@@ -397,3 +397,27 @@ def test_synchronised_norms_are_for_several_processes_and_no_fused_convolution(l
     assert notes == ["--sync-norm: changes nothing in one process; torchrun starts several"]
     with pytest.raises(UsageError, match="--conv fused: not with --sync-norm"):
         setup.synchronise_norms(model, config, Ranks(0, 2, 0, 2), notes)
+
+
+SCRIPT = """
+import sys
+import fastcnn
+
+for name in ("one", "two"):
+    model = fastcnn.train(sys.argv[1], output=sys.argv[2], name=name, quiet=True)
+    print(model.summary["images"], model.folder.name, flush=True)
+"""
+
+
+def test_a_script_trains_one_run_after_the_other(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    options = OPTIONS | {"arch": "murgolo-no-dropout", "epochs": 1, "train_subset": 48}
+    (tmp_path / "options.yaml").write_text(yaml.safe_dump(options))
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += [str(tmp_path / "script.py"), str(tmp_path / "options.yaml"), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = sorted(done.stdout.splitlines())
+    assert lines == sorted(
+        f"{{'train': 48, 'test': 37}} {name}" for name in ("one", "two") for _ in range(2)
+    )

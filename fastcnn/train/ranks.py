@@ -7,6 +7,7 @@ rank 0 of 1: then nothing below communicates.
 
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import re
@@ -24,14 +25,15 @@ from fastcnn.errors import FastcnnError, UsageError
 
 TIMEOUT_S = 600  # for the slowest rank, while images are packed or kernels compiled
 STOP_S = 25  # for rank 0 to save; torchrun kills whoever is left after 30
-STOPPED = "fastcnn/stopped"
+STOPPED = "stopped"
+MEETINGS = itertools.count()
 RELEASE_S = 5.0  # for a thread to let go of what was exchanged
 GONE_S = 3.0  # until the system tells of a process that has just died
 AGREE_STEPS = 16  # steps between two looks at each other's signals on GPUs, whose host runs ahead
 # how torch reports a rank that is gone, a network that is down, and a wait that took too long
 LOST = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|timed out|timeout|broken pipe|recvvalue|"
-    r"socket|store",
+    r"socket|\bstore\b",
     re.IGNORECASE,
 )
 
@@ -167,8 +169,10 @@ def joined() -> Iterator[Ranks]:
         if own_group:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             limit = datetime.timedelta(seconds=TIMEOUT_S)
-            store, *_ = next(torch.distributed.rendezvous("env://", timeout=limit))
-            place = {"store": store, "rank": ranks.rank, "world_size": ranks.world}
+            meeting, *_ = next(torch.distributed.rendezvous("env://", timeout=limit))
+            # a process may train several runs, one after the other, and all meet in one place
+            store = torch.distributed.PrefixStore(f"fastcnn/{next(MEETINGS)}", meeting)
+            place: dict[str, Any] = {"store": store, "rank": ranks.rank, "world_size": ranks.world}
             torch.distributed.init_process_group(backend, timeout=limit, **place)
             ranks = replace(ranks, store=store)
         peers = ranks.share([socket.gethostname(), os.getpid()])
