@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastcnn.errors import DiskError
@@ -32,7 +32,14 @@ def replacing(path: Path, content: bytes | memoryview) -> Iterator[Path]:
         except OSError as error:
             raise DiskError(_refused(path, len(content), error)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
+
+
+def discard(path: Path) -> None:
+    """Remove a temporary file, if there is one and it can be removed."""
+    # a read-only disk refuses even where there is none, and would hide its first refusal
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def replace_bytes(path: Path, content: bytes | memoryview) -> Path:

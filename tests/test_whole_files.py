@@ -1,12 +1,16 @@
 """Files written whole or not at all."""
 
+import errno
 import os
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from fastcnn import files
 from fastcnn.errors import DiskError
+from fastcnn.train import checkpoint
 
 
 def names(folder):
@@ -60,6 +64,26 @@ def test_a_full_disk_keeps_the_former_file(tmp_path, monkeypatch):
     with pytest.raises(DiskError, match=wanted):
         files.replace_text(tmp_path / "a", "new")
     assert ((tmp_path / "a").read_text(), names(tmp_path)) == ("old", ["a"])
+
+
+def read_only(*_, **__):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def test_a_read_only_disk_is_named_though_nothing_can_be_removed_there(tmp_path, monkeypatch):
+    """Linux refuses to unlink there before it looks whether there is such a file."""
+    monkeypatch.setattr(Path, "unlink", read_only)
+    monkeypatch.setattr(Path, "open", read_only)
+    with pytest.raises(DiskError, match=r"cannot write .*/a: Read-only file system \(3 bytes"):
+        files.replace_text(tmp_path / "a", "new")
+
+
+def test_a_former_checkpoint_that_cannot_be_kept_there_is_named_too(tmp_path, monkeypatch):
+    checkpoint.save({"step": 1}, tmp_path / "last.pt", keep=2)
+    for module, name in ((Path, "unlink"), (os, "link"), (shutil, "copyfile")):
+        monkeypatch.setattr(module, name, read_only)
+    with pytest.raises(DiskError, match=r"cannot keep .*last-2\.pt: Read-only file system"):
+        checkpoint.save({"step": 2}, tmp_path / "last.pt", keep=2)
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):

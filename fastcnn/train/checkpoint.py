@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastcnn.errors import CheckpointError, DiskError
-from fastcnn.files import replace_text, replacing
+from fastcnn.files import discard, replace_text, replacing
 from fastcnn.train.formats import FORMAT, migrate
 
 SUMS = "checkpoints.json"
@@ -127,7 +127,7 @@ def _keep_former(path: Path, keep: int) -> None:
             "--keep-checkpoints 1 keeps no older one"
         ) from error
     finally:
-        second.unlink(missing_ok=True)
+        discard(second)
 
 
 def _add_sum(path: Path, content: memoryview, keep: int) -> None:
