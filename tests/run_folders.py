@@ -46,6 +46,7 @@ def rows(epochs):
             "lr": 0.1 / epoch,
             "images_per_s": 400.0 + epoch % 7,
             "seconds": 3.0,
+            "skipped_steps": 0,
         }
         for epoch in range(1, epochs + 1)
     ]
