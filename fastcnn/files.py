@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from fastcnn.errors import DiskError
 
@@ -17,7 +18,7 @@ def replacing(path: Path, content: bytes | memoryview) -> Iterator[Path]:
     If the block raises, the file is removed and what was at `path` stays. Raises DiskError
     where the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = _beside(path)
     try:
         try:
             with temporary.open("wb") as file:
@@ -33,6 +34,38 @@ def replacing(path: Path, content: bytes | memoryview) -> Iterator[Path]:
             raise DiskError(_refused(path, len(content), error)) from error
     finally:
         discard(temporary)
+
+
+@contextmanager
+def growing(path: Path) -> Iterator[TextIO]:
+    """Write a text bit by bit beside `path`; it has its name at the end, and also when the user
+    stops the block, which then leaves what was done.
+
+    If something else ends the block, the file is removed and what was at `path` stays. A pipe or a
+    device is written to as it is. Text that is not UTF-8, such as a path, keeps its bytes. Raises
+    DiskError where the disk refuses.
+    """
+    path = Path(os.path.realpath(path))  # of a link, what it points to
+    whole = path.is_file() or not path.exists()
+    temporary = _beside(path) if whole else path
+    try:
+        with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            try:
+                yield file
+            except KeyboardInterrupt:
+                file.close()
+                if whole:
+                    os.replace(temporary, path)
+                raise
+        if whole:
+            os.replace(temporary, path)
+    except BrokenPipeError:  # whoever read the pipe has gone
+        raise
+    except OSError as error:
+        raise DiskError(_refused(path, None, error)) from error
+    finally:
+        if whole:
+            discard(temporary)
 
 
 def discard(path: Path) -> None:
@@ -82,9 +115,14 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _refused(path: Path, needed: int, error: OSError) -> str:
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def _refused(path: Path, needed: int | None, error: OSError) -> str:
+    wanted = "" if needed is None else f"{needed:,} bytes needed, "
     try:
-        free = f" ({needed:,} bytes needed, {shutil.disk_usage(path.parent).free:,} free)"
+        free = f" ({wanted}{shutil.disk_usage(path.parent).free:,} free)"
     except OSError:  # the folder itself is gone
         free = ""
     kept = "; the former one is kept" if path.is_file() else ""

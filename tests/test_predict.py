@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -259,7 +260,12 @@ def test_nothing_readable_is_valid_output_and_exit_code_3(capsys, folder, tmp_pa
         (["RUN", "a.png", "--top", "0"], 2, "--top: must be at least 1"),
         (["RUN", "a.png", "--format", "jsn"], 2, "did you mean 'json'?"),
         (["RUN", "a.png", "--batch-size", "0"], 2, "--batch-size: must be at least 1"),
-        (["RUN", "a.png", "--output", "no/such/folder/x"], 2, "--output no/such/folder/x: No such"),
+        (
+            ["RUN", "a.png", "--output", "no/such/folder/x"],
+            2,
+            "--output no/such/folder/x: there is no",
+        ),
+        (["RUN", "a.png", "--output", "/"], 2, "--output /: is a folder"),
         (["RUN", "a.png", "--topp", "3"], 2, "did you mean '--top'?"),
     ],
 )
@@ -379,8 +385,9 @@ def test_control_characters_do_not_reach_a_terminal():
     assert shown("a\x1b[31m\nb é") == "a\\x1b[31m\\nb é"
 
 
+@pytest.mark.parametrize("to_file", [False, True])
 @pytest.mark.parametrize("form", ["json", "csv", "table"])
-def test_ctrl_c_leaves_what_was_done(capsys, folder, digits, monkeypatch, form):
+def test_ctrl_c_leaves_what_was_done(capsys, folder, digits, monkeypatch, form, to_file, tmp_path):
     original, calls = Classifier.__call__, iter(range(9))
 
     def stopped(self, pixels):
@@ -390,10 +397,75 @@ def test_ctrl_c_leaves_what_was_done(capsys, folder, digits, monkeypatch, form):
 
     monkeypatch.setattr(Classifier, "__call__", stopped)
     words = ["--batch-size", "4", "--top", "1", "--format", form]
+    words += ["--output", tmp_path / "found"] if to_file else []
     code, out, err = run(capsys, folder, digits, *words)
     assert (code, err) == (130, "fastcnn: interrupted\n")
+    if to_file:
+        assert (out, [path.name for path in tmp_path.iterdir()]) == ("", ["found"])
+        out = (tmp_path / "found").read_text()
     rows = json.loads(out) if form == "json" else out.splitlines()[1:]
     assert len(rows) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("run/last.pt", "is a file of the run"),
+        ("run/index.html", "is a file of the run"),
+        ("run/analysis/classes.csv", "is a file of the run"),
+        ("alone/mine", "is the checkpoint itself"),
+        ("images/a.png", "is one of the images"),
+        ("link.png", "is one of the images"),
+        ("images/", "is a folder"),
+    ],
+)
+def test_the_result_takes_no_place_of_what_is_read(capsys, folder, tmp_path, name, why):
+    (tmp_path / "run" / "analysis").mkdir(parents=True)
+    for own in ("config.yaml", "last.pt"):
+        shutil.copy(folder / own, tmp_path / "run" / own)
+    (tmp_path / "run/index.html").write_text("a page")
+    (tmp_path / "run/analysis/classes.csv").write_text("a table")
+    target = write(tmp_path / "alone/mine", b"weights") if "alone" in name else tmp_path / "run"
+    write(tmp_path / "images/a.png", encoded(noise((8, 8, 3))))
+    (tmp_path / "link.png").symlink_to(tmp_path / "images/a.png")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    code, out, err = run(capsys, target, tmp_path / "images", "--output", f"{tmp_path}/{name}")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert why in err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_the_former_result_stays_until_the_new_one_is_whole(
+    capsys, folder, digits, monkeypatch, tmp_path
+):
+    path = write(tmp_path / "found.csv", b"former")
+    (tmp_path / "link.csv").symlink_to(path)
+    original, seen = Classifier.__call__, []
+
+    def looked(self, pixels):
+        seen.append(path.read_bytes())
+        if len(seen) == 2:
+            raise NumbersError("broken")
+        return original(self, pixels)
+
+    monkeypatch.setattr(Classifier, "__call__", looked)
+    words = [folder, digits, "--format", "csv", "--batch-size", "30", "--output"]
+    assert run(capsys, *words, path)[0] == 6
+    assert (seen, path.read_bytes()) == ([b"former"] * 2, b"former")
+    assert run(capsys, *words, tmp_path / "link.csv")[0] == 0
+    assert path.read_text().startswith("path,rank")
+    assert (tmp_path / "link.csv").is_symlink()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["found.csv", "link.csv"]
+
+
+def test_a_pipe_is_written_to_and_no_file_takes_its_place(capsys, folder, digits, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDWR | os.O_NONBLOCK)
+    words = [folder, digits / "1", "--format", "json", "--output", tmp_path / "pipe"]
+    assert run(capsys, *words)[0] == 0
+    assert (tmp_path / "pipe").is_fifo()
+    assert len(json.loads(os.read(reader, 1 << 16))) == len([*(digits / "1").iterdir()])
+    os.close(reader)
 
 
 def test_the_bar_leaves_the_result_on_standard_output(capsys, folder, digits, monkeypatch):

@@ -1,9 +1,11 @@
 """`fastcnn predict`: the classes of a user's images."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from fastcnn.commands.parser import (
@@ -17,6 +19,7 @@ from fastcnn.commands.parser import (
     shared_options,
 )
 from fastcnn.errors import DataError, UsageError
+from fastcnn.files import growing
 
 PREDICT_OWN = (
     own_option("top", int, 5, "how many classes of each image, the most probable first", low=1),
@@ -62,6 +65,8 @@ def run(given: dict[str, Any], command: list[str]) -> None:
     paths = image_paths(given["images"], sys.stdin.buffer)
     if not paths:
         raise DataError("standard input: no paths of images; give one a line")
+    if own["output"] is not None:
+        check_output(Path(own["output"]), given["run"], paths)
     tune_process(options.get("threads"))
     classifier = open_classifier(given["run"], own["weights"], options)
     start = time.perf_counter()
@@ -80,18 +85,33 @@ def run(given: dict[str, Any], command: list[str]) -> None:
 
 @contextlib.contextmanager
 def opened(path: str | None) -> Iterator[TextIO]:
-    """The file to write to. A path that is not UTF-8 keeps its bytes."""
+    """What to write to. A path that is not UTF-8 keeps its bytes."""
     if path is None:
         with contextlib.suppress(AttributeError):
             sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
         yield sys.stdout
         return
-    try:
-        file = open(path, "w", encoding="utf-8", errors="surrogateescape", newline="")  # noqa: SIM115
-    except OSError as error:
-        raise UsageError(f"--output {path}: {error.strerror or error}") from error
-    with file:
+    with growing(Path(path)) as file:
         yield file
+
+
+def check_output(path: Path, run: str, images: list[str]) -> None:
+    """Raise UsageError for a place where nothing can be written, and for one where something lies
+    that is read here or that belongs to a run."""
+    from fastcnn.train.rundir import check_no_file_of_a_run
+
+    if not path.parent.is_dir():
+        raise UsageError(f"--output {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UsageError(f"--output {path}: is a folder; give a file name")
+    check_no_file_of_a_run(path)
+    if not path.is_file():
+        return
+    if os.path.isfile(run) and path.samefile(run):
+        raise UsageError(f"--output {path}: is the checkpoint itself; give another file")
+    for image in images:
+        if os.path.isfile(image) and path.samefile(image):
+            raise UsageError(f"--output {path}: is one of the images; give another file")
 
 
 def write_predictions(classifier: Any, paths: list[str], file: TextIO, own: dict[str, Any]) -> int:

@@ -33,6 +33,20 @@ COLUMNS = (
 
 
 BAD_IMAGES = "bad_images.csv"
+# what a run's folder holds beside checkpoints, and folders in it whose files are others' as well
+OWN_FILES = {
+    "config.yaml",
+    "environment.json",
+    "metrics.csv",
+    "confusion_matrix.csv",
+    BAD_IMAGES,
+    "summary.json",
+    "checkpoints.json",
+    "curves.png",
+    "confusion_matrix.png",
+    "index.html",
+}
+OWN_FOLDERS = ("analysis", "ood", "tensorboard", "wandb")  # with these names or such beginnings
 
 
 class RunFolder:
@@ -187,6 +201,16 @@ class RunFolder:
     def _write(self, name: str, text: str) -> None:
         if self.writes:
             replace_text(self.path / name, text)
+
+
+def check_no_file_of_a_run(path: Path) -> None:
+    """Raise UsageError for an --output that would take the place of a file of a run."""
+    path = path.resolve()
+    own = path.name in OWN_FILES or path.suffix == ".pt"
+    inner = path.exists() and path.parent.name.startswith(OWN_FOLDERS)
+    for folder, taken in ((path.parent, own), (path.parent.parent, inner)):
+        if taken and (folder / "config.yaml").is_file():
+            raise UsageError(f"--output: {path} is a file of the run {folder}; give another")
 
 
 def config_text(config: Config) -> str:
