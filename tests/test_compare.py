@@ -1,6 +1,7 @@
 """`fastcnn compare`: table, page, what is compared with what; `--open`."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from fastcnn.cli import main
 from fastcnn.commands.output import open_page
 from fastcnn.config import options_by_name
 from fastcnn.insight import compare
+from fastcnn.insight.document import Page, write_page
 
 
 @pytest.fixture
@@ -146,17 +148,23 @@ def test_runs_with_the_same_options_say_so(tmp_path):
         (["x/one", "x"], 4, "x is not a run folder"),
         (["x/one", "x/two", "--output", "no/p.html"], 2, "--output: there is no folder no"),
         (["x/one", "x/two", "--output", "x"], 2, "--output: x is a folder"),
-        (["x/one", "x/two", "--output", "x/one/config.yaml"], 2, "is no page of fastcnn"),
+        (["x/one", "x/two", "--output", "x/one/config.yaml"], 2, "/x/one; give another"),
+        (["x/one", "x/two", "--output", "x/one/index.html"], 2, "is a file of the run"),
+        (["x/one", "x/two", "--output", "mine.html"], 2, "exists and is no earlier comparison"),
         (["x/one", "x/two", "--opne"], 2, "did you mean '--open'?"),
     ],
 )
 def test_mistakes_are_one_line(runs, capsys, words, code, message):
     before = Path("x/one/config.yaml").read_text()
+    write_page(Path("mine.html"), Page("Sweep", "A page of fastcnn too.", ()))
+    shutil.copy("mine.html", "x/one/index.html")
     found, out, err = run(capsys, *words)
     assert (found, out) == (code, "")
     assert message in err
     assert err.count("\n") == 1
     assert Path("x/one/config.yaml").read_text() == before
+    assert Path("x/one/index.html").read_text() == Path("mine.html").read_text()
+    assert "<title>Sweep<" in Path("mine.html").read_text()
     assert not Path("compare.html").exists()
 
 

@@ -13,6 +13,7 @@ from fastcnn.insight.document import Facts, Page, Section
 from fastcnn.insight.run_files import RunFiles, read_run, shown
 from fastcnn.insight.table import Table
 from fastcnn.train.progress import format_seconds
+from fastcnn.train.rundir import check_no_file_of_a_run
 
 HEADER = (
     "run",
@@ -28,8 +29,9 @@ HEADER = (
     "seed",
 )
 NUMBERS = frozenset({1, 2, 3, 4, 5, 6, 7, 9, 10})
-MARK = b'<meta name="generator" content="fastcnn">'
-HEAD = 1000  # bytes of a page within which its generator stands
+TITLE = "Comparison: "
+MARKS = (b'<meta name="generator" content="fastcnn">', f"<title>{TITLE}".encode())
+HEAD = 1000  # bytes of a page within which these stand
 
 
 @dataclass(frozen=True)
@@ -172,16 +174,18 @@ def _finite(value: Any) -> Any:
 
 
 def check_output(path: Path) -> None:
-    """Raise UsageError where a page cannot be written, or something else than a page lies there."""
+    """Raise UsageError where a page cannot be written, or something else than a comparison lies."""
     if not path.parent.is_dir():
         raise UsageError(f"--output: there is no folder {path.parent}")
+    check_no_file_of_a_run(path)
     if not path.exists():
         return
     if path.is_dir():
         raise UsageError(f"--output: {path} is a folder; give the name of a page")
     with path.open("rb") as file:
-        if MARK not in file.read(HEAD):
-            raise UsageError(f"--output: {path} exists and is no page of fastcnn; give another")
+        head = file.read(HEAD)
+    if not all(mark in head for mark in MARKS):
+        raise UsageError(f"--output: {path} exists and is no earlier comparison; give another")
 
 
 def write_comparison(found: Comparison, path: Path) -> Path:
@@ -206,4 +210,4 @@ def write_comparison(found: Comparison, path: Path) -> Path:
     ]
     if not any(run.epochs for run in found.runs):
         del sections[1]
-    return document.write_page(path, Page(f"Comparison: {title}", lead, tuple(sections), wide=True))
+    return document.write_page(path, Page(f"{TITLE}{title}", lead, tuple(sections), wide=True))
