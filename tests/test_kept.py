@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from mutations import mutated
 from PIL import Image
 
 from fastcnn.errors import CheckpointError
-from fastcnn.insight.document import Figure, Section
+from fastcnn.insight.document import Figure, Page, Section, write_page
 from fastcnn.insight.kept import keep_sections, kept_sections
 from fastcnn.insight.table import Table
 
@@ -52,3 +53,21 @@ def test_a_page_takes_no_file_from_outside(tmp_path, sections, name):
     path.write_text(path.read_text().replace('"one.png"', json.dumps(name)))
     with pytest.raises(CheckpointError, match=r"analysis\.json is not what fastcnn wrote"):
         kept_sections(folder, "analysis")
+
+
+def test_a_value_of_another_kind_is_refused_or_shown(tmp_path, sections):
+    """A page is drawn at the end of a run, which no file of an analysis shall end."""
+    path = keep_sections(tmp_path, "analysis", sections)
+    refused, shown = [], 0
+    for content in mutated(json.loads(path.read_text())):
+        path.write_text(json.dumps(content))
+        try:
+            found = kept_sections(tmp_path, "analysis")
+        except CheckpointError as error:
+            refused.append(str(error))
+        else:
+            write_page(tmp_path / "index.html", Page("title", "lead", tuple(found)))
+            shown += 1
+    assert len(refused) > 300
+    assert all("analysis.json is not what fastcnn wrote" in line for line in refused)
+    assert 10 < shown < 100  # lists may be empty, and a text another

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 from browser import look, needs_browser
+from mutations import mutated
 from PIL import Image
 from run_folders import SUMMARY, make_run, rows
 
@@ -13,6 +14,7 @@ from fastcnn.errors import CheckpointError
 from fastcnn.insight import figures, page
 from fastcnn.insight.document import Figure, Section
 from fastcnn.insight.kept import keep_sections
+from fastcnn.insight.run_files import read_run
 from fastcnn.insight.table import Table
 from fastcnn.train.rundir import RunFolder
 
@@ -237,6 +239,25 @@ def test_a_damaged_file_is_named_and_the_page_stays(tmp_path, name, text, messag
         page.write_page(folder)
     assert "\n" not in str(caught.value)
     assert (folder / "index.html").read_text() == "before"
+
+
+def test_a_summary_with_a_value_of_another_kind_is_refused_or_shown(tmp_path):
+    folder = make_run(tmp_path / "run")
+    path = folder / "summary.json"
+    refused, shown = [], 0
+    for content in mutated(json.loads(path.read_text())):
+        path.write_text(json.dumps(content))
+        try:
+            run = read_run(folder)
+        except CheckpointError as error:
+            refused.append(str(error))
+        else:
+            page.lead(run.summary)
+            page._summary(run, False)
+            shown += 1
+    assert len(refused) > 200
+    assert all(str(path) in line for line in refused)
+    assert 10 < shown < 100
 
 
 def test_a_command_that_is_no_text_does_not_stop_the_page(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from mutations import mutated
 from PIL import Image
 
 from fastcnn.errors import CheckpointError
@@ -58,6 +59,24 @@ def test_a_file_that_is_no_record_is_named(tmp_path, text):
     path.write_text(text)
     with pytest.raises(CheckpointError, match=r"x.json is not a record .*; remove it"):
         read(path)
+
+
+def test_a_value_of_another_kind_is_refused_or_shown(folder):
+    path = folder / "table1.json"
+    refused, shown = [], 0
+    for content in mutated(json.loads(path.read_text())):
+        path.write_text(json.dumps(content))
+        try:
+            found = read(path)
+        except CheckpointError as error:
+            refused.append(str(error))
+        else:
+            as_markdown(found)
+            write_pages(folder, "title", "lead")
+            shown += 1
+    assert len(refused) > 200
+    assert all("table1.json is not a record" in line for line in refused)
+    assert 10 < shown < 100
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "link"])
