@@ -73,6 +73,14 @@ def test_long_class_names_leave_room_for_the_cells(tmp_path, classes):
         figures.draw_confusion(tmp_path)
 
 
+def test_a_figure_takes_the_place_of_a_link_and_spares_what_it_points_to(folder):
+    (folder.parent / "mine.png").write_text("mine")
+    (folder / "curves.png").symlink_to(folder.parent / "mine.png")
+    path = figures.draw_curves(folder)
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    assert (folder.parent / "mine.png").read_text() == "mine"
+
+
 def test_a_run_without_an_epoch_has_no_curves(tmp_path):
     (tmp_path / "metrics.csv").write_text(METRICS.splitlines()[0] + "\n")
     assert figures.draw_curves(tmp_path) is None

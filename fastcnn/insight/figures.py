@@ -2,12 +2,14 @@
 
 import contextlib
 import csv
+import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fastcnn.errors import CheckpointError
+from fastcnn.files import replace_bytes
 
 INK, FAINT = "#1f2430", "#d5d9e0"
 TRAIN, VAL, TOP5 = "#c2571a", "#1f5fa8", "#3b8f5a"
@@ -140,9 +142,10 @@ def shortened(name: str, length: int = NAMED) -> str:
 
 
 def save(figure: Any, path: Path, metadata: dict[str, Any] | None = None) -> Path:
-    """Write a figure in the format that the path names."""
+    """Write a figure in the format that the path names; raises DiskError where the disk refuses."""
+    drawn = io.BytesIO()
     with warnings.catch_warnings():
         # a class name in a script that the font lacks is drawn as boxes, and no cause for alarm
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(path, dpi=130, metadata=metadata)
-    return path
+        figure.savefig(drawn, format=path.suffix[1:], dpi=130, metadata=metadata)
+    return replace_bytes(path, drawn.getvalue())
