@@ -92,7 +92,7 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[Lock]:
     another process holds it, and may raise. Raises LeftBehind with what that process left.
     """
     while True:
-        file = open(path, "a+b")  # noqa: SIM115 - closed on every way out below
+        file = open(path, "a+b", opener=_no_link)  # noqa: SIM115 - closed on every way out below
         try:
             _acquire(file, waiting)
             if not _is_current(file, path):
@@ -112,6 +112,11 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[Lock]:
             return
         finally:
             file.close()
+
+
+def _no_link(path: str, flags: int) -> int:
+    # what a link points to would be emptied
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _acquire(file: BinaryIO, waiting: Callable[[], None]) -> None:

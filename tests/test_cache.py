@@ -107,6 +107,14 @@ def test_a_lock_keeps_others_out_and_leaves_no_file(tmp_path):
         pass
 
 
+def test_a_link_is_no_lock(tmp_path):
+    (tmp_path / "mine").write_text("what a lock would empty")
+    (tmp_path / "lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError, match="symbolic links"), locked(tmp_path / "lock", never):
+        pass
+    assert (tmp_path / "mine").read_text() == "what a lock would empty"
+
+
 def test_the_lock_of_a_dead_process_is_free(tmp_path):
     (tmp_path / "lock").write_text("what it left, half written")
     with locked(tmp_path / "lock", never):
