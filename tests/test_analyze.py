@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,12 +125,14 @@ def test_the_summary_and_the_sections_agree(command, seen):
 def test_another_analysis_takes_the_place_of_the_first(command, monkeypatch):
     run = shutil.copytree(command[0], command[0].parent / "again")
     quick(monkeypatch)
+    for mine in ("mine.png", "predictions_mine.png"):
+        (run / "analysis" / mine).write_text("the user's")
     found = analyze(str(run), maps=["conv2"], samples=2, overrides=ONE)
     assert found["grad_cam"] == "MaxPool2d-10"
     names = {path.name for path in (run / "analysis").glob("feature_maps*")}
     assert names == {"feature_maps_conv2d_5.png"}
     assert sorted(path.name for path in (run / "analysis").iterdir()) == sorted(
-        [*found["files"], "analysis.json"]
+        [*found["files"], "analysis.json", "mine.png", "predictions_mine.png"]
     )
 
 
@@ -192,12 +195,19 @@ def test_errors_are_one_line_and_come_before_the_work(run, tmp_path, monkeypatch
     )
 
 
-def test_a_place_that_cannot_be_written_is_named(run, tmp_path):
-    copy = shutil.copytree(run, tmp_path / "run")
-    shutil.rmtree(copy / "analysis", ignore_errors=True)
-    (copy / "analysis").write_text("a file in the way")
+def test_a_place_that_cannot_be_written_is_named(run, tmp_path, monkeypatch):
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("analysis"))
+
+    original = Path.mkdir
+
+    def mkdir(path, *arguments, **options):
+        if path == copy / "analysis":
+            raise OSError(30, "Read-only file system")
+        original(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
     text = refused(CheckpointError, str(copy), samples=1)
-    assert text == f"cannot write into {copy / 'analysis'}: File exists"
+    assert text == f"cannot write into {copy / 'analysis'}: Read-only file system"
 
 
 def test_images_are_chosen_by_confidence_and_by_the_seed():

@@ -17,9 +17,11 @@ from fastcnn.insight.classes import accuracy, rates, top_confusions
 from fastcnn.insight.figures import INK, shortened
 from fastcnn.insight.findings import Findings, Picked, name_of
 from fastcnn.insight.image_figures import Cell, overlay
+from fastcnn.insight.kept import kept_sections
 from fastcnn.insight.table import as_csv
 from fastcnn.train.rundir import RunFolder
 
+KEY = "analysis"  # the folder in a run, and the file in it that its page reads
 GRID_COLUMNS, CAM_COLUMNS = 4, {"wrong": 2, "right": 3}
 TOP = 10  # confusions that are told
 SHOWN, SHOWN_BELOW = 22, 14  # characters of a class name above an image, below a map
@@ -37,15 +39,15 @@ CAM_TITLES = {
 def write_files(folder: Path, found: Findings) -> list[Path]:
     """Write all files of an analysis into `folder`; raises CheckpointError where the disk refuses.
 
-    Figures of an earlier analysis that this one does not draw are removed.
+    Figures that an earlier analysis drew, and this one does not, are removed.
     """
+    former = _former_figures(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files = _write_tables(folder, found)
         wanted = _figures(folder, found)
-        for path in folder.glob("*.png"):
-            if path not in wanted:
-                path.unlink()
+        for path in former - wanted.keys():
+            path.unlink()
         with progress_bar("drawing", len(wanted), announce=False) as advance:
             for path, draw in wanted.items():
                 files.append(draw(path))
@@ -53,6 +55,14 @@ def write_files(folder: Path, found: Findings) -> list[Path]:
     except OSError as error:
         raise CheckpointError(f"cannot write into {folder}: {error.strerror or error}") from error
     return files
+
+
+def _former_figures(folder: Path) -> set[Path]:
+    try:
+        sections = kept_sections(folder, KEY)
+    except CheckpointError:  # what it names may be anybody's
+        return set()
+    return {figure.path for section in sections for figure in section.figures}
 
 
 def summary(found: Findings) -> dict[str, Any]:
