@@ -166,6 +166,19 @@ def test_what_was_found_out_later_is_taken_in(tmp_path):
     assert sum(tag == "img" for tag, _ in found.tags) == 5
 
 
+def test_what_lies_outside_the_run_is_not_taken_in(tmp_path):
+    one, other = make_run(tmp_path / "one"), make_run(tmp_path / "other")
+    keep(other / "analysis", "analysis", "Of another run")
+    for name in ("analysis", "analysis-x"):
+        (one / name).symlink_to(other / "analysis")
+    (one / "ood-1").mkdir()
+    page.write_page(one)
+    assert "Of another run" not in (one / "index.html").read_text()
+    (one / "ood-1" / "ood.json").symlink_to(other / "analysis" / "analysis.json")
+    with pytest.raises(CheckpointError, match=r"ood\.json is not what fastcnn wrote"):
+        page.write_page(one)
+
+
 def test_an_analysis_of_the_test_images_has_the_confusion_matrix_already(tmp_path):
     folder = make_run(tmp_path / "run")
     figures.draw_confusion(folder)

@@ -79,31 +79,42 @@ def run(given: dict[str, Any], command: list[str]) -> None:
         raise UsageError("ood: --out is missing: images out of distribution, e.g. --out digits")
     # after the check: the rest takes torch's seconds to import
     from fastcnn.insight import ood_record
+    from fastcnn.insight.inner_folders import claimed, origin_of
     from fastcnn.insight.ood import detect
+    from fastcnn.insight.page import check_page
     from fastcnn.insight.table import show
+    from fastcnn.train.rundir import RunFolder
 
     options = {name: own[name] for name in ("score", "quantile", "limit", "weights") if name in own}
-    in_data = own.get("in")
-    result = detect(given["run"], own["out"], in_data=in_data, overrides=overrides, **options)
-    folder = Path(given["run"]) / ood_record.name_of(own["out"], in_data)
-    ood_record.write_tables(folder, result)
-    figures: tuple[Any, ...] = ()
-    try:
-        require("matplotlib.figure")
-        figures = ood_record.draw(folder, result)
-    except PackageError as error:
-        report_missing("figures", error)
-    ood_record.keep(folder, result, figures, command)
-    page = write_page(Path(given["run"]))
-    if given.get("json"):
-        print(as_text(as_json(result, folder)))
-    else:
-        show(ood_record.table_of(result), "")
-        for sentence in ood_record.sentences(result):
-            print(f"- {sentence}")
-        print(f"written to {folder}")
+    run, in_data = RunFolder.finished(given["run"]).path, own.get("in")
+    name, of = ood_record.name_of(own["out"], in_data), [origin_of(in_data), origin_of(own["out"])]
+    with claimed(run, name, ood_record.KEY, of) as folder:
+        # before the images, which may take long
+        check_page(run, folder)
+        result = detect(str(run), own["out"], in_data=in_data, overrides=overrides, **options)
+        ood_record.write_tables(folder, result)
+        ood_record.keep(folder, result, draw(folder, result), command, of)
+        if given.get("json"):
+            print(as_text(as_json(result, folder)))
+        else:
+            show(ood_record.table_of(result), "")
+            for sentence in ood_record.sentences(result):
+                print(f"- {sentence}")
+            print(f"written to {folder}")
+        page = write_page(run)
     if given.get("open") and page is not None:
         open_page(page)
+
+
+def draw(folder: Path, result: Any) -> tuple[Any, ...]:
+    from fastcnn.insight import ood_record
+
+    try:
+        require("matplotlib.figure")
+        return ood_record.draw(folder, result)
+    except PackageError as error:
+        report_missing("figures", error)
+        return ()
 
 
 def write_page(folder: Path) -> Path | None:

@@ -9,17 +9,16 @@ from fastcnn.archs import get_network
 from fastcnn.archs.spec import LayerRow, layer_table
 from fastcnn.errors import UsageError
 from fastcnn.insight import page
-from fastcnn.insight.analysis_files import summary, write_files
+from fastcnn.insight.analysis_files import KEY, summary, write_files
 from fastcnn.insight.analysis_sections import sections_of
 from fastcnn.insight.feature_maps import stages
 from fastcnn.insight.findings import find
 from fastcnn.insight.gradcam import choose_operation, find_operations
+from fastcnn.insight.inner_folders import claimed, origin_of, word_of
 from fastcnn.insight.kept import keep_sections
 from fastcnn.insight.observe import observe, open_tested
 from fastcnn.train.rundir import RunFolder
 from fastcnn.train.trained import TrainedModel
-
-KEY = "analysis"
 
 
 def analyze(
@@ -44,22 +43,24 @@ def analyze(
     drawn at random. command: what the page says that it was made by.
 
     Returns figures and paths as plain values. Raises UsageError for a checkpoint file and for
-    layers that the network lacks, CheckpointError for a run that is missing or unfinished, and what
-    evaluate_run raises.
+    layers that the network lacks, CheckpointError for a run that is missing, unfinished or damaged
+    and for a folder that another process writes, and what evaluate_run raises.
     """
-    options = overrides or {}
-    folder = finished_run(run)
-    trained, device = open_tested(run, weights, options)
-    rows = _rows(trained)
-    operation = choose_operation(rows, layer)
-    shown = _figures_of_maps(rows, maps)
-    seen = observe(trained, device, data, split_name, options)
-    found = find(seen, operation, shown, samples, seed)
-    other = seen.dataset.name if data is not None else ""
-    target = folder.path / folder_name(other, split_name)
-    files = write_files(target, found)
-    keep_sections(target, KEY, sections_of(target, found, command or []))
-    index = page.write_page(folder.path)
+    options, folder = overrides or {}, finished_run(run).path
+    name = folder_name("" if data is None else word_of(data), split_name)
+    of = [origin_of(data), split_name]
+    with claimed(folder, name, KEY, of) as target:
+        # before the images, which may take long
+        page.check_page(folder, target)
+        trained, device = open_tested(run, weights, options)
+        rows = _rows(trained)
+        operation = choose_operation(rows, layer)
+        shown = _figures_of_maps(rows, maps)
+        seen = observe(trained, device, data, split_name, options)
+        found = find(seen, operation, shown, samples, seed)
+        files = write_files(target, found)
+        keep_sections(target, KEY, sections_of(target, found, command or []), of)
+        index = page.write_page(folder)
     names = sorted(path.name for path in files)
     return {**summary(found), "folder": str(target), "page": str(index), "files": names}
 

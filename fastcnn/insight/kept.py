@@ -5,6 +5,7 @@ run; the run's page takes what it finds there.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from fastcnn.insight.table import Table, pairs, text, texts
 FORMAT = 1
 
 
-def keep_sections(folder: Path, key: str, sections: list[Section]) -> Path:
+def keep_sections(folder: Path, key: str, sections: list[Section], of: Sequence[str] = ()) -> Path:
     """Write <key>.json; the sections' figures are files of `folder`. Charts, numbers and folded
-    facts are not kept.
+    facts are not kept. of: which data they tell of.
 
     Raises CheckpointError where the disk refuses; what was there stays.
     """
-    content = {"format": FORMAT, "sections": [_plain(section) for section in sections]}
+    plain = [_plain(section) for section in sections]
+    content = {"format": FORMAT, "of": [*of], "sections": plain}
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     return replace_text(folder / f"{key}.json", text)
 
@@ -34,12 +36,20 @@ def kept_sections(folder: Path, key: str) -> list[Section]:
     if not path.is_file():
         return []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(inside(folder, path.name).read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError("another format")
         return [_section(plain, folder) for plain in content["sections"]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not what fastcnn wrote ({error}); remove it") from error
+
+
+def kept_of(folder: Path, key: str) -> list[str] | None:
+    """Which data <key>.json tells of; None where it does not say, or is not there."""
+    try:
+        return json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))["of"] or None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def _plain(section: Section) -> dict[str, Any]:

@@ -1,21 +1,21 @@
 """What `fastcnn ood` leaves in a run: tables, figures, and a section for the run's page."""
 
-import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastcnn.config import DATA_NAMES
 from fastcnn.errors import CheckpointError
 from fastcnn.files import replace_text
 from fastcnn.insight.document import Figure, Section
+from fastcnn.insight.inner_folders import word_of
 from fastcnn.insight.kept import keep_sections
 from fastcnn.insight.ood import Result
 from fastcnn.insight.ood_scores import called
 from fastcnn.insight.table import Table, as_csv
 
+KEY = "ood"  # the file in a folder of the run that its page reads
 HEADER = ("score", "accuracy, %", "balanced, %", "AUROC, %", "FPR at 95 % TPR, %", "threshold")
 NUMBERS = frozenset(range(1, len(HEADER)))
 SHARES = ("accuracy", "balanced_accuracy", "auroc", "fpr95")
@@ -25,8 +25,7 @@ SETS = ("threshold", "in", "out")  # of images.csv
 
 def name_of(out_data: str, in_data: str | None) -> str:
     """The folder within a run, and the anchor on its page: ood-<out>, or ood-<in>-<out>."""
-    given = [data for data in (in_data, out_data) if data is not None]
-    words = [data if data in DATA_NAMES else Path(os.path.abspath(data)).name for data in given]
+    words = [word_of(data) for data in (in_data, out_data) if data is not None]
     return "-".join(["ood", *(re.sub(r"[^\w.]+", "-", word).strip("-") for word in words)])
 
 
@@ -127,8 +126,14 @@ def draw(folder: Path, result: Result) -> tuple[Figure, ...]:
     )
 
 
-def keep(folder: Path, result: Result, figures: tuple[Figure, ...], command: Sequence[str]) -> Path:
-    """Write ood.json, the section of the run's page."""
+def keep(
+    folder: Path,
+    result: Result,
+    figures: tuple[Figure, ...],
+    command: Sequence[str],
+    of: Sequence[str],
+) -> Path:
+    """Write ood.json, the section of the run's page, of these data."""
     inside, outside = (one.name for one in result.sets[1:])
     section = Section(
         f"Out of distribution: {outside}",
@@ -139,4 +144,4 @@ def keep(folder: Path, result: Result, figures: tuple[Figure, ...], command: Seq
         figures,
         (("command", shlex.join(command)),),
     )
-    return keep_sections(folder, "ood", [section])
+    return keep_sections(folder, KEY, [section], of)

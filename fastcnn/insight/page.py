@@ -28,16 +28,25 @@ def write_page(folder: Path) -> Path:
     Raises CheckpointError for a file that is missing or damaged, or where the disk refuses; a page
     that was there stays then.
     """
+    return document.write_page(folder / "index.html", _page(folder))
+
+
+def check_page(folder: Path, renewed: Path) -> None:
+    """Raise CheckpointError where `write_page` would; `renewed`, a folder of the run, is about to
+    be written anew, and whatever it holds is right."""
+    _page(folder, renewed)
+
+
+def _page(folder: Path, without: Path | None = None) -> Page:
     run = read_run(folder)
     environment = read_json(folder / "environment.json")
     arch = run.summary["arch"] if run.summary else run.options["arch"]
-    page = Page(
+    return Page(
         f"{folder.resolve().name}: {arch} on {run.data}",
         lead(run.summary) if run.summary else unfinished_lead(run),
-        tuple(_sections(run, environment)),
+        tuple(_sections(run, environment, without)),
         _command(environment, folder),
     )
-    return document.write_page(folder / "index.html", page)
 
 
 def lead(summary: dict[str, Any]) -> str:
@@ -77,14 +86,15 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _sections(run: RunFiles, environment: dict[str, Any]) -> list[Section]:
-    kept = list(_kept(run.folder))
+def _sections(run: RunFiles, environment: dict[str, Any], without: Path | None) -> list[Section]:
+    places = _kept_places(run.folder, without)
+    kept = list(_kept(places))
     found = [_summary(run, bool(kept))]
     if run.epochs:
         found.append(Section("Curves", "curves", (), NO_TABLE, charts=run_charts(run)))
     # an analysis has drawn the same counts, and their rates
-    own = kept_sections(run.folder / KEPT[0], KEPT[0])
-    drawn = any("confusion" in section.anchor for section in own)
+    own = (run.folder / KEPT[0], KEPT[0])
+    drawn = own in places and any("confusion" in part.anchor for part in kept_sections(*own))
     if not drawn and (run.folder / "confusion_matrix.png").is_file():
         found.append(_confusion(run.folder))
     facts = tuple(_flat(run.options))
@@ -175,21 +185,31 @@ def _most_confused(classes: list[str], counts: list[list[int]]) -> str:
     return f"{rows}Most often taken: {', '.join(words)}."
 
 
-def _kept(folder: Path) -> Iterable[Section]:
+def _kept_places(folder: Path, without: Path | None) -> list[tuple[Path, str]]:
+    """The folders of a run that analyze and ood left, and the name of what is kept in each. A link
+    is none: it may lead to another run, or anywhere."""
+    return [
+        (place, key)
+        for key in KEPT
+        for place in sorted(folder.glob(f"{key}*"))
+        if place.is_dir() and not place.is_symlink() and place != without
+    ]
+
+
+def _kept(places: list[tuple[Path, str]]) -> Iterable[Section]:
     """Sections that analyze and ood left, under names that are not taken on the page yet."""
     titles = {"Summary", "Curves", "Confusion matrix", "Configuration", "Environment"}
     anchors = {title.lower().replace(" ", "-") for title in titles}
-    for key in KEPT:
-        for place in sorted(path for path in folder.glob(f"{key}*") if path.is_dir()):
-            for section in kept_sections(place, key):
-                title, anchor = section.title, section.anchor
-                if title in titles:
-                    title = f"{title} ({place.name})"
-                if anchor in anchors:
-                    anchor = f"{place.name}-{anchor}"
-                titles.add(title)
-                anchors.add(anchor)
-                yield replace(section, title=title, anchor=anchor)
+    for place, key in places:
+        for section in kept_sections(place, key):
+            title, anchor = section.title, section.anchor
+            if title in titles:
+                title = f"{title} ({place.name})"
+            if anchor in anchors:
+                anchor = f"{place.name}-{anchor}"
+            titles.add(title)
+            anchors.add(anchor)
+            yield replace(section, title=title, anchor=anchor)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
