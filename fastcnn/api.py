@@ -1,5 +1,6 @@
 """fastcnn from Python: train, load, predict. Options are those of the command line, with `_`."""
 
+import io
 import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ from fastcnn.errors import CheckpointError, DataError, UsageError, nearest
 from fastcnn.options import Option, options_of, read_config_file
 from fastcnn.packages import PackageError, require
 from fastcnn.predict.classifier import Classifier, most_probable, open_classifier
-from fastcnn.predict.feed import Batch, batches, is_path
+from fastcnn.predict.feed import EXPECTED, Batch, batches, is_path
 from fastcnn.predict.paths import image_paths
 from fastcnn.recipes import resolve
 from fastcnn.train.run import Outcome, evaluate_run, resume, start
@@ -23,6 +24,7 @@ from fastcnn.train.rundir import RunFolder
 
 log = logging.getLogger(__name__)
 
+NO_LISTS = (bytes, bytearray, memoryview, Mapping, io.IOBase)  # they give numbers, names, lines
 BATCH_SIZE = 256  # images the network is given at a time
 
 
@@ -40,10 +42,11 @@ class Model:
     """A trained network, ready to predict.
 
     classes: their names, by label. image_size: side of what the network sees, in pixels. folder: of
-    the run. summary: its result; empty for a run that is not finished. network: the module, in
-    evaluation mode, fp32, for what `preprocess` returns; predictions come from a copy made when the
-    model was loaded. `images` of the methods below: a path of a file or folder, a PIL image, an
-    array or tensor uint8 (H, W, 3) or (N, H, W, 3), or a list of these; of any size.
+    the run. summary: its result; empty for a run that is not finished, or whose summary.json is
+    damaged. network: the module, in evaluation mode, fp32, for what `preprocess` returns;
+    predictions come from a copy made when the model was loaded. `images` of the methods below: a
+    path of a file or folder, a PIL image, an array or tensor uint8 (H, W, 3) or (N, H, W, 3), or a
+    list of these; of any size.
     """
 
     def __init__(
@@ -60,7 +63,12 @@ class Model:
         self.classes: tuple[str, ...] = tuple(trained.classes)
         self.image_size: int = trained.image_size
         self.folder: Path = trained.path.parent
-        self.summary: dict[str, Any] = RunFolder(self.folder).read_summary() or {}
+        self.summary: dict[str, Any] = {}
+        try:
+            self.summary = RunFolder(self.folder).read_summary() or {}
+        except CheckpointError as error:
+            if weights:  # else it was said when the model to load was looked up there
+                log.warning("note: %s", error)
         self.network: nn.Module = trained.model
 
     def __repr__(self) -> str:
@@ -76,8 +84,8 @@ class Model:
         Raises DataError, which names it, for an image that cannot be read, UsageError for what is
         no image.
         """
-        if top < 1:
-            raise UsageError(f"top: expected 1 or more, got {top}")
+        if not isinstance(top, int | np.integer) or top < 1:
+            raise UsageError(f"top: expected a whole number, 1 or more, got {top!r}")
         found = []
         for names, pixels in self._batches(images):
             values = self._classifier(pixels)
@@ -226,11 +234,16 @@ def equivalent_command(given: Mapping[str, Any], known: Mapping[str, Option]) ->
 
 
 def flat(images: Any) -> Iterator[Any]:
-    """The single images in `images`: paths of files, PIL images, arrays or tensors (H, W, 3)."""
+    """The single images in `images`: paths of files, PIL images, arrays or tensors (H, W, 3).
+
+    Raises UsageError for what can be gone through and is no list of images.
+    """
     if is_path(images):
         yield from image_paths([os.fspath(images)])
     elif getattr(images, "ndim", None) == 4:
         yield from images
+    elif isinstance(images, NO_LISTS):
+        raise UsageError(f"images: expected {EXPECTED}; got {type(images).__name__}")
     elif isinstance(images, Iterable) and not hasattr(images, "ndim"):
         for image in images:
             yield from flat(image)

@@ -1,8 +1,10 @@
 """fastcnn from Python: it reads as the command line does, and does the same."""
 
 import inspect
+import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -217,8 +219,10 @@ def test_predictions_follow_the_probabilities(model, tmp_path):
     path = write(tmp_path / "a.png", encoded(arrays[0]))
     [found] = model.predict(path)
     assert (found.path, len(found.top)) == (str(path), 5)
-    with pytest.raises(UsageError, match="top: expected 1 or more, got 0"):
-        model.predict(arrays, top=0)
+    for top in (0, "3", 2.5, None):
+        with pytest.raises(UsageError, match=rf"top: expected a whole .*, got {top!r}"):
+            model.predict(arrays, top=top)
+    assert len(model.predict(arrays[0], top=np.int64(2))[0].top) == 2
 
 
 def test_the_network_takes_what_preprocess_returns(model):
@@ -242,7 +246,10 @@ def test_the_network_takes_what_preprocess_returns(model):
         (np.zeros((0, 8, 3), np.uint8), "got uint8 (0, 8, 3)"),
         (None, "got NoneType"),
         ([3], "got int"),
-        (b"bytes", "got int"),
+        (b"bytes", "got bytes"),
+        ([b"bytes"], "got bytes"),
+        (io.BytesIO(b"a file"), "got BytesIO"),
+        ({"a.png": "b.png"}, "got dict"),
     ],
 )
 def test_what_is_no_image_is_a_usage_error(model, images, expected):
@@ -288,8 +295,24 @@ def test_a_run_is_loaded_by_its_folder_or_a_checkpoint(model):
     assert "best.pt" in repr(fastcnn.load(model.folder, "best", device="cpu"))
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         fastcnn.load(model.folder / "gone")
+    with pytest.raises(UsageError, match=r"^--weights: 'x' is not one of last, best$"):
+        fastcnn.load(model.folder, weights="x")
     with pytest.raises(UsageError, match="--backend: 'fusd' is not one of"):
         fastcnn.load(model.folder, backend="fusd")
+
+
+@pytest.mark.parametrize("text", ["{", '{"tested_model": "x"}', '{"tested_model": ["last"]}'])
+def test_a_damaged_summary_keeps_nobody_from_the_weights(model, tmp_path, caplog, text):
+    shutil.copytree(model.folder, tmp_path / "run")
+    (tmp_path / "run/summary.json").write_text(text)
+    images = noise((2, 32, 32, 3))
+    for weights in (None, "last"):
+        caplog.clear()
+        other = fastcnn.load(tmp_path / "run", weights, device="cpu")
+        np.testing.assert_allclose(other.probabilities(images), model.probabilities(images))
+        told = [r.getMessage() for r in caplog.records if "summary.json" in r.getMessage()]
+        assert len(told) == (weights is None or text == "{")
+        assert all(line.startswith("note: ") and "\n" not in line for line in told)
 
 
 def test_a_thread_of_its_own_may_train():

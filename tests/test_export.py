@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -291,6 +292,19 @@ def test_images_that_are_gone_can_be_replaced(folder, tmp_path, capsys):
     assert found["comparison"]["error"] == 0
     # the name of the data, not where they were
     assert json.loads(safetensors_file.read(path)[1]["config"])["data"] == "birds"
+
+
+@pytest.mark.parametrize("text", ["{", '{"tested_model": 3}', '{"test_top1": 1, "images": [3]}'])
+def test_a_damaged_summary_is_told_and_left(folder, tmp_path, capsys, text):
+    for name in ("config.yaml", "last.pt"):
+        shutil.copy(folder / name, tmp_path / name)
+    (tmp_path / "summary.json").write_text(text)
+    words = ("--format", "safetensors", "--images", 8)
+    code, _, err = run(capsys, tmp_path, *words)
+    assert code == 0
+    assert err.count("summary.json") == (text[-2:] != "]}")
+    _, metadata = safetensors_file.read(tmp_path / "murgolo-improved.safetensors")
+    assert "test_top1" not in metadata
 
 
 # Words

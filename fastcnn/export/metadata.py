@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import fastcnn
+from fastcnn.errors import CheckpointError
 from fastcnn.export.network import BATCH, INPUT, OUTPUT
 from fastcnn.train.rundir import RunFolder
 from fastcnn.train.trained import TrainedModel
@@ -47,13 +48,17 @@ def describe_input(image_size: int, preprocess: bool) -> dict[str, Any]:
 
 def _accuracy(trained: TrainedModel) -> dict[str, str]:
     """The test figures of the summary beside the checkpoint, if it speaks of that checkpoint."""
-    summary = RunFolder(trained.path.parent).read_summary() or {}
+    try:
+        summary = RunFolder(trained.path.parent).read_summary() or {}
+        counts = dict(summary.get("images", {}))
+    except (CheckpointError, TypeError, ValueError):  # a damaged one, which tells nothing
+        return {}
     tested = summary.get("tested_model", "last")
     if "test_top1" not in summary or trained.path.name != f"{tested}.pt":
         return {}
     return {
         "test_top1": str(summary["test_top1"]),
-        "test_images": str(summary.get("images", {}).get("test")),
+        "test_images": str(counts.get("test")),
         "test_flip": _json(bool(summary.get("test_flip"))),
     }
 

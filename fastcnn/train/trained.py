@@ -23,6 +23,8 @@ from fastcnn.train.rundir import RunFolder
 
 log = logging.getLogger(__name__)
 
+WEIGHTS = ("last", "best")  # the checkpoints of a run
+
 
 @dataclass
 class TrainedModel:
@@ -74,17 +76,28 @@ def open_trained(
 ) -> TrainedModel:
     """Restore the model of a run folder or of a checkpoint file.
 
-    weights: "last" or "best" of a run; None: the model that its summary speaks of. Raises
-    CheckpointError for a checkpoint that is missing or damaged, UsageError for `weights` beside a
-    checkpoint file.
+    weights: "last" or "best" of a run; None: the model that its summary speaks of, or the last one
+    where that is damaged. Raises CheckpointError for a checkpoint that is missing or damaged,
+    UsageError for other `weights` and for any beside a checkpoint file.
     """
+    if weights not in (None, *WEIGHTS):
+        raise UsageError(f"--weights: {weights!r} is not one of {', '.join(WEIGHTS)}")
     if weights and Path(target).is_file():
         raise UsageError(f"--weights: {target} is a checkpoint itself; give its run folder")
-    summary = RunFolder(Path(target)).read_summary() or {}
-    name = weights or summary.get("tested_model", "last")
-    if name not in ("last", "best"):
-        raise CheckpointError(f"{target}/summary.json: no checkpoint is called {name!r}; remove it")
+    name = weights or tested_weights(RunFolder(Path(target)))
     return load_trained(checkpoint.locate(target, f"{name}.pt"), device, backend)
+
+
+def tested_weights(folder: RunFolder) -> str:
+    """The name of the model that the summary speaks of; "last", and a note, where it is damaged."""
+    try:
+        name = (folder.read_summary() or {}).get("tested_model", "last")
+        if name not in WEIGHTS:
+            raise CheckpointError(f"{folder.path}/summary.json: no checkpoint is called {name!r}")
+    except CheckpointError as error:
+        log.warning("note: %s; going on with last.pt", error)
+        return "last"
+    return str(name)
 
 
 def choose_arithmetic(
