@@ -16,6 +16,7 @@ from small_runs import start
 
 from fastcnn.archs.elementary import Elementary
 from fastcnn.cli import main
+from fastcnn.commands.analyze import result_text
 from fastcnn.errors import CheckpointError, UsageError
 from fastcnn.insight import analysis_figures, analysis_files, image_figures
 from fastcnn.insight.analyze import analyze, folder_name
@@ -95,6 +96,16 @@ def test_the_terminal_says_what_matters_and_where_the_files_are(command, seen):
     assert "Grad-CAM of MaxPool2d-7" in text
     assert f"in {folder / 'analysis'}" in text
     assert re.search(r"\d taken for \d: \d+ images", text)
+
+
+def test_names_of_classes_are_told_in_one_line_that_no_terminal_obeys():
+    pair = {"true": "a\nb", "predicted": "\x1b[31mred", "images": 3, "share": 0.5}
+    numbers = dict.fromkeys(("images", "top1", "macro_f1", "ece", "confidence"), 1)
+    words = dict.fromkeys(("arch", "checkpoint", "split", "grad_cam", "folder", "page"), "x")
+    found = {**numbers, **words, "data": "d\x07", "confusions": [pair], "files": []}
+    text = result_text(found)
+    assert r"  a\nb taken for \x1b[31mred: 3 images, 50.0% of a\nb" in text.splitlines()
+    assert {*text} & {"\x1b", "\x07"} == set()
 
 
 def test_the_summary_and_the_sections_agree(command, seen):

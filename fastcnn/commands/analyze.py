@@ -83,16 +83,18 @@ def run(given: dict[str, Any], command: list[str]) -> None:
 
 def result_text(result: dict[str, Any]) -> str:
     """The main figures and where the files are, in lines."""
+    from fastcnn.predict.rows import shown
+
     lines = [
-        f"{result['arch']} ({result['checkpoint']}) on {result['data']} {result['split']}, "
+        f"{result['arch']} ({result['checkpoint']}) on {shown(result['data'])} {result['split']}, "
         f"{result['images']:,} images",
         f"accuracy {result['top1']:.2%}, macro F1 {result['macro_f1']:.4f}, "
         f"ECE {result['ece']:.4f} (mean confidence {result['confidence']:.2%})",
     ]
     for pair in result["confusions"][:CONFUSIONS_PRINTED]:
         lines.append(
-            f"  {pair['true']} taken for {pair['predicted']}: {pair['images']:,} images, "
-            f"{pair['share']:.1%} of {pair['true']}"
+            f"  {shown(pair['true'])} taken for {shown(pair['predicted'])}: "
+            f"{pair['images']:,} images, {pair['share']:.1%} of {shown(pair['true'])}"
         )
     lines.append(f"Grad-CAM of {result['grad_cam']}")
     lines.append(f"{len(result['files'])} figures and tables in {result['folder']}")
