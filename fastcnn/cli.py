@@ -69,7 +69,9 @@ def build_parser() -> Parser:
 
 def parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     """The command and only what the user gave it, by option name."""
-    namespace = build_parser().parse_args(arguments, defaults=False)
+    parser = build_parser()
+    parser.command = next((word for word in arguments if word in PARSERS), None)
+    namespace = parser.parse_args(arguments, defaults=False)
     name = namespace.subcommand
     return name, dict(vars(namespace.get(name))) if namespace.get(name) else {}
 

@@ -256,7 +256,7 @@ def test_nothing_readable_is_valid_output_and_exit_code_3(capsys, folder, tmp_pa
     ("words", "code", "expected"),
     [
         (["no/such/run", "a.png"], 4, "no checkpoint at"),
-        (["RUN"], 2, "images"),
+        (["RUN"], 2, "required: IMAGES; see fastcnn predict RUN IMAGES"),
         (["RUN", "a.png", "--top", "0"], 2, "--top: must be at least 1"),
         (["RUN", "a.png", "--format", "jsn"], 2, "did you mean 'json'?"),
         (["RUN", "a.png", "--batch-size", "0"], 2, "--batch-size: must be at least 1"),

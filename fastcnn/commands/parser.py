@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Literal, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
@@ -36,32 +36,34 @@ class PlainHelp(DefaultHelpFormatter):
 
 
 class Parser(ArgumentParser):
-    """A parser whose errors are one line with the nearest valid name."""
+    """A parser whose errors are one line with the nearest valid name. command: the one that was
+    given, if any: the outermost parser reports what no other takes."""
+
+    command: str | None = None
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UsageError(one_line(message, [*self._option_string_actions]))
+        own = PARSERS.get(self.command or "", self)
+        raise UsageError(one_line(message, own))
 
 
-def one_line(message: str, own_flags: Sequence[str] = ()) -> str:
+def one_line(message: str, parser: Parser) -> str:
     """Turn the library's message, which may be a paragraph, into one line."""
     if found := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
         words = found[1].split() or ["''"]
         word = next((w for w in words if w.startswith("-")), None)
         if word is None:
             return f"nothing takes '{words[0]}'; files and folders go together, before the options"
-        # the outermost parser reports it, and another command may have it
-        flags = [flag for flag in (*own_flags, *known_flags()) if flag != word.split("=")[0]]
-        return f"unknown option {word}{nearest(word.split('=')[0], flags)}"
+        return f"unknown option {word}{nearest(word.split('=')[0], parser._option_string_actions)}"
+    if found := re.match(r"the following arguments are required: (.*)", message):
+        names = [word.rpartition(".")[2] for word in found[1].split(", ")]
+        metavars = {action.dest: action.metavar for action in parser._actions}
+        shown = ", ".join(str(metavars.get(name) or name.upper()) for name in names)
+        return f"the following arguments are required: {shown}; see {parser.usage}"
     if found := re.search(r"invalid choice: '([^']*)'", message):
         return f"unknown command '{found[1]}'{nearest(found[1], PARSERS)}; see fastcnn --help"
     if 'expected "subcommand"' in message:
         return f"no command given; one of {', '.join(PARSERS)} (see fastcnn --help)"
     return " ".join(message.split())
-
-
-def known_flags() -> list[str]:
-    """Flags of every command."""
-    return [flag for parser in PARSERS.values() for flag in parser._option_string_actions]
 
 
 PARSERS: dict[str, Parser] = {}
