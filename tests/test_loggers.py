@@ -213,6 +213,14 @@ def test_a_logger_that_comes_late_is_told_of_all(tmp_path):
     assert len(rows_of(folder)) == 3
 
 
+def test_figures_of_the_test_are_not_those_of_the_validation(tmp_path):
+    found = start(tmp_path, epochs=1, val_fraction=0.25, loggers=["tensorboard"])
+    assert found.summary["validation_images"] == "val"
+    for name in ("loss", "top1"):
+        assert found.summary[f"test_{name}"] != found.summary[f"val_{name}"]
+    assert_board_is_the_table(found.folder.path, 1)
+
+
 def notes(caplog):
     return [r.getMessage() for r in caplog.records if "--loggers" in r.getMessage()]
 
