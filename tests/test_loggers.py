@@ -327,6 +327,7 @@ def test_wandb_is_online_only_with_a_login(monkeypatch, tmp_path, caplog, login,
     assert (first["mode"], first["resume"], first["project"]) == (mode, word, "mine")
     assert (first["id"], second["id"]) == (None, "drawn")
     assert first["config"] == config.flat()
+    assert first["settings"] == {"console": "off", "quiet": True}
     assert bool(notes(caplog)) != login
 
 

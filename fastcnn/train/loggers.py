@@ -85,7 +85,8 @@ class WeightsAndBiases:
     def __init__(self, config: Config, run: Path, epochs: int, state: Row):
         import wandb
 
-        quiet: dict[str, Any] = {} if log.isEnabledFor(logging.INFO) else {"silent": True}
+        # of its lines those that say where the run is, not a history that metrics.csv has as well
+        told: dict[str, Any] = {"quiet" if log.isEnabledFor(logging.INFO) else "silent": True}
         settings = wandb.setup().settings
         mode: Any = settings.mode
         if mode == "online" and not wandb.login(prompt=False):
@@ -103,7 +104,7 @@ class WeightsAndBiases:
             allow_val_change=True,
             # a process may train several runs; its lines are not W&B's
             reinit="create_new",
-            settings=wandb.Settings(console="off", **quiet),
+            settings=wandb.Settings(console="off", **told),
         )
         self.state: dict[str, Any] = {"id": self.run.id}
 
