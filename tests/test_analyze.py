@@ -126,6 +126,9 @@ def test_the_summary_and_the_sections_agree(command, seen):
     assert sorted(drawn) == sorted(path.name for path in folder.glob("*.png"))
     assert {"gradcam_wrong.png", "feature_maps_conv2d_1.png", "feature_maps_relu_9.png"} < {*drawn}
     assert all(figure.alt and figure.caption for s in sections for figure in s.figures)
+    # as the lead of the page writes percentages
+    assert re.search(r"\d%", sections[0].sentences[0])
+    assert " %" not in (folder / "analysis.json").read_text()
     assert sections[0].facts[0][1].startswith("fastcnn analyze ")
     assert f"Expected calibration error {summary['ece']:.4f}" in sections[2].sentences[1]
     for path in folder.glob("*.png"):
@@ -406,7 +409,7 @@ def test_images_of_a_grid_stand_in_order_pixel_by_pixel(tmp_path):
 def test_labels_beside_images_are_not_cut_and_do_not_meet(columns, panels, monkeypatch, tmp_path):
     figures = caught(monkeypatch, image_figures)
     name = shortened(LONG, analysis_files.SHOWN)
-    lines = [(f"predicted {name}", "black"), ("100.0 %, true class 100.0 %", "black")]
+    lines = [(f"predicted {name}", "black"), ("100.0%, true class 100.0%", "black")]
     image = np.zeros((64, 64, 3), np.uint8)
     under = f"for {shortened(LONG, analysis_files.SHOWN_BELOW)}" if panels > 1 else ""
     cell = Cell([(image, under)] * panels, lines)

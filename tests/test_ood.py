@@ -286,7 +286,7 @@ def test_a_run_is_judged_on_its_own_images_and_all_of_the_others(folder, others)
         assert row == judge(*(part.by_name()[name] for part in sets))
     assert found.words == (
         "network: murgolo-improved, last.pt, fp32",
-        "thresholds: keep 95 % of 20 of 40 test images of digits, not judged on (none were held "
+        "thresholds: keep 95% of 20 of 40 test images of digits, not judged on (none were held "
         "out for validation)",
         "in distribution: 20 of 40 test images of digits",
         f"out of distribution: 18 of 18 test images of {other.name}",
@@ -300,7 +300,7 @@ def test_thresholds_are_the_same_whatever_the_other_data(folder, others):
         assert row.kept_fit == second.rows[name].kept_fit
         ranked = np.sort(first.fit.by_name()[name])
         assert row.threshold == ranked[4]  # of 20
-    assert "keep 80 %" in first.words[1]
+    assert "keep 80%" in first.words[1]
     assert len(second.held_out) == 3 * len(first.held_out)
 
 
@@ -319,7 +319,7 @@ def test_thresholds_come_from_validation_images_and_the_tested_model(
     own, _ = evaluation_data(trained, None, "test", {}, CPU)
     assert_close(found.fit.energy, energies(trained, own.val))
     assert found.words[0] == f"network: murgolo-improved, {tested}.pt, fp32"
-    assert found.words[1] == "thresholds: keep 95 % of 16 of 16 validation images of digits"
+    assert found.words[1] == "thresholds: keep 95% of 16 of 16 validation images of digits"
     assert len(found.held_in) == 40
     states = [load_trained(run / f"{n}.pt", CPU, "torch").model.fc2.linear.bias for n in STATES]
     assert not torch.equal(*states)
@@ -380,7 +380,7 @@ def test_validation_images_in_distribution_choose_the_threshold(folder, tmp_path
     found = detect(folder, "digits", in_data=data)
     assert (found.sets[0].split, found.sets[1].split) == ("val", "test")
     assert (len(found.fit), len(found.held_in)) == (8, 8)
-    assert found.words[1] == "thresholds: keep 95 % of 8 of 8 validation images of three"
+    assert found.words[1] == "thresholds: keep 95% of 8 of 8 validation images of three"
 
 
 def test_a_single_image_is_too_few(others, tmp_path):

@@ -137,7 +137,7 @@ def draw_reliability(path: Path, found: Calibration) -> Path:
         (found.accuracy, "accuracy", VAL, "-"),
         (found.confidence, "mean confidence", TRAIN, "--"),
     ):
-        text = f"{name} {100 * value:.1f} %"
+        text = f"{name} {value:.1%}"
         below.axvline(value, color=color, linestyle=style, linewidth=1.6, label=text)
     below.set_ylabel("images, %")
     below.set_xlabel("confidence (probability of the predicted class)")

@@ -237,7 +237,7 @@ def _named(found: Findings, label: int, length: int = SHOWN) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return f"{value:.1%}"
 
 
 def _draw_cams(found: Findings, name: str, path: Path) -> Path:

@@ -222,4 +222,4 @@ def _maps(folder: Path, found: Findings) -> Section:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return f"{value:.1%}"

@@ -134,7 +134,7 @@ def detect(
     unjudged = "" if own.val is not None else ", not judged on (none were held out for validation)"
     words = (
         f"network: {trained.config.model.arch}, {trained.path.name}, fp32",
-        f"thresholds: keep {100 * (1 - quantile):g} % of {sets[0].words}{unjudged}",
+        f"thresholds: keep {100 * (1 - quantile):g}% of {sets[0].words}{unjudged}",
         f"in distribution: {sets[1].words}",
         f"out of distribution: {sets[2].words}",
     )

@@ -35,7 +35,7 @@ def draw_layers(folder: Path, name: str, title: str, rows: Mapping[str, Detectio
     places, heights = range(len(layers)), [auroc[layer] for layer in layers]
     keys = axis.plot(places, heights, "o-", color=VAL, markersize=5, label="mean activation")
     for score, (color, dashes) in BASELINES.items():
-        label = f"{score}, {auroc[score]:.1f} %"
+        label = f"{score}, {auroc[score]:.1f}%"
         keys.append(axis.axhline(auroc[score], color=color, linestyle=dashes, label=label))
     keys.append(axis.axhline(CHANCE, color=INK, linestyle=":", linewidth=1, label="chance"))
     for place, height in zip(places, heights, strict=True):

@@ -16,7 +16,7 @@ from fastcnn.insight.ood_scores import called
 from fastcnn.insight.table import Table, as_csv
 
 KEY = "ood"  # the file in a folder of the run that its page reads
-HEADER = ("score", "accuracy, %", "balanced, %", "AUROC, %", "FPR at 95 % TPR, %", "threshold")
+HEADER = ("score", "accuracy, %", "balanced, %", "AUROC, %", "FPR at 95% TPR, %", "threshold")
 NUMBERS = frozenset(range(1, len(HEADER)))
 SHARES = ("accuracy", "balanced_accuracy", "auroc", "fpr95")
 BEST = "best AUROC"
@@ -61,7 +61,7 @@ def sentences(result: Result) -> tuple[str, ...]:
     ]
     if backward := [names[name] for name, row in result.rows.items() if row.auroc < 0.5]:
         found.append(
-            "AUROC below 50 %, images out of distribution score higher than those in distribution: "
+            "AUROC below 50%, images out of distribution score higher than those in distribution: "
             + ", ".join(backward)
         )
     return tuple(found)
@@ -113,7 +113,7 @@ def draw(folder: Path, result: Result) -> tuple[Figure, ...]:
             histogram,
             f"Histogram of {shown} of images of {inside} and of {outside}, and the threshold",
             f"{shown}: {row.kept_in:.1%} of {inside} and {row.kept_out:.1%} of {outside} reach the "
-            f"threshold, {row.threshold:.4g}. AUROC {row.auroc:.1%}, FPR at 95 % TPR "
+            f"threshold, {row.threshold:.4g}. AUROC {row.auroc:.1%}, FPR at 95% TPR "
             f"{row.fpr95:.1%}.",
         ),
         Figure(
