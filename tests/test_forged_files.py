@@ -248,7 +248,7 @@ def test_a_long_name_of_any_length_is_no_image(tmp_path, own_cache):
         header.type, header.size = tarfile.GNUTYPE_LONGNAME, size
         path = tmp_path / f"{number}.tar"
         path.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
-        with pytest.raises(DataError, match=rf"{number}\.tar: cut, damaged or not a tar \(\w+"):
+        with pytest.raises(DataError, match=rf"{number}\.tar: (a header of|cut, damaged)"):
             load_images(path)
 
 
