@@ -63,6 +63,37 @@ def test_class_names_are_no_formulas(folder):
         assert figures.draw_confusion(folder).read_bytes().startswith(b"\x89PNG")
 
 
+def test_letters_that_the_font_lacks_are_named_once(folder, monkeypatch, caplog):
+    monkeypatch.setattr(figures, "_noted", set())
+    (folder / "confusion_matrix.csv").write_text("x,犬猫,é\n犬猫,3,1\né,0,6\n", "utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            figures.draw_confusion(folder)
+    (note,) = [record.getMessage() for record in caplog.records]
+    assert note.startswith(
+        "note: figures: letters that DejaVu Sans lacks are drawn as boxes: 犬 猫;"
+    )
+
+
+def test_other_warnings_of_drawing_are_kept(folder, monkeypatch):
+    figure, _ = figures.new_figure(1, 1, (2, 2))
+    original = figure.savefig
+    warn = lambda *a, **k: (warnings.warn("another", stacklevel=1), original(*a, **k))  # noqa: E731
+    monkeypatch.setattr(figure, "savefig", warn)
+    with pytest.warns(UserWarning, match="another"):
+        figures.save(figure, folder / "a.png")
+
+
+def test_names_of_classes_stay_in_their_line(folder, monkeypatch):
+    (folder / "confusion_matrix.csv").write_text('x,"a\nb",c\n"a\nb",3,1\nc,0,6\n')
+    caught = drawn(monkeypatch)
+    figures.draw_confusion(folder)
+    names = [tick.get_text() for tick in caught[0].axes[0].get_yticklabels()]
+    assert names == [r"a\nb", "c"]
+    assert figures.shortened("a\nb" * 20) == (r"a\nb" * 20)[:23] + "…"
+
+
 @pytest.mark.parametrize("classes", [2, 20])
 def test_long_class_names_leave_room_for_the_cells(tmp_path, classes):
     names = [f"{i:02}{'W' * 200}" for i in range(classes)]

@@ -24,7 +24,7 @@ from fastcnn.predict import classifier as classifying
 from fastcnn.predict import feed
 from fastcnn.predict.classifier import Classifier, most_probable, open_classifier
 from fastcnn.predict.paths import image_paths, images_below, listed
-from fastcnn.predict.rows import shown
+from fastcnn.text import shown
 from fastcnn.train.checkpoint import load
 from fastcnn.train.run import evaluate_run
 from fastcnn.train.trained import evaluation_data, load_trained

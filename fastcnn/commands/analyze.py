@@ -17,6 +17,7 @@ from fastcnn.commands.parser import (
     shared_options,
 )
 from fastcnn.packages import require
+from fastcnn.text import shown
 
 ANALYZE_OWN = (
     *EVAL_OWN,
@@ -83,8 +84,6 @@ def run(given: dict[str, Any], command: list[str]) -> None:
 
 def result_text(result: dict[str, Any]) -> str:
     """The main figures and where the files are, in lines."""
-    from fastcnn.predict.rows import shown
-
     lines = [
         f"{result['arch']} ({result['checkpoint']}) on {shown(result['data'])} {result['split']}, "
         f"{result['images']:,} images",

@@ -20,6 +20,7 @@ from fastcnn.commands.parser import (
 )
 from fastcnn.errors import DataError, UsageError
 from fastcnn.files import growing
+from fastcnn.text import shown
 
 PREDICT_OWN = (
     own_option("top", int, 5, "how many classes of each image, the most probable first", low=1),
@@ -118,7 +119,7 @@ def write_predictions(classifier: Any, paths: list[str], file: TextIO, own: dict
     """Write the predictions of all images that can be read; return how many cannot."""
     from fastcnn.predict.classifier import most_probable
     from fastcnn.predict.feed import batches
-    from fastcnn.predict.rows import FORMATS, shown
+    from fastcnn.predict.rows import FORMATS
 
     classes, bad = classifier.trained.classes, 0
     top = min(own["top"], len(classes))

@@ -3,6 +3,8 @@
 import contextlib
 import csv
 import io
+import logging
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +12,18 @@ from typing import Any
 
 from fastcnn.errors import CheckpointError
 from fastcnn.files import replace_bytes
+from fastcnn.text import shown
+
+log = logging.getLogger(__name__)
 
 INK, FAINT = "#1f2430", "#d5d9e0"
 TRAIN, VAL, TOP5 = "#c2571a", "#1f5fa8", "#3b8f5a"
 LOG_FROM = 30  # spread of the losses above which a linear axis would hide the small ones
 NUMBERED_CLASSES = 20  # more cells than this leave no room for their figures
 NAMED = 24  # characters of a name beside or above axes; longer ones leave these no room
+MISSING = re.compile(r"Glyph (\d+) .*missing from font\(s\) (.*)\.")  # Matplotlib's warning
+LETTERS = 20  # of those that are named
+_noted: set[str] = set()
 
 
 def read_metrics(folder: Path) -> dict[str, list[float]]:
@@ -137,15 +145,32 @@ def plain(name: str) -> str:
 
 
 def shortened(name: str, length: int = NAMED) -> str:
-    """Return a name of at most `length` characters, its end replaced by … where it is longer."""
+    """Return a name in one line of at most `length` characters, its end replaced by … where it is
+    longer."""
+    name = shown(name)
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def save(figure: Any, path: Path, metadata: dict[str, Any] | None = None) -> Path:
     """Write a figure in the format that the path names; raises DiskError where the disk refuses."""
     drawn = io.BytesIO()
-    with warnings.catch_warnings():
-        # a class name in a script that the font lacks is drawn as boxes, and no cause for alarm
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", message=MISSING.pattern)
         figure.savefig(drawn, format=path.suffix[1:], dpi=130, metadata=metadata)
+    _note_boxes([found for one in caught if (found := MISSING.match(str(one.message)))])
+    for one in caught:
+        if not MISSING.match(str(one.message)):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     return replace_bytes(path, drawn.getvalue())
+
+
+def _note_boxes(missing: list[re.Match[str]]) -> None:
+    """Say, the first time in this process, which letters the font lacks."""
+    letters = dict.fromkeys(shown(chr(int(found[1]))) for found in missing)
+    if letters and not _noted:
+        _noted.update(letters)
+        log.warning(
+            "note: figures: letters that %s lacks are drawn as boxes: %s; tables have them",
+            missing[0][2],
+            " ".join([*letters][:LETTERS]) + (" …" if len(letters) > LETTERS else ""),
+        )

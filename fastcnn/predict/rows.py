@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+from fastcnn.text import shown
+
 Write = Callable[[str], Any]
 Predictions = Sequence[tuple[str, float]]  # class and probability, the most probable first
 Row = Callable[[str, Predictions], None]
@@ -88,11 +90,3 @@ def json_text(content: Any) -> str:
     except UnicodeEncodeError:
         return json.dumps(content)
     return text
-
-
-def shown(text: str) -> str:
-    """The text in one line, without what a terminal would obey."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
