@@ -14,7 +14,7 @@ class FastcnnError(Exception):
 
     exit_code = 1
 
-    def __init__(self, message: str, **details: Any):
+    def __init__(self, message: str = "", **details: Any):
         super().__init__(one_line(message), **details)
 
 

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import signal
 
 import pytest
 import torch
@@ -39,6 +40,14 @@ TOLERANCE = {
     torch.float64: {"atol": 1e-10, "rtol": 1e-10},
     torch.float32: {"atol": 2e-5, "rtol": 2e-5},
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _heard_signals():
+    # a job in the background is started with these ignored, and would hand that on to the
+    # processes whose Ctrl-C is tested
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

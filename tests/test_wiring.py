@@ -21,6 +21,7 @@ from fastcnn.recipes import resolve
 from fastcnn.train import checkpoint, precision, run
 from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
 from fastcnn.train.metrics import Metrics
+from fastcnn.train.ranks import ALONE
 from fastcnn.train.setup import configure_torch, prepare
 
 LOADERS = ["resident", *(["dali"] if has_dali() else []), "torch"]
@@ -191,7 +192,7 @@ def test_cudnn_chooses_by_timing_unless_deterministic(monkeypatch, deterministic
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     config = resolve({"deterministic": deterministic, "seed": 11})
     try:
-        configure_torch(config, torch.device("cuda"))
+        configure_torch(config, torch.device("cuda"), ALONE)
         assert torch.backends.cudnn.benchmark is not deterministic
         assert torch.are_deterministic_algorithms_enabled() is deterministic
         assert torch.initial_seed() == 11

@@ -145,9 +145,9 @@ def layers_of(network: Network, batch: int, training: bool = True) -> list[Layer
     def recorded(op: str) -> Callable[..., Tensor]:
         function = getattr(reference, op)
 
-        def record(*arguments: Any) -> Tensor:
-            result = function(*arguments)
-            calls.append(_case(op, function, arguments))  # after those that it makes itself
+        def record(*arguments: Any, **named: Any) -> Tensor:
+            result = function(*arguments, **named)
+            calls.append(_case(op, function, arguments, named))  # after those that it makes itself
             return result
 
         return record
@@ -180,8 +180,10 @@ def calls_of(network: Network, batch: int, training: bool = True) -> list[Case]:
     return [layer.case for layer in layers_of(network, batch, training)]
 
 
-def _case(op: str, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Case:
-    bound = inspect.signature(function).bind(*arguments)
+def _case(
+    op: str, function: Callable[..., Tensor], arguments: tuple[Any, ...], named: dict[str, Any]
+) -> Case:
+    bound = inspect.signature(function).bind(*arguments, **named)
     bound.apply_defaults()
     given = bound.arguments
     return Case(

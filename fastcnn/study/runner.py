@@ -136,7 +136,7 @@ def _result(planned: PlannedRun) -> RunResult:
         history = read_metrics(planned.folder)
         if len(history["epoch"]) != summary["epochs"]:
             raise ValueError(f"it has {len(history['epoch'])} epochs")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (CheckpointError, OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{planned.folder / file} is damaged ({error}); remove {planned.folder} to train it "
             "anew"

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcnn.errors import FastcnnError, UsageError
+from fastcnn.signals import StopRequests
 
 TIMEOUT_S = 600  # for the slowest rank, while images are packed or kernels compiled
 STOP_S = 25  # for rank 0 to save; torchrun kills whoever is left after 30
@@ -206,7 +207,8 @@ def _holders(tensors: Sequence[Any]) -> list[int]:
 
 def lost(ranks: Ranks, error: Exception) -> RankLost:
     """What to say of a rank that does not answer."""
-    who = ranks.gone()
+    with StopRequests():  # torchrun ends whoever is left while this one looks who is gone
+        who = ranks.gone()
     reason = str(error).splitlines()[0][:200]
     told = f"{who} has ended" if who else f"another rank is out of reach ({reason})"
     return RankLost(
