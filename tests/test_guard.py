@@ -183,7 +183,7 @@ class Breaks(torch.autograd.Function):
 class Batches:
     """A loader of one batch over and over."""
 
-    step_images, epoch = 8, 0
+    step_images = 8
 
     def load_state_dict(self, state):
         self.asked = state
@@ -195,11 +195,11 @@ class Batches:
 def test_the_layer_is_named():
     step, loader = new_step("cnn-a"), Batches()
     step._prepare()
-    assert first_not_finite(step, loader, 3) == "the loss or a gradient"
-    assert loader.asked == {"epoch": 0, "position": 24}
+    assert first_not_finite(step, loader, 2, 3) == "the loss or a gradient"
+    assert loader.asked == {"epoch": 2, "position": 24}
     with torch.no_grad():
         step.model.conv2.conv.bias[0] = NAN
-    assert first_not_finite(step, loader, 0) == "the output of conv2"
+    assert first_not_finite(step, loader, 0, 0) == "the output of conv2"
 
 
 def test_the_gradient_or_the_loss_is_named():
@@ -214,11 +214,11 @@ def test_the_gradient_or_the_loss_is_named():
     config = OptimConfig(label_smoothing=0.0, schedule="constant")
     step = TrainStep(Net(), config, Precision(), 100, 0, CPU)
     step._prepare()
-    assert first_not_finite(step, Batches(), 0) == "the gradient of first.bias"
+    assert first_not_finite(step, Batches(), 0, 0) == "the gradient of first.bias"
     # the right class is 1e38 · 1e38 behind, and every value finite
     with torch.no_grad():
         step.model.last.bias.copy_(torch.tensor([-3e38] * 9 + [3e38]))
-    assert first_not_finite(step, Batches(), 0) == "the loss"
+    assert first_not_finite(step, Batches(), 0, 0) == "the loss"
 
 
 def command(tmp_path, *options):

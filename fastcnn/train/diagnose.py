@@ -9,14 +9,14 @@ from fastcnn.ops import Pending
 from fastcnn.train.step import TrainStep
 
 
-def first_not_finite(step: TrainStep, loader: Any, position: int) -> str:
-    """Take step `position` (0-based) of the loader's epoch once more, without its update, and tell
-    what is the first value in it that is not finite: "the output of conv3".
+def first_not_finite(step: TrainStep, loader: Any, epoch: int, position: int) -> str:
+    """Take step `position` of `epoch` (both 0-based) once more, without its update, and tell what
+    is the first value in it that is not finite: "the output of conv3".
 
     Weights, order and augmentation are what they were, but dropout draws anew: where nothing is
     found again, "the loss or a gradient". The iteration before must have ended.
     """
-    loader.load_state_dict({"epoch": loader.epoch, "position": position * loader.step_images})
+    loader.load_state_dict({"epoch": epoch, "position": position * loader.step_images})
     images, labels = next(iter(loader))
     found = [] if _finite(images) else ["an image"]
     hooks = [

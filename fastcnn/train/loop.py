@@ -276,14 +276,14 @@ class Training:
             place, remedy = f"step {number} (epoch {self.at.epoch + 1})", ""
             what = "is not finite"
         else:
-            position = min(loader.position // loader.batch_size, self.step.steps_per_epoch - 1)
+            position = (self.step.step - 1) % self.step.steps_per_epoch
             place = f"epoch {self.at.epoch + 1}"
             what = (
                 f"is not finite in fp16; {LIMIT} steps in a row were skipped and the loss scale "
                 f"fell to {guard.scale.scale.item():g}"
             )
             remedy = ", or --amp-dtype bf16"
-        where = first_not_finite(self.step, loader, position)
+        where = first_not_finite(self.step, loader, self.at.epoch, position)
         raise NumbersError(
             f"{place}: {where} {what}: lower --lr or use --clip-grad 1{remedy}{self._kept()}"
         )
