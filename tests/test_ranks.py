@@ -18,7 +18,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from loader_cases import loader_of, numbered
-from small_runs import start
+from small_runs import resume, start
 from torch.nn import functional as F
 
 from fastcnn.config import Config
@@ -183,7 +183,7 @@ def ask_one(process):
 
 
 @pytest.mark.parametrize(
-    ("first", "stop", "second"), [(2, ask_torchrun, 1), (2, press_ctrl_c, 4), (2, ask_one, 2)]
+    ("first", "stop", "second"), [(2, ask_torchrun, 1), (2, press_ctrl_c, 4), (2, ask_one, 1)]
 )
 def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path, first, stop, second):
     # the signal comes while the first epoch trains: as soon as the run has a checkpoint
@@ -196,8 +196,11 @@ def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path, first, stop
     assert "fastcnn (rank 0): stopped by" in err
     stopped = checkpoint.load(tmp_path / "run" / "last.pt")["step"]
     assert 1 <= stopped < 10, err
-    code, _, err = ended(launch(second, "--resume", str(tmp_path / "run")))
-    assert code == 0, err
+    if second == 1:
+        resume(tmp_path / "run")
+    else:
+        code, _, err = ended(launch(second, "--resume", str(tmp_path / "run")))
+        assert code == 0, err
     assert_close_runs(tmp_path / "run", alone)
 
 
