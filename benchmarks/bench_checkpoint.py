@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastcnn.bench.environment import environment
 from fastcnn.recipes import resolve
 from fastcnn.train.host import share_the_cores, tune_process
@@ -39,10 +41,19 @@ def main() -> None:
         silent = stack.enter_context(training(options, Path(folder), False))
         turn(writing), turn(silent)  # libraries choose their algorithms
         rounds = [(turn(writing), turn(silent)) for _ in range(options.rounds)]
-    found = figures(rounds) | {"arch": options.arch, "images": options.images, "data": options.data}
+    found = figures(rounds) | {
+        "data": Path(options.data).name,
+        "arch": options.arch,
+        "images": options.images,
+    }
     print(told(found))
     if options.json:
-        text = json.dumps({"environment": environment(), "checkpoint": found}, indent=1) + "\n"
+        text = (
+            json.dumps(
+                {"environment": environment(torch.device("cpu")), "checkpoint": found}, indent=1
+            )
+            + "\n"
+        )
         options.json.write_text(text, encoding="utf-8")
 
 
