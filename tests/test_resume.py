@@ -389,3 +389,16 @@ def test_of_the_first_format_the_weights_are_left(tmp_path):
     assert run.evaluate_run(str(tmp_path / "run"), weights="last")["images"] == 40
     with pytest.raises(CheckpointError, match="holds weights alone"):
         resume(tmp_path / "run" / "last.pt")
+
+
+@pytest.mark.parametrize("change", [{"epoch": "1"}, {"seconds": "1"}, {"best_value": "1"}])
+def test_progress_that_is_no_number_is_refused(tmp_path, change):
+    folder = start(tmp_path, epochs=1).folder
+    (folder.path / "summary.json").unlink()
+    state = checkpoint.load(folder.last)
+    state["progress"] |= change
+    checkpoint.save(state, folder.last)
+    with pytest.raises(
+        CheckpointError, match=r"last\.pt: not a checkpoint that this run can go on"
+    ):
+        resume(folder.path)

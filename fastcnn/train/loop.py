@@ -47,6 +47,13 @@ class Progressed:
     best_epoch: int = 0
     best_value: float | None = None
 
+    def __post_init__(self) -> None:
+        """Raise TypeError for what a forged checkpoint may hold in the place of numbers."""
+        counts = {type(self.epoch), type(self.best_epoch)}
+        times = (self.seconds, self.best_value or 0.0)
+        if counts != {int} or not all(isinstance(one, int | float) for one in times):
+            raise TypeError("epochs and seconds are no numbers")
+
 
 def new_step(setup: Setup) -> TrainStep:
     """The step of a run, before its first one."""
