@@ -10,7 +10,7 @@ from typing import Any
 NUMBERS = (0, 1, 2, 127, 255, 256, 2**15, 2**16 - 1, 2**24, 2**27, 2**31 - 1, 2**32 - 1, 2**63 - 1)
 NAMES = (
     "../outside.png",
-    "/tmp/outside.png",
+    "/etc/outside.png",
     "train/../../outside.png",
     "a\nb/0.png",
     "a\x1b[2J/0.png",
