@@ -62,10 +62,6 @@ class Ranks:
         """Whether this is the process that writes."""
         return self.rank == 0
 
-    @property
-    def name(self) -> str:
-        return f"rank {self.rank} of {self.world}"
-
     def add(self, tensor: Tensor) -> None:
         """Replace `tensor` in place by its sum over the ranks."""
         if self.world > 1:
