@@ -298,6 +298,20 @@ def test_a_finished_run_is_left_alone(tmp_path):
     assert {p.name: p.read_bytes() for p in outcome.folder.path.iterdir()} == before
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "confusion_matrix.csv"])
+def test_a_finished_run_gets_a_lost_table_back(tmp_path, name):
+    outcome = start(tmp_path, epochs=1)
+    path = outcome.folder.path / name
+    table = path.read_bytes()
+    path.unlink()
+    resume(outcome.folder.path)
+    assert path.read_bytes() == table
+    if name == "metrics.csv":
+        path.write_bytes(b"\xf4garbage")
+        resume(outcome.folder.path)
+        assert path.read_bytes() == table
+
+
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
     whole = final_state(start(tmp_path, "whole").folder.path)
     folder = start(tmp_path, "broken").folder

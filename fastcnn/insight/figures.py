@@ -52,7 +52,9 @@ def _damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, csv.Error) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); remove it, or resume") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({error}); remove it, and resume the run"
+        ) from error
 
 
 def draw_curves(folder: Path) -> Path | None:

@@ -148,7 +148,8 @@ def _resume(
     config = changed_config(saved, written.flat() | explicit, place.allow_changes)
     summary = folder.read_summary()
     # of a finished run too, who names a checkpoint wants to go on from it
-    if summary is not None and forecast(config) == forecast(saved) and not named:
+    whole = state is None or has_tables(folder, state)
+    if summary is not None and whole and forecast(config) == forecast(saved) and not named:
         Progress(0, 0, quiet or not ranks.first).say(
             f"{folder.path} is finished: nothing to continue"
         )
@@ -177,6 +178,16 @@ def _resume(
     folder.write_bad_images(training.setup.dataset.left_out.bad)
     announce(training)
     return Outcome(folder, training.train())
+
+
+def has_tables(folder: RunFolder, state: dict[str, Any]) -> bool:
+    """Whether a run has the tables that its last checkpoint, were it finished, could bring back."""
+    try:
+        history = state["progress"]["history"]
+        check_history(history)
+    except (KeyError, TypeError, CheckpointError):
+        return False  # who takes the checkpoint up is told what is wrong with it
+    return folder.has_tables(history)
 
 
 def check_history(history: Any) -> None:

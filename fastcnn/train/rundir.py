@@ -160,11 +160,16 @@ class RunFolder:
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Write metrics.csv: one row an epoch."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: _short(row[key]) for key in COLUMNS} for row in history)
-        self._write("metrics.csv", text.getvalue())
+        self._write("metrics.csv", metrics_text(history))
+
+    def has_tables(self, history: list[dict[str, Any]]) -> bool:
+        """Whether the tables of a finished run are there: metrics.csv as its epochs have it, and
+        confusion_matrix.csv."""
+        try:
+            own = (self.path / "metrics.csv").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return False
+        return own == metrics_text(history) and (self.path / "confusion_matrix.csv").is_file()
 
     def write_confusion(self, counts: torch.Tensor, classes: tuple[str, ...]) -> None:
         """Write confusion_matrix.csv: rows true, columns predicted class."""
@@ -211,6 +216,15 @@ def check_no_file_of_a_run(path: Path) -> None:
     for folder, taken in ((path.parent, own), (path.parent.parent, inner)):
         if taken and (folder / "config.yaml").is_file():
             raise UsageError(f"--output: {path} is a file of the run {folder}; give another")
+
+
+def metrics_text(history: list[dict[str, Any]]) -> str:
+    """The epochs as metrics.csv has them."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _short(row[key]) for key in COLUMNS} for row in history)
+    return text.getvalue()
 
 
 def config_text(config: Config) -> str:

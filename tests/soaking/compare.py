@@ -16,14 +16,16 @@ NOT_COMPARED = {*TIMED, "train_seconds"}
 
 def differences(whole: Path, other: Path) -> list[str]:
     """How the folders of two finished runs differ; none: bit for bit the same."""
-    found = list(_differ("last.pt", final_state(whole), final_state(other)))
+    names = [{path.name for path in folder.iterdir()} for folder in (whole, other)]
+    found = [f"{name} is missing" for name in sorted(names[0] - names[1]) if not _former(name)]
+    found += [f"{name} is left over" for name in sorted(names[1] - names[0]) if not _former(name)]
+    if found:
+        return found
+    found += _differ("last.pt", final_state(whole), final_state(other))
     found += _differ("metrics.csv", _rows(whole), _rows(other))
     found += _differ("summary.json", _summary(whole), _summary(other))
     name = "confusion_matrix.csv"
     found += _differ(name, (whole / name).read_text(), (other / name).read_text())
-    names = [{path.name for path in folder.iterdir()} for folder in (whole, other)]
-    found += [f"{name} is missing" for name in sorted(names[0] - names[1]) if not _former(name)]
-    found += [f"{name} is left over" for name in sorted(names[1] - names[0]) if not _former(name)]
     return found
 
 
