@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -296,6 +298,16 @@ def test_a_finished_run_is_left_alone(tmp_path):
     before = {p.name: p.read_bytes() for p in outcome.folder.path.iterdir()}
     assert resume(outcome.folder.path).summary == outcome.summary
     assert {p.name: p.read_bytes() for p in outcome.folder.path.iterdir()} == before
+
+
+def test_nothing_half_written_stays_in_a_finished_run(tmp_path):
+    outcome = start(tmp_path, epochs=1)
+    with subprocess.Popen([sys.executable, "-S", "-c", ""]) as gone:
+        pass
+    part = outcome.folder.path / f".metrics.csv.{gone.pid}.part"
+    part.write_text("epoch")
+    resume(outcome.folder.path)
+    assert not part.exists()
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "confusion_matrix.csv"])

@@ -139,6 +139,8 @@ def _resume(
     named = target.suffix == ".pt" and not target.is_dir()
     folder = RunFolder.open(target.parent if named else target)
     folder.writes = ranks.first
+    if ranks.first:
+        remove_leftovers(folder.path)
     source = target if named else folder.last
     # a run killed before its first checkpoint begins anew in its folder
     begun = named or source.exists() or any(checkpoint.formers(source))
@@ -170,8 +172,6 @@ def _resume(
         if source != folder.last and ranks.first:
             # before anything is saved: what was newer must not take the place of a whole one
             checkpoint.save(state, folder.last)
-    if ranks.first:
-        remove_leftovers(folder.path)
     folder.write_resumption(config, command)
     # as the checkpoint knows them: the file may be damaged, or tell of epochs gone back on
     folder.write_metrics(training.at.history)
