@@ -90,6 +90,11 @@ class Loader(abc.ABC):
         return self.batch_size * self.world
 
     @property
+    def common_batches(self) -> int:
+        """Batches of an epoch that every process has; one with more images may have another."""
+        return min(len(self), -(-(self.taken // self.world) // self.batch_size))
+
+    @property
     def last_weight(self) -> float:
         """What the mean over this process's last batch counts in the mean of such means over the
         processes, so that every image counts alike: 1 but for a part of uneven parts."""

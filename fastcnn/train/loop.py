@@ -1,9 +1,10 @@
 """The epochs of a run: train, evaluate, record, save; interruption and resumption."""
 
 import copy
+import itertools
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from fastcnn.archs.spec import parameters
 from fastcnn.data.draws import derive_seed
+from fastcnn.data.loaders import Loader
 from fastcnn.errors import CheckpointError, NumbersError, UsageError
 from fastcnn.ops import plans
 from fastcnn.train import checkpoint, memory
@@ -160,24 +162,44 @@ class Training:
         self.at.trained = True
 
     def _look(self, stop: StopAtStepEdge, due: bool) -> bool:
-        """Whether a step has ended the training; raises Interrupted where a signal has come.
-
-        Ranks decide together, at steps that all of them come to: a signal to one of them is heard
-        by all, and none is left waiting in the next step.
-        """
-        on_gpu = self.setup.device.type == "cuda"
-        if self.ranks.world > 1 and on_gpu and not due and self.step.step % AGREE_STEPS:
+        """Whether a step has ended the training; raises Interrupted where a signal has come."""
+        if not due and not self._meet(self.step.step):
             return False
         ended = self.step.guard.ended(wait=due)
-        requested, over = self.ranks.most(stop.requested, ended)
-        if requested:
-            stop.note(requested)
         try:
-            stop.check()
+            return self._agree(stop, ended)
         except Interrupted:
             self._gather()
             raise
+
+    def _meet(self, number: int) -> bool:
+        """Whether ranks look at each other's signals after their batch `number`."""
+        on_gpu = self.setup.device.type == "cuda"
+        return self.ranks.world == 1 or not on_gpu or number % AGREE_STEPS == 0
+
+    def _agree(self, stop: StopAtStepEdge, ended: bool = False) -> bool:
+        """Whether `ended` on any rank; raises Interrupted where a signal has come to any.
+
+        Ranks decide together, at batches that all of them come to: a signal to one of them is heard
+        by all, and none is left waiting for the others. One that comes meanwhile waits.
+        """
+        requested, over = self.ranks.most(stop.requested, ended)
+        if requested:
+            stop.note(requested)
+        if requested or self.ranks.world == 1:
+            stop.check()
         return bool(over)
+
+    def _agreeing(self, loader: Loader, stop: StopAtStepEdge) -> Callable[[], None]:
+        """What looks for signals after each batch of an evaluation that all ranks come to."""
+        done = itertools.count(1)
+
+        def look() -> None:
+            number = next(done)
+            if number <= loader.common_batches and self._meet(number):
+                self._agree(stop)
+
+        return look
 
     def _gather(self) -> Figures:
         """Bring together what the ranks have of the epoch: rank 0 has all of it from then on, and
@@ -219,7 +241,7 @@ class Training:
         self.loggers.epoch(self.at.history[-1])
         return evaluation
 
-    def _evaluate(self, loader: Any, stop: StopAtStepEdge) -> Evaluation:
+    def _evaluate(self, loader: Loader, stop: StopAtStepEdge) -> Evaluation:
         """Evaluate the model whose accuracy counts; the graphs are kept for the next epoch."""
         setup = self.setup
         if id(loader) not in self._evaluators:
@@ -229,7 +251,7 @@ class Training:
         self.ranks.copy_from_first(*statistics(self.step.evaluated_model))
         batches = 1 if setup.config.run.fast_dev_run else None
         with self._advising("--eval-batch-size", setup.config.data.eval_batch_size):
-            return self._evaluators[id(loader)](stop.check, batches)
+            return self._evaluators[id(loader)](self._agreeing(loader, stop), batches)
 
     def _advising(self, option: str, batch_size: int) -> AbstractContextManager[None]:
         return memory.advising(option, batch_size, self.setup.device, self._kept)
@@ -324,7 +346,7 @@ class Training:
         self.loggers.finish(summary)
         return summary
 
-    def _evaluate_best(self, loader: Any, stop: StopAtStepEdge) -> Evaluation:
+    def _evaluate_best(self, loader: Loader, stop: StopAtStepEdge) -> Evaluation:
         setup = self.setup
         if self.ranks.first:
             model = load_trained(self.folder.best, setup.device, setup.backend).model
@@ -342,7 +364,7 @@ class Training:
             loss=optim.loss,
             ranks=self.ranks,
         )
-        return evaluator(stop.check)
+        return evaluator(self._agreeing(loader, stop))
 
     def _summary(self, test: Evaluation) -> dict[str, Any]:
         setup, config, history = self.setup, self.setup.config, self.at.history

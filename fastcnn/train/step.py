@@ -71,6 +71,7 @@ class TrainStep:
         self.mixes = bool(config.mixup or config.cutmix)
         self.ranks, self.last_weight = ranks, last_weight
         self._parallel = parallel(self.network, ranks, device)
+        self._settled = False
         columns = 3 + (mix.NUMBERS if self.mixes else 0)
         self._table = torch.zeros(steps_per_epoch, columns, device=device)
         self._clock = torch.zeros(1, dtype=torch.int64, device=device)
@@ -162,6 +163,8 @@ class TrainStep:
 
     def _work(self, images: Tensor, labels: Tensor) -> None:
         """One step, on the device alone."""
+        if self._parallel is not None and not self._settled:
+            self._settle(self._parallel, images)
         row = self._table.index_select(0, self._clock)[0]
         self.guard.keep()
         loss, logits = self._forward(self._parallel or self.network, images, labels, row)
@@ -174,6 +177,20 @@ class TrainStep:
             self.ema.update_statistics(row[1])
         self.metrics.update(loss.detach(), logits.detach(), labels, uncounted)
         self._clock += 1
+
+    def _settle(self, parallel: nn.Module, images: Tensor) -> None:
+        """Go forward and backward once without a trace.
+
+        DistributedDataParallel lays out its buckets anew after a process's first backward, and then
+        adds up the ranks' gradients in another order: a resumed run would do so a second time.
+        """
+        statistics = self.guard.statistics
+        before = None if statistics is None else statistics.clone()
+        with torch.random.fork_rng([images.device] if images.is_cuda else []):
+            parallel(images.to(self.precision.dtype or images.dtype)).sum().backward()
+        if statistics is not None and before is not None:
+            statistics.copy_(before)
+        self._settled = True
 
     def _gradients(self, loss: Tensor, weight: Tensor) -> list[Tensor]:
         """Gradients of the optimiser's leaves, the mean over the ranks where there are several."""
