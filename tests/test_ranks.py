@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,7 +78,8 @@ def ended(process, timeout=120):
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.kill()
+        for pid in (*rank_processes(process).values(), process.pid):
+            os.kill(pid, signal.SIGKILL)
         process.communicate(timeout=10)
         raise
     return process.returncode, out, err
@@ -441,6 +443,16 @@ for name in ("one", "two"):
     model = fastcnn.train(sys.argv[1], output=sys.argv[2], name=name, quiet=True)
     print(model.summary["images"], model.folder.name, flush=True)
 """
+
+
+def test_an_exchange_waits_until_its_threads_have_let_go():
+    """A thread lets go of the object in Python last, and needs the lock of Python for it."""
+    tensor, held = torch.ones(1), []
+    before = sys.getrefcount(tensor)
+    with ranks.released(tensor):
+        held.append(tensor)
+        threading.Timer(0.2, held.clear).start()
+    assert sys.getrefcount(tensor) == before
 
 
 def test_a_script_trains_one_run_after_the_other(tmp_path):

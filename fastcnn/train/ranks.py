@@ -12,6 +12,7 @@ import json
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -187,8 +188,9 @@ def joined() -> Iterator[Ranks]:
 def released(*tensors: Tensor) -> Iterator[None]:
     """Exchange tensors in the block, and leave it when gloo's threads have let go of them.
 
-    A thread needs Python's lock for that, a little after the exchange is done. Were the process
-    group to end meanwhile, who holds the lock would wait for the thread, and both for ever.
+    A thread needs Python's lock for that, a little after the exchange is done, and lets go of the
+    tensor before of its object in Python. Were the process group to end meanwhile, who holds the
+    lock would wait for the thread, and both for ever.
     """
     before = _holders(tensors)
     yield
@@ -197,8 +199,8 @@ def released(*tensors: Tensor) -> Iterator[None]:
         time.sleep(0)
 
 
-def _holders(tensors: Sequence[Any]) -> list[int]:
-    return [tensor._use_count() for tensor in tensors]
+def _holders(tensors: Sequence[Any]) -> list[tuple[int, int]]:
+    return [(tensor._use_count(), sys.getrefcount(tensor)) for tensor in tensors]
 
 
 def lost(ranks: Ranks, error: Exception) -> RankLost:
