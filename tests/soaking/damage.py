@@ -55,10 +55,12 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, Random], None]]] = {
 
 
 def damage(run: Path, kind: str, random: Random) -> bool:
-    """Do it; False where there is no such file yet."""
+    """Do it; False where there is no such file yet, or nobody would write it again."""
     name, change = DAMAGES[kind]
     path = run / name
     if not path.is_file() or not path.stat().st_size:
+        return False
+    if name in ("checkpoints.json", "environment.json") and (run / "summary.json").is_file():
         return False
     change(path, random)
     return True
