@@ -20,7 +20,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from loader_cases import loader_of, numbered
-from small_runs import assert_same, final_state, resume, start
+from small_runs import assert_same, final_state, start, stop_at_check
 from torch.nn import functional as F
 
 from fastcnn.config import Config
@@ -29,6 +29,7 @@ from fastcnn.recipes import resolve
 from fastcnn.train import checkpoint, loop, ranks, setup
 from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
 from fastcnn.train.ranks import ALONE, Ranks
+from fastcnn.train.run import evaluate_run
 
 # no dropout, which draws anew on each rank; SGD, whose steps are no larger than what they come from
 OPTIONS = {
@@ -155,18 +156,29 @@ def wait_for(path, process, timeout=90):
 LONG = OPTIONS | {"epochs": 500, "checkpoint_steps": 1, "schedule": "constant"}
 
 
-def test_a_rank_that_is_killed_ends_the_others_and_is_named(tmp_path):
-    process = launch(2, *words_of(LONG | {"output": str(tmp_path), "name": "run"}))
+# a step, and then an evaluation of seconds
+EVALUATING = OPTIONS | {
+    "arch": "vgg11",
+    "train_subset": 24,
+    "checkpoint_steps": 1,
+    "test_subset": 359,
+    "eval_batch_size": 2,
+}
+
+
+@pytest.mark.parametrize(("options", "number"), [(LONG, 1), (EVALUATING, 0)])
+def test_a_rank_that_is_killed_ends_the_others_and_is_named(tmp_path, options, number):
+    process = launch(2, *words_of(options | {"output": str(tmp_path), "name": "run"}))
     wait_for(tmp_path / "run" / "last.pt", process)
-    victim = rank_processes(process)[1]
+    victim = rank_processes(process)[number]
     os.kill(victim, signal.SIGKILL)
     begun = time.monotonic()
     code, _, err = ended(process, 60)
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 20
     assert code != 0
     assert re.search(
-        rf"^fastcnn \(rank 0\): rank 1 \(pid {victim}\) has ended: start the same torchrun command "
-        r"again with --resume",
+        rf"^fastcnn \(rank {1 - number}\): rank {number} \(pid {victim}\) has ended: start the "
+        r"same torchrun command again with --resume",
         err,
         re.MULTILINE,
     ), err
@@ -186,24 +198,61 @@ def ask_one(process):
     os.kill(rank_processes(process)[1], signal.SIGTERM)
 
 
-@pytest.mark.parametrize(("first", "stop", "second"), [(2, press_ctrl_c, 4), (2, ask_one, 1)])
-def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path, first, stop, second):
+def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path):
     # the signal comes while the first epoch trains: as soon as the run has a checkpoint
     slow = OPTIONS | {"checkpoint_steps": 1}
-    process = launch(first, *words_of(slow | {"output": str(tmp_path), "name": "run"}))
+    process = launch(2, *words_of(slow | {"output": str(tmp_path), "name": "run"}))
     wait_for(tmp_path / "run" / "last.pt", process)
-    stop(process)
+    press_ctrl_c(process)
     code, _, err = ended(process, 60)
     assert code != 0
     assert "fastcnn (rank 0): stopped by" in err
     stopped = checkpoint.load(tmp_path / "run" / "last.pt")["step"]
     assert 1 <= stopped < 10, err
-    if second == 1:
-        resume(tmp_path / "run")
-    else:
-        code, _, err = ended(launch(second, "--resume", str(tmp_path / "run")))
-        assert code == 0, err
+    code, _, err = ended(launch(4, "--resume", str(tmp_path / "run")))
+    assert code == 0, err
     assert_close_runs(tmp_path / "run", alone)
+
+
+def test_a_signal_to_one_rank_in_an_evaluation_is_heard_by_all(tmp_path):
+    process = launch(2, *words_of(EVALUATING | {"output": str(tmp_path), "name": "run"}))
+    wait_for(tmp_path / "run" / "last.pt", process)
+    begun = time.monotonic()
+    ask_one(process)
+    code, _, err = ended(process, 60)
+    assert time.monotonic() - begun < 20
+    assert code != 0
+    assert "fastcnn (rank 0): stopped by SIGTERM" in err
+    state = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert state["step"] == 1
+    assert state["progress"]["trained"]
+    assert not state["progress"]["history"]
+
+
+def test_a_rank_that_stops_waits_until_the_first_has_saved():
+    store = torch.distributed.HashStore()
+    here = (socket.gethostname(), os.getpid())
+    first, second = (Ranks(number, 2, number, 2, [here, here], store) for number in range(2))
+    begun = time.monotonic()
+    threading.Timer(0.3, first.stopped).start()
+    second.stopped()
+    assert time.monotonic() - begun > 0.3
+    with subprocess.Popen([sys.executable, "-S", "-c", ""]) as gone:
+        pass
+    begun = time.monotonic()
+    own = [(here[0], gone.pid), here]
+    Ranks(1, 2, 1, 2, own, torch.distributed.HashStore()).stopped()
+    assert time.monotonic() - begun < 5
+
+
+def test_all_is_saved_before_the_others_are_let_go(tmp_path, monkeypatch):
+    saved = []
+    last = tmp_path / "run" / "last.pt"
+    monkeypatch.setattr(Ranks, "stopped", lambda self: saved.append(checkpoint.load(last)["step"]))
+    stop_at_check(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        start(tmp_path)
+    assert saved == [2]
 
 
 def test_a_signal_that_comes_while_ranks_agree_waits_for_the_next_time():
@@ -225,7 +274,6 @@ def test_three_ranks_give_the_same_bits_again_also_resumed(tmp_path):
     options = LONG | {"epochs": 2, "deterministic": True, "output": str(tmp_path)}
     code, _, err = ended(launch(3, *words_of(options | {"name": "whole"})))
     assert code == 0, err
-    assert "Warning" not in err
     process = launch(3, *words_of(options | {"name": "broken"}))
     wait_for(tmp_path / "broken" / "last.pt", process)
     ask_torchrun(process)
@@ -420,6 +468,10 @@ def test_without_them_each_process_norms_its_own_part(tmp_path):
     found = checkpoint.load(tmp_path / "run" / "last.pt")["model"]
     for name, tensor in trained_in_parts(resolve(NORMS), 2).items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+    # both have evaluated with the statistics that are saved, those of the first
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    alone = evaluate_run(str(tmp_path / "run"))
+    assert summary["test_loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
 
 def test_synchronised_norms_are_for_several_processes_and_no_fused_convolution(library):

@@ -116,18 +116,26 @@ class Ranks:
         if self.first:
             self.store.set(STOPPED, "")
             return
-        with contextlib.suppress(torch.distributed.DistError, RuntimeError):  # rank 0 is gone
-            self.store.wait([STOPPED], datetime.timedelta(seconds=STOP_S))
+        deadline = time.monotonic() + STOP_S
+        with contextlib.suppress(torch.distributed.DistError, RuntimeError):  # the store is gone
+            while not self.store.check([STOPPED]) and self._may_run(0):
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.05)
+
+    def _may_run(self, number: int) -> bool:
+        """Whether a rank has not ended, as far as this machine can tell."""
+        host, pid = self.peers[number]
+        return host != socket.gethostname() or _runs(pid)
 
     def gone(self) -> str:
         """The ranks of this machine that have ended: "rank 1 (pid 12)"."""
         deadline = time.monotonic() + GONE_S
-        here = socket.gethostname()
         while True:
             found = [
                 f"rank {number} (pid {pid})"
-                for number, (host, pid) in enumerate(self.peers)
-                if host == here and not _runs(pid)
+                for number, (_, pid) in enumerate(self.peers)
+                if not self._may_run(number)
             ]
             if found or time.monotonic() > deadline:
                 return ", ".join(found)
