@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     share_the_cores()
     try:
-        with StopAnywhere():
+        with StopAnywhere() as stop:
             name, given = parse(words)
             rank = rank_of_several()
             if rank is not None and name != "train":
@@ -99,6 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
             log_to_stderr(logging.ERROR if rank else quiet)
             COMMANDS[name][0].run(given, ["fastcnn", *words])
             sys.stdout.flush()
+            stop.check()
     except FastcnnError as error:
         return failed(str(error), error.exit_code, words)
     except Stopped as stopped:

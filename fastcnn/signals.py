@@ -80,3 +80,9 @@ class StopAnywhere(StopRequests):
 
     def heard(self, signum: int) -> None:
         raise Stopped(signum)
+
+    def check(self) -> None:
+        """Raise Stopped anew where it was lost on its way: the import of a compiled module turns it
+        into an error of its own."""
+        if self.requested:
+            raise Stopped(self.requested)

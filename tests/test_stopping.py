@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM in every phase of a command, once and twice, and its death without either."""
 
+import contextlib
 import os
 import signal
 import time
@@ -8,6 +9,7 @@ import pytest
 from commands_apart import SMALL, Apart, command, members
 from image_files import write_folder
 
+from fastcnn import cli
 from fastcnn.cache import cache_dir
 from fastcnn.data import examine, torch_loader
 from fastcnn.ops.compile import Signals
@@ -219,3 +221,15 @@ def test_after_the_main_process_is_killed_nobody_is_left(tmp_path, loader):
         assert members(process.pid) == []
     assert shared_memory([process.pid, *workers]) == []
     assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] >= 1
+
+
+def test_a_signal_that_an_import_takes_for_its_own_error_is_not_lost(monkeypatch, capsys):
+    """As compiled modules do, whose import a signal falls into."""
+
+    def run(given, words):
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(cli.COMMANDS["archs"][0], "run", run)
+    assert cli.main(["archs"]) == 143
+    assert capsys.readouterr().err == "fastcnn: stopped by SIGTERM\n"
