@@ -1,9 +1,11 @@
 """Shapes and tolerances that several test files share; threads and GPU."""
 
+import fcntl
 import logging
 import math
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,10 +57,27 @@ def _own_cache(tmp_path_factory):
     # the user's cache would make a second run of the tests another one than the first; a script
     # that has built the library just now hands its own over
     given = os.environ.get("FASTCNN_TEST_CACHE")
+    os.environ["FASTCNN_CACHE"] = given or str(_of_all_workers(tmp_path_factory) / "cache")
+
+
+def _of_all_workers(tmp_path_factory):
+    """A folder that xdist's workers share: what is compiled there is compiled once."""
     folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # the workers' own: the library is built once
-    os.environ["FASTCNN_CACHE"] = given or str(folder / "cache")
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+def _simt_module(tmp_path_factory, name, flags):
+    """The CUDA kernels compiled for the CPU (tests/simt), a file; by the first worker to ask."""
+    from simt import harness
+
+    folder = _of_all_workers(tmp_path_factory) / name
+    folder.mkdir(exist_ok=True)
+    note = folder / "path"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not note.exists():
+            note.write_text(str(harness.compile_module(folder, flags)))
+    return Path(note.read_text())
 
 
 @pytest.fixture(scope="session")
@@ -76,9 +95,7 @@ def library():
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
     """The CUDA kernels compiled for the CPU (tests/simt), a file."""
-    from simt import harness
-
-    return harness.compile_module(tmp_path_factory.mktemp("simt"), ["-O2"])
+    return _simt_module(tmp_path_factory, "simt", ["-O2"])
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +122,7 @@ def sanitized(tmp_path_factory):
     from simt import harness
 
     # the compiler takes longer than the program, above -O0
-    return harness.compile_module(tmp_path_factory.mktemp("sanitized"), harness.SANITIZE)
+    return _simt_module(tmp_path_factory, "sanitized", harness.SANITIZE)
 
 
 @pytest.fixture
