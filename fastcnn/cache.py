@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fastcnn.errors import DataError
+from fastcnn.files import discard
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05  # how often a process that waits for a lock looks again
+_held: set[BinaryIO] = set()
+# a loader's worker may outlive the process that forked it, and would hold its locks on
+os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
 
 
 def cache_dir() -> Path:
@@ -94,6 +98,7 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[Lock]:
     while True:
         file = open(path, "a+b", opener=_no_link)  # noqa: SIM115 - closed on every way out below
         try:
+            _held.add(file)
             _acquire(file, waiting)
             if not _is_current(file, path):
                 # its holder has removed it: a lock on it keeps nobody out
@@ -106,11 +111,12 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[Lock]:
                 yield Lock(file)
             finally:
                 # before the lock is released, so that no one can lock a file about to go
-                path.unlink(missing_ok=True)
+                discard(path)
                 # closing is not enough where a forked child has the file open too
                 fcntl.flock(file, fcntl.LOCK_UN)
             return
         finally:
+            _held.discard(file)
             file.close()
 
 

@@ -89,7 +89,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
         assert_same(final_state(one.folder), final_state(other.folder))
 
 
-@pytest.mark.parametrize("leftovers", [[], [".config.yaml.part"]])
+@pytest.mark.parametrize("leftovers", [[], [".config.yaml.part", ".lock"]])
 def test_a_run_killed_before_it_wrote_anything_begins_anew(tmp_path, leftovers):
     _, runs = planned(tmp_path, seeds=1)
     runs[0].folder.mkdir(parents=True)

@@ -5,13 +5,14 @@ own where there are several. Whatever stops the study, the same call goes on whe
 """
 
 import contextlib
-import fcntl
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from fastcnn.cache import locked
 from fastcnn.config import PlaceConfig
 from fastcnn.errors import CheckpointError, DiskError, NumbersError, UsageError
 from fastcnn.insight.figures import read_metrics
@@ -105,8 +106,10 @@ def _clear(folder: Path) -> None:
 
     Raises UsageError where it holds anything else.
     """
-    for leftover in folder.glob(".*.part"):
-        leftover.unlink()
+    if folder.is_dir():
+        with RunFolder(folder).claimed():
+            for leftover in folder.glob(".*.part"):
+                leftover.unlink()
     try:
         folder.rmdir()
     except FileNotFoundError:
@@ -150,19 +153,19 @@ def claimed(root: Path) -> Iterator[None]:
 
     Raises UsageError where another one has it, or where it cannot be made.
     """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        file = (root / ".lock").open("a")
-    except OSError as error:
-        raise UsageError(f"--output: cannot write into {root}: {error.strerror}") from error
-    with file:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"{root}: another process is at work there; wait for it, or give another --output"
-            ) from None
+            root.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(root / ".lock", partial(_refuse, root)))
+        except OSError as error:
+            raise UsageError(f"--output: cannot write into {root}: {error.strerror}") from error
         yield
+
+
+def _refuse(root: Path) -> None:
+    raise UsageError(
+        f"{root}: another process is at work there; wait for it, or give another --output"
+    )
 
 
 def _epochs(count: int) -> str:

@@ -102,11 +102,12 @@ def start(config: Config, place: PlaceConfig, command: list[str], quiet: bool = 
         own = RunFolder.create(place, config.model.arch) if ranks.first else None
         path, *_ = ranks.share(str(own.path) if own else "")
         folder = own or RunFolder(Path(path), writes=False)
-        training = Training(setup, folder, quiet)
-        folder.write_start(config, command)
-        folder.write_bad_images(setup.dataset.left_out.bad)
-        announce(training)
-        return Outcome(folder, training.train())
+        with folder.claimed():
+            training = Training(setup, folder, quiet)
+            folder.write_start(config, command)
+            folder.write_bad_images(setup.dataset.left_out.bad)
+            announce(training)
+            return Outcome(folder, training.train())
 
 
 def prepared(config: Config, ranks: Ranks) -> Setup:
@@ -126,28 +127,36 @@ def resume(
     in one; `explicit` are the options given beside it.
 
     Raises CheckpointError if there is nothing to continue, UsageError if `explicit` contradicts
-    the saved configuration without `place.allow_changes`.
+    the saved configuration without `place.allow_changes`, or where another process has the run.
     """
+    target = Path(place.resume or "")
+    named = target.suffix == ".pt" and not target.is_dir()
     with joined() as ranks:
-        return _resume(place, explicit, command, quiet, ranks)
+        folder = RunFolder.open(target.parent if named else target)
+        folder.writes = ranks.first
+        with folder.claimed():
+            source = target if named else None
+            return _resume(folder, source, place.allow_changes, explicit, command, quiet, ranks)
 
 
 def _resume(
-    place: PlaceConfig, explicit: dict[str, Any], command: list[str], quiet: bool, ranks: Ranks
+    folder: RunFolder,
+    named: Path | None,
+    allow_changes: bool,
+    explicit: dict[str, Any],
+    command: list[str],
+    quiet: bool,
+    ranks: Ranks,
 ) -> Outcome:
-    target = Path(place.resume or "")
-    named = target.suffix == ".pt" and not target.is_dir()
-    folder = RunFolder.open(target.parent if named else target)
-    folder.writes = ranks.first
     if ranks.first:
         remove_leftovers(folder.path)
-    source = target if named else folder.last
+    source = named or folder.last
     # a run killed before its first checkpoint begins anew in its folder
-    begun = named or source.exists() or any(checkpoint.formers(source))
+    begun = named is not None or source.exists() or any(checkpoint.formers(source))
     state = checkpoint.load(source) if begun else None
     written = folder.read_config()
     saved = saved_config(state, source) if state else written
-    config = changed_config(saved, written.flat() | explicit, place.allow_changes)
+    config = changed_config(saved, written.flat() | explicit, allow_changes)
     summary = folder.read_summary()
     # of a finished run too, who names a checkpoint wants to go on from it
     whole = state is None or has_tables(folder, state)

@@ -1,10 +1,13 @@
 """The folder of a run: configuration, environment, metrics, summary and checkpoints."""
 
+import contextlib
 import csv
 import io
 import json
+import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,10 @@ import torch
 import yaml
 
 import fastcnn
+from fastcnn.cache import locked
 from fastcnn.config import Config, PlaceConfig
 from fastcnn.data.left_out import bad_table
-from fastcnn.errors import CheckpointError, UsageError
+from fastcnn.errors import CheckpointError, DiskError, UsageError
 from fastcnn.files import replace_text
 from fastcnn.options import read_yaml
 
@@ -117,6 +121,22 @@ class RunFolder:
             raise CheckpointError(f"{folder} is not a run folder: it has no config.yaml")
         return cls(folder)
 
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Hold the run against another process that would write it.
+
+        Raises UsageError where another one has it. A folder that cannot be written needs no lock.
+        """
+        with contextlib.ExitStack() as held:
+            if self.writes and os.access(self.path, os.W_OK):
+                lock = self.path / ".lock"
+                try:
+                    held.enter_context(locked(lock, partial(_refuse, self.path)))
+                except OSError as error:
+                    why = error.strerror or error
+                    raise DiskError(f"cannot write {lock}: {why}; remove it") from error
+            yield
+
     @classmethod
     def finished(cls, path: str | Path) -> "RunFolder":
         """A run that has its result; raises CheckpointError if `path` holds none."""
@@ -206,6 +226,10 @@ class RunFolder:
     def _write(self, name: str, text: str) -> None:
         if self.writes:
             replace_text(self.path / name, text)
+
+
+def _refuse(path: Path) -> None:
+    raise UsageError(f"{path} is in use: another process trains this run; wait for it, or stop it")
 
 
 def check_no_file_of_a_run(path: Path) -> None:
