@@ -114,6 +114,34 @@ def test_checkpoints_may_be_renamed_and_taken_elsewhere(tmp_path):
     assert checkpoint.load(tmp_path / "other" / "mine.pt")["step"] == 1
 
 
+@pytest.mark.parametrize("number", [2, 3])
+def test_what_an_older_checkpoint_has_too_much_is_seen(tmp_path, number):
+    """No part of the archive tells of it."""
+    saved(tmp_path, 1, 2, 3)
+    path = tmp_path / f"last-{number}.pt"
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(700))
+    with pytest.raises(CheckpointError, match=rf"last-{number}\.pt: damaged: it is not what"):
+        checkpoint.load(path)
+    (tmp_path / "mine-2.pt").write_bytes(whole + bytes(700))
+    assert checkpoint.load(tmp_path / "mine-2.pt")["step"] == 4 - number
+    (tmp_path / "checkpoints.json").unlink()
+    assert checkpoint.load(path)["step"] == 4 - number
+
+
+def test_an_older_checkpoint_is_known_however_long_it_stays(tmp_path):
+    """Also one that was kept before fewer were wanted, and one that a user copied."""
+    saved(tmp_path, 1, 2, 3)
+    shutil.copy(tmp_path / "last.pt", tmp_path / "last-100.pt")
+    saved(tmp_path, *range(4, 24), keep=1)
+    assert steps_in(tmp_path) == {"last-100.pt": 3, "last-2.pt": 2, "last-3.pt": 1, "last.pt": 23}
+    saved(tmp_path, 24)
+    assert steps_in(tmp_path) == {"last-100.pt": 3, "last-2.pt": 23, "last-3.pt": 2, "last.pt": 24}
+    (tmp_path / "last-3.pt").write_bytes((tmp_path / "last-3.pt").read_bytes() + b"x")
+    with pytest.raises(CheckpointError, match=r"last-3\.pt: damaged"):
+        checkpoint.load(tmp_path / "last-3.pt")
+
+
 @pytest.mark.parametrize("text", ["", "[1]", '{"last.pt": 3}', '{"last.pt": [{"bytes": 1}]}'])
 def test_damaged_sums_are_named_and_no_end_of_a_training(tmp_path, text):
     path = saved(tmp_path, 1)
@@ -146,7 +174,7 @@ def test_wherever_a_save_ends_a_whole_checkpoint_has_the_name(tmp_path, monkeypa
             try:
                 saved(tmp_path, 4)
             except Killed:
-                assert steps_in(tmp_path)["last.pt"] == 3
+                assert steps_in(tmp_path)["last.pt"] == 3  # and all of them can be read
             else:
                 break
         for left in tmp_path.iterdir():
@@ -215,7 +243,8 @@ def test_damaged_missing_foreign_and_newer_files_are_named(tmp_path):
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty.pt").write_bytes(b"")
     torch.save([1, 2], tmp_path / "foreign.pt")
-    torch.save({"format": 99}, tmp_path / "newer.pt")
+    torch.save({"format": checkpoint.FORMAT + 1}, tmp_path / "newer.pt")
+    torch.save({"format": 99}, tmp_path / "newest.pt")
     torch.save({"format": 0}, tmp_path / "none.pt")
     torch.save({"format": 2, "optimizer": {}, "progress": []}, tmp_path / "part.pt")
     expected = {
@@ -224,6 +253,7 @@ def test_damaged_missing_foreign_and_newer_files_are_named(tmp_path):
         "absent.pt": "no checkpoint at",
         "foreign.pt": "not a checkpoint of fastcnn",
         "newer.pt": "newer than this fastcnn",
+        "newest.pt": "newer than this fastcnn",
         "none.pt": "not a checkpoint of fastcnn",
         "part.pt": "not a checkpoint of format 2",
     }

@@ -1,8 +1,8 @@
 """Checkpoints: plain tensors and Python values in one file, written whole or not at all.
 
 The file is torch's zip archive. Its size and SHA-256 stand in checkpoints.json beside it and are
-checked before anything is read; of a checkpoint that was taken out of its folder, the CRC-32 sums
-of the archive's members.
+checked before anything is read; of a checkpoint that was taken out of its folder or given another
+name, the CRC-32 sums of the archive's members.
 """
 
 import hashlib
@@ -48,8 +48,9 @@ def save(state: dict[str, Any], path: Path, keep: int = 1) -> None:
     content = buffer.getbuffer()
     with replacing(path, content):
         # before the file has its name: wherever the process ends, what has it is known
-        _add_sum(path, content, keep)
-        _keep_former(path, keep)
+        aging = _aging(path, keep)
+        _add_sum(path, content, keep, aging)
+        _keep_former(path, aging)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -84,6 +85,11 @@ def _older(path: Path, number: int) -> Path:
     return path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
+def _newest(name: str) -> str:
+    """The name that a checkpoint had when it was written: last.pt of last-2.pt."""
+    return re.sub(r"-\d+(?=\.pt$)", "", name)
+
+
 def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; give a run folder or a .pt file")
@@ -107,13 +113,20 @@ def _load(path: Path) -> dict[str, Any]:
     return state
 
 
-def _keep_former(path: Path, keep: int) -> None:
-    """Give the file at `path` an older name beside its own, and those before it the next ones."""
+def _aging(path: Path, keep: int) -> list[int]:
+    """The numbers of the checkpoints that are to get the next older name, the oldest first; 1 is
+    `path` itself. Empty where none is kept."""
     if keep < 2 or not path.is_file():
+        return []
+    return [n for n in range(keep - 1, 1, -1) if _older(path, n).is_file()] + [1]
+
+
+def _keep_former(path: Path, aging: list[int]) -> None:
+    """Give the file at `path` an older name beside its own, and those before it the next ones."""
+    if not aging:
         return
-    for number in range(keep - 1, 1, -1):
-        if _older(path, number).is_file():
-            os.replace(_older(path, number), _older(path, number + 1))
+    for number in aging[:-1]:
+        os.replace(_older(path, number), _older(path, number + 1))
     second = path.with_name(f".{path.name}.{os.getpid()}.former.part")
     try:
         try:
@@ -130,13 +143,17 @@ def _keep_former(path: Path, keep: int) -> None:
         discard(second)
 
 
-def _add_sum(path: Path, content: memoryview, keep: int) -> None:
-    """Note size and SHA-256 of what `path` is about to hold, beside those of what it held."""
+def _add_sum(path: Path, content: memoryview, keep: int, aging: list[int]) -> None:
+    """Note size and SHA-256 of what `path` is about to hold, beside those of what it held, and of
+    what the older names are."""
     try:
         sums = _read_sums(path.parent)
     except CheckpointError:  # a training is not ended for it: from here on it is right again
         sums = {}
     own = sums.pop(path.name, [])[-max(keep, REMEMBERED) :]
+    for number in aging:
+        known = own[-1:] if number == 1 else sums.pop(_older(path, number).name, [])
+        sums[_older(path, number + 1).name] = known
     own.append({"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
     text = json.dumps({**sums, path.name: own}, indent=1) + "\n"
     replace_text(path.parent / SUMS, text)
@@ -160,11 +177,14 @@ def _read_sums(folder: Path) -> dict[str, list[dict[str, Any]]]:
 def _check_whole(path: Path) -> None:
     """Raise CheckpointError for a file that is not the one that was written."""
     size = path.stat().st_size
-    own = _read_sums(path.parent).get(path.name)
-    if not own:  # an older one, or one from elsewhere
+    sums = _read_sums(path.parent)
+    own = sums.get(path.name)
+    if not own:  # one from elsewhere, or under a name that a user gave it
         _check_members(path)
         return
-    if {"bytes": size, "sha256": _sha256(path)} in own:
+    # a process may have ended between noting the sums and giving the names
+    related = [one for name in sums if _newest(name) == _newest(path.name) for one in sums[name]]
+    if {"bytes": size, "sha256": _sha256(path)} in related:
         _refuse_compressed(path)
         return
     if size < own[-1]["bytes"]:
