@@ -11,7 +11,7 @@ from PIL import Image
 from run_folders import SUMMARY, make_run, rows
 
 from fastcnn.errors import CheckpointError
-from fastcnn.insight import figures, page
+from fastcnn.insight import document, figures, page
 from fastcnn.insight.document import Figure, Section
 from fastcnn.insight.kept import keep_sections
 from fastcnn.insight.run_files import read_run
@@ -177,6 +177,41 @@ def test_what_lies_outside_the_run_is_not_taken_in(tmp_path):
     (one / "ood-1" / "ood.json").symlink_to(other / "analysis" / "analysis.json")
     with pytest.raises(CheckpointError, match=r"ood\.json is not what fastcnn wrote"):
         page.write_page(one)
+
+
+SHOWN = ["config.yaml", "environment.json", "metrics.csv", "summary.json", "confusion_matrix.csv"]
+
+
+@pytest.mark.parametrize("name", [*SHOWN, "confusion_matrix.png"])
+def test_no_link_in_a_run_brings_another_file_onto_its_page(tmp_path, name):
+    """A run that came from elsewhere would show what its reader alone can read."""
+    folder, secret = make_run(tmp_path / "run"), tmp_path / "secret"
+    figures.draw_confusion(folder)
+    page.write_page(folder)
+    before = (folder / "index.html").read_bytes()
+    (folder / name).rename(secret)
+    (folder / name).symlink_to(secret)
+    for write in (page.write_page, lambda run: page.check_page(run, run / "ood")):
+        with pytest.raises(CheckpointError, match=rf"{name} is a link, which may lead out of the"):
+            write(folder)
+    assert (folder / "index.html").read_bytes() == before
+
+
+def test_a_figure_that_became_a_link_meanwhile_is_not_shown(tmp_path):
+    (tmp_path / "secret").write_text("of its reader")
+    (tmp_path / "drawn.png").symlink_to(tmp_path / "secret")
+    figure = Figure(tmp_path / "drawn.png", "alt", "caption")
+    section = Section("Drawn", "drawn", (), Table((), ()), figures=(figure,))
+    with pytest.raises(CheckpointError, match=r"cannot write .*: 'drawn\.png' is no file of"):
+        document.write_page(tmp_path / "index.html", document.Page("run", "lead", (section,)))
+    assert not (tmp_path / "index.html").exists()
+
+
+def test_checkpoints_and_the_run_itself_may_be_links(tmp_path):
+    folder = make_run(tmp_path / "run")
+    (tmp_path / "here").symlink_to(folder)
+    (folder / "last.pt").symlink_to(tmp_path / "disk" / "last.pt")
+    assert page.write_page(tmp_path / "here").is_file()
 
 
 def test_an_analysis_of_the_test_images_has_the_confusion_matrix_already(tmp_path):

@@ -1,12 +1,13 @@
-"""A run's folder has one process at a time that writes it."""
+"""A run's folder has one process at a time that writes it, and holds no file of another place."""
 
+import json
 import signal
 
 import pytest
 from commands_apart import SMALL, command
 from small_runs import resume, start
 
-from fastcnn.errors import DiskError, UsageError
+from fastcnn.errors import CheckpointError, DiskError, UsageError
 from fastcnn.train import loop, rundir
 from fastcnn.train.rundir import RunFolder
 
@@ -68,3 +69,15 @@ def test_a_folder_that_cannot_be_written_needs_no_lock(tmp_path, monkeypatch):
 def test_ranks_that_write_nothing_need_no_lock(tmp_path):
     with RunFolder(tmp_path).claimed(), RunFolder(tmp_path, writes=False).claimed():
         pass
+
+
+@pytest.mark.parametrize("name", ["environment.json", "summary.json"])
+def test_resuming_takes_nothing_over_from_behind_a_link(tmp_path, name):
+    """What is written anew would hold it for good."""
+    folder, secret = start(tmp_path, epochs=1).folder.path, tmp_path / "secret.json"
+    secret.write_text(json.dumps({"token": "of the reader"}))
+    (folder / name).unlink()
+    (folder / name).symlink_to(secret)
+    with pytest.raises(CheckpointError, match=rf"{name} is a link, which may lead out of the run"):
+        resume(folder, epochs=2, allow_changes=True)
+    assert json.loads(secret.read_text()) == {"token": "of the reader"}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastcnn.errors import CheckpointError
-from fastcnn.files import replace_text
+from fastcnn.files import inside, replace_text
 from fastcnn.insight.chart import Chart
 from fastcnn.insight.table import Table
 
@@ -26,7 +26,8 @@ class Figure:
 
     @property
     def data(self) -> str:
-        return base64.b64encode(self.path.read_bytes()).decode()
+        whole = inside(self.path.parent, self.path.name)  # no link put in its place meanwhile
+        return base64.b64encode(whole.read_bytes()).decode()
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def write_page(path: Path, page: Page) -> Path:
     )
     try:
         text = environment.get_template("page.html").render(page=page)
-    except OSError as error:  # a figure that has gone meanwhile
+    except (OSError, ValueError) as error:  # a figure that has gone meanwhile
         raise CheckpointError(f"cannot write {path}: {error}") from error
     # a file's name in a command may be no text at all
     return replace_text(path, text.encode("utf-8", "replace").decode())

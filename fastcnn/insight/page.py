@@ -15,6 +15,7 @@ from fastcnn.insight.kept import kept_sections
 from fastcnn.insight.run_files import RunFiles, read_json, read_run, shown
 from fastcnn.insight.table import Table
 from fastcnn.train.progress import format_seconds
+from fastcnn.train.rundir import own_file
 
 NO_TABLE = Table((), ())
 KEPT = ("analysis", "ood")  # folders of the run, and files in them, that other commands leave
@@ -39,7 +40,7 @@ def check_page(folder: Path, renewed: Path) -> None:
 
 def _page(folder: Path, without: Path | None = None) -> Page:
     run = read_run(folder)
-    environment = read_json(folder / "environment.json")
+    environment = read_json(folder, "environment.json")
     arch = run.summary["arch"] if run.summary else run.options["arch"]
     return Page(
         f"{folder.resolve().name}: {arch} on {run.data}",
@@ -155,6 +156,8 @@ def _summary(run: RunFiles, looked_into: bool) -> Section:
 
 
 def _confusion(folder: Path) -> Section:
+    drawing = own_file(folder, "confusion_matrix.png")
+    own_file(folder, "confusion_matrix.csv")
     try:
         classes, counts = read_confusion(folder)
         caption = _most_confused(classes, counts)
@@ -162,7 +165,7 @@ def _confusion(folder: Path) -> Section:
         path = folder / "confusion_matrix.csv"
         raise CheckpointError(f"{path} cannot be read ({error}); remove it and its .png") from error
     alt = f"Confusion matrix of {len(classes)} classes: rows true, columns predicted."
-    figure = Figure(folder / "confusion_matrix.png", alt, caption)
+    figure = Figure(drawing, alt, caption)
     return Section("Confusion matrix", "confusion-matrix", (), NO_TABLE, figures=(figure,))
 
 

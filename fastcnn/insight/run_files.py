@@ -8,7 +8,7 @@ from typing import Any
 
 from fastcnn.errors import CheckpointError
 from fastcnn.insight.figures import read_metrics
-from fastcnn.train.rundir import COLUMNS, RunFolder
+from fastcnn.train.rundir import COLUMNS, RunFolder, own_file
 
 NUMBER = (int, float)
 LONGEST = 80  # characters of a value in an error
@@ -76,10 +76,12 @@ class RunFiles:
 def read_run(folder: Path) -> RunFiles:
     """Read config.yaml, metrics.csv and summary.json.
 
-    Raises CheckpointError for a folder that holds no run, and for a file that is damaged or, in a
-    finished run, missing.
+    Raises CheckpointError for a folder that holds no run, and for a file that is damaged, a link
+    or, in a finished run, missing.
     """
     run = RunFolder.open(folder)
+    for name in ("config.yaml", "metrics.csv", "summary.json"):
+        own_file(folder, name)
     options = run.read_config().flat()
     summary = run.read_summary()
     if summary is not None:
@@ -119,8 +121,9 @@ def _metrics(folder: Path, finished: bool) -> dict[str, list[float]]:
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(folder: Path, name: str) -> dict[str, Any]:
     """A file that must be there and hold a mapping; raises CheckpointError otherwise."""
+    path = own_file(folder, name)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -62,7 +62,7 @@ def write(
 def read(path: Path) -> Record:
     """The record in a JSON file; raises CheckpointError if it is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(inside(path.parent, path.name).read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
             raise ValueError("another format")
         return Record(

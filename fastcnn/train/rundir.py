@@ -19,7 +19,7 @@ from fastcnn.cache import locked
 from fastcnn.config import Config, PlaceConfig
 from fastcnn.data.left_out import bad_table
 from fastcnn.errors import CheckpointError, DiskError, UsageError
-from fastcnn.files import replace_text
+from fastcnn.files import inside, replace_text
 from fastcnn.options import read_yaml
 
 COLUMNS = (
@@ -212,7 +212,7 @@ class RunFolder:
         return self._read_json("summary.json")
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
-        path = self.path / name
+        path = own_file(self.path, name)
         if not path.is_file():
             return None
         try:
@@ -230,6 +230,17 @@ class RunFolder:
 
 def _refuse(path: Path) -> None:
     raise UsageError(f"{path} is in use: another process trains this run; wait for it, or stop it")
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """A file of a run that its page shows; raises CheckpointError for a link, which may lead to any
+    file of whoever writes the page."""
+    try:
+        return inside(folder, name)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{folder / name} is a link, which may lead out of the run; put the file in its place"
+        ) from error
 
 
 def check_no_file_of_a_run(path: Path) -> None:
