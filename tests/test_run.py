@@ -17,7 +17,7 @@ from small_runs import (
 )
 
 from fastcnn.config import PlaceConfig
-from fastcnn.errors import CheckpointError, DataError, NumbersError, UsageError
+from fastcnn.errors import CheckpointError, DataError, DiskError, NumbersError, UsageError
 from fastcnn.recipes import resolve
 from fastcnn.train import checkpoint, loop, run
 from fastcnn.train.rundir import COLUMNS, RunFolder
@@ -203,12 +203,33 @@ def test_every_test_image_is_counted_once_whatever_the_batch(tmp_path, batch_siz
 
 
 def test_fast_dev_run_leaves_no_run_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    here, elsewhere = tmp_path / "here", tmp_path / "tmp"
+    here.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
     options = SMALL | {"fast_dev_run": True}
     outcome = run.start(resolve(options), PlaceConfig(), ["test"], quiet=True)
     assert outcome.summary["epochs"] == 1
     assert checkpoint.load(outcome.folder.last)["step"] == 1
+    assert list(here.iterdir()) == []
+    assert outcome.folder.path.parent.parent == elsewhere
+
+
+def test_a_fast_dev_run_that_never_began_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    options = SMALL | {"fast_dev_run": True}
+    for fault in ({"data": str(tmp_path / "missing")}, {"loggers": ["tensorbord"]}):
+        with pytest.raises((DataError, UsageError)):
+            run.start(resolve(options | fault), PlaceConfig(), ["test"], quiet=True)
+    monkeypatch.setattr(run, "check_space", refuse_space)
+    with pytest.raises(DiskError, match=str(tmp_path)):
+        run.start(resolve(options), PlaceConfig(), ["test"], quiet=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def refuse_space(path, _):
+    raise DiskError(f"{path}: too little space")
 
 
 def test_deterministic_runs_are_bit_equal(tmp_path):

@@ -26,6 +26,8 @@ from fastcnn.train.trained import feed, open_trained
 
 log = logging.getLogger(__name__)
 
+DEV_RUN = "fastcnn-dev-run"  # what temporary folders are called
+
 # options that change neither the order of the data nor the arithmetic a step asks for
 NEUTRAL_ON_RESUME = {
     "device",
@@ -89,8 +91,7 @@ def start(config: Config, place: PlaceConfig, command: list[str], quiet: bool = 
     With `fast_dev_run` the folder is a temporary one, left to the system to clear away, unless
     `place` names another.
     """
-    if config.run.fast_dev_run and place == PlaceConfig():
-        place = replace(place, output=tempfile.mkdtemp(prefix="fastcnn-dev-run-"))
+    temporary = config.run.fast_dev_run and place == PlaceConfig()
     with joined() as ranks:
         if ranks.first:
             RunFolder.check_name(place)
@@ -98,7 +99,10 @@ def start(config: Config, place: PlaceConfig, command: list[str], quiet: bool = 
         tune_process(config.run.threads, ranks.local_world)
         setup = prepared(config, ranks)
         if ranks.first:
-            check_space(Path(place.output) / (place.name or ""), setup)
+            wanted = Path(place.output) / (place.name or "")
+            check_space(Path(tempfile.gettempdir()) / DEV_RUN if temporary else wanted, setup)
+            if temporary:
+                place = replace(place, output=tempfile.mkdtemp(prefix=f"{DEV_RUN}-"))
         own = RunFolder.create(place, config.model.arch) if ranks.first else None
         path, *_ = ranks.share(str(own.path) if own else "")
         folder = own or RunFolder(Path(path), writes=False)
