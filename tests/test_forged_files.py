@@ -80,6 +80,7 @@ def changed(trained, tmp_path, **changes):
 
 
 NETWORK = {"arch": "murgolo-improved", "classes": [str(n) for n in range(10)], "image_size": 32}
+UNIT = {"mode": "mean-image", "mean": [0.5] * 3, "std": [0.5] * 3}
 CHANGES = {
     "weights in a list": {"ema": None, "model": [1]},
     "a weight that is none": {"ema": {"conv1.conv.weight": "x"}},
@@ -90,6 +91,17 @@ CHANGES = {
     "a number of classes": {"network": NETWORK | {"classes": 10}},
     "a mean of two": {"normalization": {"mode": "unit", "mean": [0, 0], "std": [1, 1]}},
     "no data": {"data": None},
+} | {
+    f"a normalisation of {name}": {"normalization": {"mean_image": None, **normalization}}
+    for name, normalization in {
+        "zeros": {"mode": "zscore", "mean": [0.0] * 3, "std": [0.0] * 3},
+        "no numbers": {"mode": "zscore", "mean": [float("nan")] * 3, "std": [1.0] * 3},
+        "bytes": {"mode": "zscore", "mean": [125.0] * 3, "std": [60.0] * 3},
+        "another mode": {"mode": "zeros", "mean": [0.5] * 3, "std": [0.5] * 3},
+        "no image": UNIT,
+        "a flat image": UNIT | {"mean_image": [[0.5] * 3]},
+        "an odd image": UNIT | {"mean_image": [[[0.5] * 3], [[2.0] * 3]]},
+    }.items()
 }
 
 

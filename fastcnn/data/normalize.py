@@ -6,7 +6,7 @@ image, a bias a pixel), the formula of fastcnn.ops.augment, so that all loaders 
 
 import logging
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 Mode = Literal["zscore", "unit", "centered", "mean-image", "levels"]
 # float32 sums of up to 256 squares of uint8 stay below 2^24, so they are exact in any order
 EXACT_CHUNK = 64
+LEAST_VARIANCE = 1e-12  # of a channel that varies
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Normalization:
         mean = sums / values / 255
         variance = squares / values / 255**2 - mean**2
         # constant channels leave a rounding error of about 1e-17 in place of 0
-        std = np.sqrt(np.where(variance > 1e-12, variance, 1.0))
+        std = np.sqrt(np.where(variance > LEAST_VARIANCE, variance, 1.0))
         mean_image = None
         if mode == "mean-image" and pixel_sums is not None:
             mean_image = (pixel_sums / len(images) / 255).tolist()
@@ -62,7 +63,19 @@ class Normalization:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "Normalization":
-        return cls(plain["mode"], _three(plain["mean"]), _three(plain["std"]), plain["mean_image"])
+        """The reverse; raises ValueError for what no images are normalised by."""
+        found = cls(plain["mode"], _three(plain["mean"]), _three(plain["std"]), plain["mean_image"])
+        means = np.array(found.mean)
+        if found.mode == "mean-image":
+            means = np.array(found.mean_image, dtype=np.float64)
+            if means.ndim != 3 or means.shape[2] != 3:
+                raise ValueError(f"its mean image has the shape {means.shape}")
+        # of pixels in [0, 1], whose deviation is above their variance; NaN compares with nothing
+        means_hold = ((means >= 0) & (means <= 1)).all()
+        stds_hold = all(LEAST_VARIANCE < std <= 1 for std in found.std)
+        if found.mode not in get_args(Mode) or not means_hold or not stds_hold:
+            raise ValueError("it normalises as no images are")
+        return found
 
     @property
     def fill(self) -> tuple[float, float, float]:

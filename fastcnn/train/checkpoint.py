@@ -257,6 +257,13 @@ def _is_plain(value: Any) -> bool:
     return dense and value.device.type != "meta"
 
 
+def take_up(tensor: torch.Tensor, saved: Any) -> None:
+    """Copy a saved tensor; raises ValueError for one of another shape, which would be spread."""
+    if saved.shape != tensor.shape:
+        raise ValueError(f"a tensor is {tuple(saved.shape)} instead of {tuple(tensor.shape)}")
+    tensor.copy_(saved)
+
+
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where: Path) -> None:
     """Load a state dict into `model`, whole or not at all. Raises as check_weights."""
     check_weights(model, weights, where)

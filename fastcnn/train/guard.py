@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcnn.train.arriving import Arriving
+from fastcnn.train.checkpoint import take_up
 from fastcnn.train.scaling import LossScale
 from fastcnn.train.statistics import in_one
 
@@ -91,4 +92,6 @@ class Guard:
         return {"counts": self._counts.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._counts.copy_(state["counts"])
+        take_up(self._counts, state["counts"])
+        if not self._counts.isfinite().all():
+            raise ValueError("the counts of skipped steps are not finite")

@@ -324,9 +324,9 @@ class Training:
 
     def _require_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):
+            epoch = min(self.at.epoch + 1, self.epochs)
             raise NumbersError(
-                f"{what} is {value} in epoch {self.at.epoch + 1}: lower --lr or use --clip-grad 1"
-                f"{self._kept()}"
+                f"{what} is {value} in epoch {epoch}: lower --lr or use --clip-grad 1{self._kept()}"
             )
 
     def _finish(self, evaluation: Evaluation | None, stop: StopAtStepEdge) -> dict[str, Any]:
@@ -340,6 +340,7 @@ class Training:
                 evaluation = self._evaluate(setup.test_loader, stop)
         elif evaluation is None:
             evaluation = self._evaluate(setup.val_loader, stop)
+        self._require_finite(evaluation.figures.loss, "test loss")
         summary = self._summary(evaluation)
         self.folder.write_confusion(evaluation.confusion, setup.dataset.classes)
         self.folder.write_summary(summary)
@@ -443,7 +444,8 @@ class Training:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
                 f"{source}: not a checkpoint that this run can go on from "
-                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
+                "give an older one"
             ) from error
 
     def _restore(self, state: dict[str, Any], source: Path) -> None:

@@ -61,7 +61,10 @@ class Metrics:
         return _figures(torch.cat([whole, self.sums[4:]]))
 
     def load(self, sums: Tensor, batches: int, ranks: Ranks = ALONE) -> None:
-        """Take up what was gathered, `batches` batches into the epoch."""
+        """Take up what was gathered, `batches` batches into the epoch. Raises ValueError for sums
+        of another number."""
+        if sums.shape not in ((4,), (5,)):  # batches were not counted before format 3
+            raise ValueError(f"the sums of the epoch are {tuple(sums.shape)}")
         self.sums[:4] = sums[:4] if ranks.first else 0
         self.sums[4] = batches
 

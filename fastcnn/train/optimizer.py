@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastcnn.config import OptimConfig
 from fastcnn.ops.backend import ops_for
+from fastcnn.train.checkpoint import take_up
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam: Kingma and Ba 2015, and torch
 
@@ -116,8 +117,8 @@ class Optimizer:
             raise ValueError("the optimiser's state is that of another network or optimiser")
         for kind, tensors in own.items():
             for name, tensor in tensors.items():
-                tensor.copy_(saved["state"][kind][name])
-        self.steps.copy_(saved["steps"])
+                take_up(tensor, saved["state"][kind][name])
+        take_up(self.steps, saved["steps"])
 
 
 @dataclass(frozen=True)

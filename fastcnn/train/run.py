@@ -19,7 +19,8 @@ from fastcnn.train.loop import Training
 from fastcnn.train.precision import choose_device
 from fastcnn.train.progress import Progress
 from fastcnn.train.ranks import Ranks, joined, require_same
-from fastcnn.train.rundir import BAD_IMAGES, COLUMNS, RunFolder, versions
+from fastcnn.train.reached import check_history, check_reached
+from fastcnn.train.rundir import BAD_IMAGES, RunFolder, versions
 from fastcnn.train.setup import Setup, prepare
 from fastcnn.train.space import check_space
 from fastcnn.train.trained import feed, open_trained
@@ -178,7 +179,7 @@ def _resume(
     if state is not None:
         try:
             training.restore(state, source)
-            check_history(training.at.history)
+            check_reached(training)
         except (CheckpointError, DataError, OverflowError) as error:
             told = str(error)  # parts of a training know no file
             raise CheckpointError(told if str(source) in told else f"{source}: {told}") from error
@@ -201,13 +202,6 @@ def has_tables(folder: RunFolder, state: dict[str, Any]) -> bool:
     except (KeyError, TypeError, CheckpointError):
         return False  # who takes the checkpoint up is told what is wrong with it
     return folder.has_tables(history)
-
-
-def check_history(history: Any) -> None:
-    """Raise CheckpointError unless a checkpoint's epochs have the figures of metrics.csv."""
-    rows = history if isinstance(history, list) else [None]
-    if not all(isinstance(row, dict) and row.keys() >= set(COLUMNS) for row in rows):
-        raise CheckpointError("holds epochs without their figures; give an older checkpoint")
 
 
 def saved_config(state: dict[str, Any], path: Path) -> Config:
