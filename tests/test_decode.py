@@ -4,10 +4,17 @@ import io
 
 import numpy as np
 import pytest
-from image_files import encoded, load, noise, write, write_folder
+from image_files import encoded, large_png, load, noise, write, write_folder
 from PIL import Image
 
-from fastcnn.data.decode import EXTENSIONS, FORMATS, BadImageError, decode
+from fastcnn.data.decode import (
+    EXTENSIONS,
+    FORMATS,
+    BadImageError,
+    decode,
+    decoded_bytes,
+    no_warnings,
+)
 from fastcnn.data.plain import is_plain
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -106,6 +113,13 @@ def test_floating_point_is_refused():
 def test_greyness_and_plainness(data, grey, plain):
     decoded = decode(data)
     assert (decoded.grey, decoded.plain) == (grey, plain)
+    assert decoded_bytes(data) == decoded.pixels.nbytes == decoded_bytes(data[:-1])
+
+
+def test_what_is_refused_by_its_header_takes_no_bytes():
+    with no_warnings():
+        for data in (b"", b"text", large_png(10_000), large_png(20_000)):
+            assert decoded_bytes(data) == 0
 
 
 def test_no_format_but_those_of_images_is_opened():

@@ -351,6 +351,9 @@ FAULTS: dict[str, tuple[str, dict[str, str]]] = {
         "decompression bombs",
         {
             "folder": "bad_files_are_named_and_counted",
+            "large_images": "few_pixels_are_in_memory_at_once "
+            "another_size_is_refused_before_all_are_decoded "
+            "what_the_disk_cannot_hold_is_refused_at_the_first_images",
             "tar": "tar_that_grows_is_refused a_long_header_is_refused_before_it_is_read "
             "a_header_of_impossible_length_is_refused sparse_files_are_refused "
             "a_length_below_zero_is_refused headers_upon_headers_are_one_line "

@@ -174,7 +174,7 @@ def test_full_disk_is_one_error(monkeypatch, cache):
 def test_too_small_disk_names_bytes(monkeypatch):
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(DataError, match=r"600 bytes needed, 10 free"):
+    with pytest.raises(DataError, match=r"600 bytes needed for .*, 10 free; free some"):
         pack("x", "key", Reader())
 
 

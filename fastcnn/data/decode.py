@@ -65,6 +65,19 @@ def decode(data: bytes) -> Decoded:
         raise BadImageError(shown or type(error).__name__) from error
 
 
+def decoded_bytes(data: bytes) -> int:
+    """Return the bytes of pixels that `decode` would make of `data`, by its header alone; 0 for
+    what it refuses."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            pixels = image.width * image.height
+    except Exception:  # as in decode, which says what
+        return 0
+    return 3 * pixels if pixels <= MAX_PIXELS else 0
+
+
 def upright_rgb(image: Any) -> np.ndarray:
     """Return uint8 (H, W, 3) of an opened PIL image, as `decode` of its file, and leave it as it
     is. Raises BadImageError."""

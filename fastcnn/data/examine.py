@@ -4,15 +4,17 @@ import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from fastcnn.config import DataConfig
-from fastcnn.data.decode import BadImageError, decode, no_warnings
+from fastcnn.data.decode import BadImageError, decode, decoded_bytes, no_warnings
 from fastcnn.data.files import read_file
 from fastcnn.data.geometry import resize_box, whole_boxes
 
@@ -21,10 +23,14 @@ MAX_FILE_BYTES = 1 << 30
 # decoded images in memory
 CHUNK = 64  # images
 CHUNK_BYTES = 1 << 20  # encoded
+CHUNK_PIXELS = 1 << 26  # bytes decoded that a task may keep; a single image may have more
+FLIGHT_PIXELS = 1 << 29  # bytes decoded, of all tasks together; a kilobyte may become 268 MB
 # Small files cost more Python than decoding, and threads only fight for the interpreter's lock:
 # 10.0 k CIFAR JPEGs/s with one thread, 6.8 k with two (60,000 files packed, 2 cores, 2026-11-21)
 THREADED_BYTES = 16_384
 SUMMED_PIXELS = 1 << 16  # at a time: a large image would become eight times as large as floats
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -115,34 +121,113 @@ def examine_all(
     sources: Iterable[Source], view: View, mean_bytes: float, keep_pixels: bool
 ) -> Iterator[list[tuple[Source, Record]]]:
     """Yield a few images at a time, in order, examined in threads where files are large enough to
-    gain by it; few are in memory at once."""
+    gain by it; few are in memory at once, however many pixels the files unpack to."""
     threads = cores() if mean_bytes >= THREADED_BYTES else 1
-    chunks = _chunks(sources, max(1, min(CHUNK, int(CHUNK_BYTES / max(mean_bytes, 1)))))
+    most = max(1, min(CHUNK, int(CHUNK_BYTES / max(mean_bytes, 1))))
     with no_warnings():
         if threads == 1:
-            for chunk in chunks:
-                yield _examine_chunk(chunk, view, keep_pixels)
+            yield from _in_turn(sources, view, keep_pixels, most)
         else:
-            yield from _in_threads(chunks, view, keep_pixels, threads)
+            yield from _in_threads(_chunks(sources, most), view, keep_pixels, threads)
+
+
+def _in_turn(
+    sources: Iterable[Source], view: View, keep_pixels: bool, most: int
+) -> Iterator[list[tuple[Source, Record]]]:
+    chunk: list[tuple[Source, Record]] = []
+    held = 0
+    for source in sources:
+        record = examine(source.read, view, keep_pixels)
+        chunk.append((source, record))
+        held += 0 if record.pixels is None else record.pixels.nbytes
+        if len(chunk) == most or held >= CHUNK_PIXELS:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
+
+
+class Loaded(NamedTuple):
+    """A source whose bytes, or why there are none, `read` holds, and what they unpack to."""
+
+    source: Source
+    read: Callable[[], bytes]
+    decoded_bytes: int
 
 
 def _in_threads(
     chunks: Iterator[list[Source]], view: View, keep_pixels: bool, threads: int
 ) -> Iterator[list[tuple[Source, Record]]]:
-    running: deque[Future[list[tuple[Source, Record]]]] = deque()
+    """Read in threads, whose files' headers tell what decoding takes; then decode in threads as
+    much at once as FLIGHT_PIXELS allows."""
     with ThreadPoolExecutor(threads) as executor:
-        for chunk in chunks:
-            running.append(executor.submit(_examine_chunk, chunk, view, keep_pixels))
-            if len(running) > 2 * threads:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
+        reads = ((0, partial(_read_chunk, chunk)) for chunk in chunks)
+        tasks = (
+            (size, partial(_examine_chunk, part, view, keep_pixels))
+            for chunk in _ahead(executor, reads, threads)
+            for part, size in _parts(chunk, view, keep_pixels)
+        )
+        yield from _ahead(executor, tasks, 2 * threads)
+
+
+def _ahead(
+    executor: Executor, tasks: Iterable[tuple[int, Callable[[], Result]]], most: int
+) -> Iterator[Result]:
+    """Yield what tasks, each of so many bytes, return, in order: at most `most` of them and, but
+    for a single one, FLIGHT_PIXELS bytes are ahead."""
+    running: deque[tuple[int, Future[Result]]] = deque()
+    held = 0
+    for size, task in tasks:
+        while running and (len(running) >= most or held + size > FLIGHT_PIXELS):
+            done = running[0][0]
+            yield running.popleft()[1].result()
+            held -= done
+        running.append((size, executor.submit(task)))
+        held += size
+    while running:
+        yield running.popleft()[1].result()
+
+
+def _read_chunk(chunk: list[Source]) -> list[Loaded]:
+    return [_loaded(source) for source in chunk]
+
+
+def _loaded(source: Source) -> Loaded:
+    try:
+        data = source.read()
+    except BadImageError as error:
+        return Loaded(source, partial(_raise, error), 0)
+    return Loaded(source, lambda: data, decoded_bytes(data))
+
+
+def _raise(error: BadImageError) -> bytes:
+    raise error
+
+
+def _parts(
+    chunk: list[Loaded], view: View, keep_pixels: bool
+) -> Iterator[tuple[list[Loaded], int]]:
+    """Cut a chunk where it would keep more than CHUNK_PIXELS; yield its parts, and the bytes that
+    each holds at most: what it keeps, and its largest image beside."""
+    part: list[Loaded] = []
+    kept = largest = 0
+    for loaded in chunk:
+        seen = loaded.decoded_bytes if view.side is None else view.side * view.side * 3
+        size = seen if keep_pixels else 0
+        if part and kept + size > CHUNK_PIXELS:
+            yield part, kept + largest
+            part, kept, largest = [], 0, 0
+        part.append(loaded)
+        kept += size
+        largest = max(largest, loaded.decoded_bytes)
+    if part:
+        yield part, kept + largest
 
 
 def _examine_chunk(
-    chunk: list[Source], view: View, keep_pixels: bool
+    chunk: list[Loaded], view: View, keep_pixels: bool
 ) -> list[tuple[Source, Record]]:
-    return [(source, examine(source.read, view, keep_pixels)) for source in chunk]
+    return [(item.source, examine(item.read, view, keep_pixels)) for item in chunk]
 
 
 def _chunks(sources: Iterable[Source], size: int) -> Iterator[list[Source]]:

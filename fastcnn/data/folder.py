@@ -306,7 +306,9 @@ def _blocks(
             good.setdefault(split, []).append((position, record.pixels))
         for split, pairs in good.items():
             positions, images = zip(*pairs, strict=True)
-            yield split, list(positions), np.stack(images)
+            # a single one may be too large to be there twice
+            pixels = np.stack(images) if len(images) > 1 else images[0][None]
+            yield split, list(positions), pixels
     account.left_out = LeftOut(tuple(bad), grey, tuple(unread))
     refuse_bad(root, account.left_out, sum(map(len, labels.values())), config)
     refuse_lost_classes(root, layout.classes, labels, account.kept)

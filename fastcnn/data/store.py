@@ -294,7 +294,7 @@ def _write_pixels(folder: Path, contents: Contents) -> tuple[int, int]:
         for split, positions, pixels in contents.blocks:
             if sides is None:
                 sides = (pixels.shape[1], pixels.shape[2])
-                _check_space(folder, sum(counts.values()) * pixels[0].size)
+                _check_space(folder, sum(counts.values()), sides, contents.account is not None)
                 for name, count in counts.items():
                     file = stack.enter_context(open(folder / f"{name}.pixels.npy", "wb"))
                     files[name] = (file, _header(file, (count, *sides, 3)))
@@ -315,12 +315,16 @@ def _write_pixels(folder: Path, contents: Contents) -> tuple[int, int]:
     return sides
 
 
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+def _check_space(folder: Path, images: int, sides: tuple[int, int], sized: bool) -> None:
+    """Raise DataError for a disk without room. sized: whether --image-size makes a difference."""
+    (height, width), free = sides, shutil.disk_usage(folder).free
+    needed = images * height * width * 3
     if free < needed:
+        smaller = "give a smaller --image-size, " if sized else ""
         raise DataError(
-            f"cache folder {folder.parent}: {needed} bytes needed, {free} free; "
-            "free some or set FASTCNN_CACHE to a folder on another disk"
+            f"cache folder {folder.parent}: {needed} bytes needed for {images} images of {width} x "
+            f"{height} pixels, {free} free; {smaller}free some or set FASTCNN_CACHE to a folder on "
+            "another disk"
         )
 
 
