@@ -8,6 +8,7 @@ from typing import Any
 
 import fastcnn
 from fastcnn.errors import FastcnnError
+from fastcnn.text import first_line
 
 # package, what it is for, how to get it
 PACKAGES = (
@@ -82,7 +83,7 @@ def _package(name: str, purpose: str, remedy: str) -> Finding:
     try:
         importlib.import_module(MODULES.get(name, name))
     except Exception as error:  # a broken package raises anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         return Finding(name, f"{version}, but its import fails: {reason}", False, needed, remedy)
     return Finding(name, version)
 
@@ -103,7 +104,7 @@ def _dali() -> Finding:
     try:
         importlib.import_module("nvidia.dali")
     except Exception as error:  # a broken package raises anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         state = f"{found[0]}, but its import fails: {reason}"
         return Finding("DALI", state, False, False, DALI_REMEDY)
     return Finding("DALI", found[0])

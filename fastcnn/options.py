@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastcnn.errors import UsageError, nearest
+from fastcnn.text import REASON
 
 SHOWN = 80  # characters of a value in an error
 
@@ -246,7 +247,7 @@ def read_yaml(text: str) -> tuple[Any, list[str]]:
             raise ValueError("it has aliases (*name); write their values out")
         found = None if node is None else yaml.SafeLoader("").construct_document(node)
     except Exception as error:  # dates, tags and depth raise what they like
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())[:REASON] or type(error).__name__
         raise ValueError(reason) from error
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     return found, [str(key.value) for key, _ in pairs]

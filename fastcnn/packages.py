@@ -3,6 +3,7 @@
 import importlib
 
 from fastcnn.errors import UsageError
+from fastcnn.text import first_line
 
 
 class PackageError(UsageError, ImportError):
@@ -21,8 +22,3 @@ def require(*modules: str) -> None:
             missing = isinstance(error, ModuleNotFoundError) and error.name == package
             state = "is missing" if missing else f"cannot be imported ({first_line(error)})"
             raise PackageError(f"{package} {state}; see fastcnn doctor", name=package) from error
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in a line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,4 +1,6 @@
-"""Text from outside, such as names of files and classes, as it can be shown."""
+"""Text from outside, such as names of files and classes and what errors say, as it can be shown."""
+
+REASON = 200  # characters of an error that another package raises: it may quote a whole file
 
 
 def shown(text: str) -> str:
@@ -7,3 +9,9 @@ def shown(text: str) -> str:
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()
         for letter in text
     )
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one short line; the name of its kind where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return shown(lines[0][:REASON])[:REASON]

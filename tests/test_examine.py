@@ -53,6 +53,7 @@ def test_record_of_a_bad_image():
         (ValueError("bad\0 chunk\x1b[31m\nmore"), "bad chunk[31m more"),
         (ValueError(), "ValueError"),
         (ValueError("\0"), "ValueError"),
+        (ValueError("long" * 1000), "long" * 50),
         (examine.BadImageError(), "unreadable"),
     ],
 )

@@ -162,6 +162,37 @@ def test_flipped_bit_in_a_member_is_named(root, tmp_path, compression):
     assert len(found.train) + len(found.test) == len(members(root)) - 1
 
 
+def with_other_name(path, name):
+    """Alter a member's name where its data stand, to zeros, which are quoted fourfold."""
+    data = bytearray(path.read_bytes())
+    at = data.index(name.encode())
+    data[at : at + len(name)] = bytes(len(name))
+    path.write_bytes(data)
+    return path
+
+
+def test_a_reason_does_not_quote_kilobytes(root, tmp_path):
+    name = f"train/bee/{'long' * 1000}.png"
+    path = write_zip(tmp_path / "x.zip", members(root) | {name: image()})
+    found = load(with_other_name(path, name), on_bad_image="skip", bad_limit=0.2)
+    ((_, reason),) = found.left_out.bad
+    assert reason.startswith("damaged in the zip (File name in directory ")
+    assert len(reason) < 250
+
+
+def test_damage_without_words_has_the_name_of_its_kind(root, tmp_path, monkeypatch):
+    def fail(*_):
+        raise EOFError
+
+    path = write_zip(tmp_path / "x.zip", members(root))
+    monkeypatch.setattr(zip_reader, "_read", fail)
+    with pytest.raises(DataError, match=r"damaged in the zip \(EOFError\)"):
+        load(path)
+    monkeypatch.setattr(zip_reader, "_list", fail)
+    with pytest.raises(DataError, match=r"cut, damaged or not a zip \(EOFError\)"):
+        load(write_zip(tmp_path / "y.zip", members(root)))
+
+
 def test_a_fault_of_the_disk_is_no_damage_of_a_member(root, tmp_path, monkeypatch):
     path = write_zip(tmp_path / "x.zip", members(root))
 

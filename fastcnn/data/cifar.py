@@ -22,6 +22,7 @@ from fastcnn.data.geometry import resize
 from fastcnn.data.paths import given_path, kind_of
 from fastcnn.data.store import Block, Contents, Dataset, fingerprint, load_packed, pack
 from fastcnn.errors import DataError
+from fastcnn.text import first_line
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 PYTHON_ARCHIVE, BINARY_ARCHIVE = "cifar-10-python.tar.gz", "cifar-10-binary.tar.gz"
@@ -160,9 +161,8 @@ def parse_python(where: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
         batch = BatchUnpickler(io.BytesIO(data), encoding="bytes").load()
         pixels, labels = batch[b"data"].values, np.array(batch[b"labels"], dtype=np.int64)
     except Exception as error:  # a cut or forged pickle may raise anything
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{where}: not a CIFAR-10 batch ({text}); unpack the archive again"
+            f"{where}: not a CIFAR-10 batch ({first_line(error)}); unpack the archive again"
         ) from error
     if not isinstance(pixels, np.ndarray):
         raise DataError(f"{where}: pixels are not an array of uint8")

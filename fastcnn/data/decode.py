@@ -15,6 +15,7 @@ import numpy as np
 
 from fastcnn.data.plain import is_plain
 from fastcnn.packages import require
+from fastcnn.text import REASON, first_line
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit, where it begins to warn of decompression bombs
 EXTENSIONS = frozenset(
@@ -61,7 +62,7 @@ def decode(data: bytes) -> Decoded:
     except Exception as error:  # a decoder may raise anything on garbage
         text = " ".join(str(error).split("<")[0].split())
         # a message may quote the file
-        shown = "".join(filter(str.isprintable, text))
+        shown = "".join(filter(str.isprintable, text))[:REASON]
         raise BadImageError(shown or type(error).__name__) from error
 
 
@@ -89,7 +90,7 @@ def upright_rgb(image: Any) -> np.ndarray:
     except BadImageError:
         raise
     except Exception as error:  # a file that is read only now may be cut
-        raise BadImageError(str(error) or type(error).__name__) from error
+        raise BadImageError(first_line(error)) from error
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from fastcnn.data.geometry import resize
 from fastcnn.data.listing import stratum
 from fastcnn.data.store import Contents, Dataset, fingerprint, pack
 from fastcnn.errors import UsageError
-from fastcnn.packages import first_line
+from fastcnn.text import first_line
 
 CLASSES = tuple("0123456789")
 TEST_FRACTION = 0.2  # fixed, so that figures compare

@@ -20,6 +20,7 @@ from fastcnn.data.examine import Record, Source, View, examine_all, read_whole
 from fastcnn.data.files import Stamp
 from fastcnn.data.progress import progress_bar
 from fastcnn.data.store import SLOW_IMAGES, fingerprint, remove_stale
+from fastcnn.text import first_line
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,9 @@ def _load(cached: Path) -> tuple[Scan, list[str], np.ndarray] | None:
             raise ValueError(f"stamps: {stamps.dtype} {stamps.shape}")
         return known, names, stamps
     except Exception as error:  # a damaged archive may raise anything
-        log.warning("scan %s is damaged (%s); the images are examined again", cached, error)
+        log.warning(
+            "scan %s is damaged (%s); the images are examined again", cached, first_line(error)
+        )
         return None
 
 

@@ -26,6 +26,7 @@ from fastcnn.cache import cache_dir
 from fastcnn.data.files import Files
 from fastcnn.data.progress import progress_bar
 from fastcnn.errors import DataError
+from fastcnn.text import first_line
 
 log = logging.getLogger(__name__)
 
@@ -218,7 +219,7 @@ def _load(name: str, entry: Path) -> Dataset | None:
             LeftOut(bad, int(meta["grey"]), tuple(map(str, meta["unread"]))),
         )
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        _warn_damaged(entry, str(error))
+        _warn_damaged(entry, first_line(error))
         return None
 
 

@@ -19,6 +19,7 @@ from fastcnn.data.left_out import checked
 from fastcnn.data.listing import Layout, find_layout
 from fastcnn.data.store import Contents, Dataset, fingerprint, pack
 from fastcnn.errors import DataError, UsageError
+from fastcnn.text import first_line
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".txz")
 # Images hardly compress: an archive that grows by more than this is a bomb, not a data set
@@ -197,7 +198,7 @@ def _opened(path: Path) -> Iterator[tuple[tarfile.TarFile, Callable[[], None]]]:
     except Refused as error:
         raise DataError(f"{path}: {error}; refused") from error
     except DAMAGE as error:
-        reason = str(error) or type(error).__name__
+        reason = first_line(error)
         raise DataError(f"{path}: cut, damaged or not a tar ({reason}); get it again") from error
 
 

@@ -27,7 +27,7 @@ from fastcnn.data.store import Images
 from fastcnn.data.upload import resident
 from fastcnn.errors import DataError, UsageError
 from fastcnn.ops.reference_augment import normalize
-from fastcnn.packages import first_line
+from fastcnn.text import first_line
 
 POLL_S = 2  # between two looks at whether the workers are alive
 TIMED_OUT = "timed out"  # in DataLoader's own words
@@ -163,7 +163,7 @@ def _worker_errors(fetched: Any) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0].strip()
+        reason = first_line(error)
         if "DataLoader" not in reason:
             raise
         if TIMED_OUT in reason:

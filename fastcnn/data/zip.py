@@ -22,6 +22,7 @@ from fastcnn.data.store import Contents, Dataset, fingerprint, pack
 from fastcnn.data.tar import Growth
 from fastcnn.data.tiny_layout import tiny_layout, tiny_prefix
 from fastcnn.errors import DataError
+from fastcnn.text import first_line
 
 ENCRYPTED = 0x1  # bit of a member's flags
 APPENDED = "__MACOSX"  # a folder of metadata that macOS adds to the zips it writes
@@ -160,7 +161,7 @@ def _reader(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Call
     except DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:  # bz2's own have no number
             raise DataError(f"cannot read {path}: {error.strerror}") from error
-        return _refusal(f"damaged in the zip ({error or type(error).__name__})")
+        return _refusal(f"damaged in the zip ({first_line(error)})")
     return lambda: data
 
 
@@ -197,4 +198,6 @@ def _damage(where: str) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
-        raise DataError(f"{where}: cut, damaged or not a zip ({error}); get it again") from error
+        raise DataError(
+            f"{where}: cut, damaged or not a zip ({first_line(error)}); get it again"
+        ) from error

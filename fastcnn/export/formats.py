@@ -5,7 +5,7 @@ import importlib.util
 from typing import Literal
 
 from fastcnn.errors import UsageError
-from fastcnn.packages import first_line
+from fastcnn.text import first_line
 
 Format = Literal["onnx", "torch", "safetensors"]
 Names = Literal["own", "torchvision"]

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastcnn.errors import CheckpointError
 from fastcnn.files import replace_bytes
-from fastcnn.text import shown
+from fastcnn.text import first_line, shown
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def _damage(path: Path) -> Iterator[None]:
         yield
     except (ValueError, TypeError, csv.Error) as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error}); remove it, and resume the run"
+            f"{path} cannot be read ({first_line(error)}); remove it, and resume the run"
         ) from error
 
 

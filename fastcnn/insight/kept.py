@@ -13,6 +13,7 @@ from fastcnn.errors import CheckpointError
 from fastcnn.files import inside, replace_text
 from fastcnn.insight.document import Figure, Section
 from fastcnn.insight.table import Table, pairs, text, texts
+from fastcnn.text import first_line
 
 FORMAT = 1
 
@@ -41,7 +42,9 @@ def kept_sections(folder: Path, key: str) -> list[Section]:
             raise ValueError("another format")
         return [_section(plain, folder) for plain in content["sections"]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not what fastcnn wrote ({error}); remove it") from error
+        raise CheckpointError(
+            f"{path} is not what fastcnn wrote ({first_line(error)}); remove it"
+        ) from error
 
 
 def kept_of(folder: Path, key: str) -> list[str] | None:

@@ -14,6 +14,7 @@ from fastcnn.insight.figures import NUMBERED_CLASSES, read_confusion
 from fastcnn.insight.kept import kept_sections
 from fastcnn.insight.run_files import RunFiles, read_json, read_run, shown
 from fastcnn.insight.table import Table
+from fastcnn.text import first_line
 from fastcnn.train.progress import format_seconds
 from fastcnn.train.rundir import own_file
 
@@ -163,7 +164,9 @@ def _confusion(folder: Path) -> Section:
         caption = _most_confused(classes, counts)
     except OSError as error:
         path = folder / "confusion_matrix.csv"
-        raise CheckpointError(f"{path} cannot be read ({error}); remove it and its .png") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({first_line(error)}); remove it and its .png"
+        ) from error
     alt = f"Confusion matrix of {len(classes)} classes: rows true, columns predicted."
     figure = Figure(drawing, alt, caption)
     return Section("Confusion matrix", "confusion-matrix", (), NO_TABLE, figures=(figure,))

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastcnn.errors import CheckpointError
 from fastcnn.insight.figures import read_metrics
+from fastcnn.text import first_line
 from fastcnn.train.rundir import COLUMNS, RunFolder, own_file
 
 NUMBER = (int, float)
@@ -110,7 +111,9 @@ def _metrics(folder: Path, finished: bool) -> dict[str, list[float]]:
     try:
         found = read_metrics(folder) or {name: [] for name in COLUMNS}
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); resume the run") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({first_line(error)}); resume the run"
+        ) from error
     found.setdefault("skipped_steps", [0.0] * len(found.get("epoch", [])))  # not counted before
     if missing := [name for name in COLUMNS if name not in found]:
         raise CheckpointError(f"{path} has no column {missing[0]}; resume the run")
@@ -129,7 +132,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; resume the run, which writes it") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); remove it") from error
+        raise CheckpointError(f"{path} cannot be read ({first_line(error)}); remove it") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is not what this program wrote; remove it")
     return found

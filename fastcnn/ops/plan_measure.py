@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastcnn.ops.conv_library import POOL, Pending, gradients_of_pending, vendor_gradients
 from fastcnn.ops.reference import product
+from fastcnn.text import first_line
 
 ROUNDS = 7  # each of which times every implementation; medians are told
 WARM_UP = 3
@@ -105,7 +106,7 @@ def measure(layer: ConvLayer, device: torch.device, clock: Clock | None = None) 
     except torch.OutOfMemoryError:
         return Measured(note="too little memory to measure it in")
     except RuntimeError as error:
-        return Measured(note=f"cannot be measured: {str(error).splitlines()[0][:200]}")
+        return Measured(note=f"cannot be measured: {first_line(error)}")
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the tensors of one layer fit no other's

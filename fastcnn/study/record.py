@@ -12,6 +12,7 @@ from typing import Any
 from fastcnn.errors import CheckpointError
 from fastcnn.files import inside, replace_text
 from fastcnn.insight.table import Table, as_csv, markdown, pairs, text, texts
+from fastcnn.text import first_line
 
 FORMAT = 1
 
@@ -75,7 +76,7 @@ def read(path: Path) -> Record:
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is not a record of this program ({error}); remove it"
+            f"{path} is not a record of this program ({first_line(error)}); remove it"
         ) from error
 
 

@@ -19,6 +19,7 @@ import torch
 
 from fastcnn.errors import CheckpointError, DiskError
 from fastcnn.files import discard, replace_text, replacing
+from fastcnn.text import first_line
 from fastcnn.train.formats import FORMAT, migrate
 
 SUMS = "checkpoints.json"
@@ -171,7 +172,7 @@ def _read_sums(folder: Path) -> dict[str, list[dict[str, Any]]]:
     except FileNotFoundError:
         return {}
     except FORGED as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); remove it") from error
+        raise CheckpointError(f"{path} cannot be read ({first_line(error)}); remove it") from error
 
 
 def _check_whole(path: Path) -> None:

@@ -17,6 +17,7 @@ from fastcnn.data.draws import derive_seed
 from fastcnn.data.loaders import Loader
 from fastcnn.errors import CheckpointError, NumbersError, UsageError
 from fastcnn.ops import plans
+from fastcnn.text import first_line
 from fastcnn.train import checkpoint, memory
 from fastcnn.train.diagnose import first_not_finite
 from fastcnn.train.evaluate import Evaluation, Evaluator
@@ -444,8 +445,7 @@ class Training:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
                 f"{source}: not a checkpoint that this run can go on from "
-                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
-                "give an older one"
+                f"({type(error).__name__}: {first_line(error)}); give an older one"
             ) from error
 
     def _restore(self, state: dict[str, Any], source: Path) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fastcnn.errors import FastcnnError, UsageError
 from fastcnn.signals import StopRequests
+from fastcnn.text import first_line
 
 TIMEOUT_S = 600  # for the slowest rank, while images are packed or kernels compiled
 STOP_S = 25  # for rank 0 to save; torchrun kills whoever is left after 30
@@ -215,8 +216,7 @@ def lost(ranks: Ranks, error: Exception) -> RankLost:
     """What to say of a rank that does not answer."""
     with StopRequests():  # torchrun ends whoever is left while this one looks who is gone
         who = ranks.gone()
-    reason = str(error).splitlines()[0][:200]
-    told = f"{who} has ended" if who else f"another rank is out of reach ({reason})"
+    told = f"{who} has ended" if who else f"another rank is out of reach ({first_line(error)})"
     return RankLost(
         f"{told}: start the same torchrun command again with --resume and the run's folder"
     )

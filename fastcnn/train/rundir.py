@@ -21,6 +21,7 @@ from fastcnn.data.left_out import bad_table
 from fastcnn.errors import CheckpointError, DiskError, UsageError
 from fastcnn.files import inside, replace_text
 from fastcnn.options import read_yaml
+from fastcnn.text import first_line
 
 COLUMNS = (
     "epoch",
@@ -170,7 +171,7 @@ class RunFolder:
         try:
             options, _ = read_yaml(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+            raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
         if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
             raise CheckpointError(f"{path} holds no options")
         try:
@@ -218,7 +219,9 @@ class RunFolder:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); remove it") from error
+            raise CheckpointError(
+                f"{path} cannot be read ({first_line(error)}); remove it"
+            ) from error
         if not isinstance(found, dict) or not found:
             raise CheckpointError(f"{path} is not what this program wrote; remove it")
         return found

@@ -16,6 +16,7 @@ from fastcnn.data import Dataset, Images, Normalization, load_dataset, make_load
 from fastcnn.data.files import Files
 from fastcnn.errors import CheckpointError, DataError, UsageError
 from fastcnn.ops.backend import Backend, choose_backend, choose_convolution, convolution_of_run
+from fastcnn.text import first_line
 from fastcnn.train import checkpoint
 from fastcnn.train.precision import Precision, choose_precision
 from fastcnn.train.ranks import ALONE, Ranks
@@ -58,7 +59,9 @@ def load_trained(path: Path, device: torch.device, backend: str) -> TrainedModel
                 build(network, image_size, len(classes), backend), weights, path
             )
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, UsageError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint of a network ({error})") from error
+        raise CheckpointError(
+            f"{path}: not a checkpoint of a network ({first_line(error)})"
+        ) from error
     # torch draws initial weights for the new layers; what a run draws next must not depend on it
     with torch.random.fork_rng(devices=[]):
         model = build(network, image_size, len(classes), backend)
