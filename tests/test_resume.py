@@ -309,6 +309,18 @@ def test_nothing_half_written_stays_in_a_finished_run(tmp_path):
     assert not part.exists()
 
 
+def test_lost_sums_of_checkpoints_are_noted_again(tmp_path):
+    """Also where nothing is left to train, and so no other checkpoint will be written."""
+    folder = start(tmp_path, epochs=1).folder.path
+    (folder / "summary.json").unlink()
+    (folder / "checkpoints.json").unlink()
+    resume(folder)
+    with (folder / "last.pt").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.load(folder / "last.pt")
+
+
 @pytest.mark.parametrize("name", ["metrics.csv", "confusion_matrix.csv"])
 def test_a_finished_run_gets_a_lost_table_back(tmp_path, name):
     outcome = start(tmp_path, epochs=1)

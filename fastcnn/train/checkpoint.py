@@ -175,6 +175,11 @@ def _read_sums(folder: Path) -> dict[str, list[dict[str, Any]]]:
         raise CheckpointError(f"{path} cannot be read ({first_line(error)}); remove it") from error
 
 
+def has_sum(path: Path) -> bool:
+    """Whether checkpoints.json, which may have been lost, tells what `path` is to hold."""
+    return bool(_read_sums(path.parent).get(path.name))
+
+
 def _check_whole(path: Path) -> None:
     """Raise CheckpointError for a file that is not the one that was written."""
     size = path.stat().st_size

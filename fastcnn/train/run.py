@@ -183,7 +183,7 @@ def _resume(
         except (CheckpointError, DataError, OverflowError) as error:
             told = str(error)  # parts of a training know no file
             raise CheckpointError(told if str(source) in told else f"{source}: {told}") from error
-        if source != folder.last and ranks.first:
+        if ranks.first and (source != folder.last or not checkpoint.has_sum(folder.last)):
             # before anything is saved: what was newer must not take the place of a whole one
             checkpoint.save(state, folder.last)
     folder.write_resumption(config, command)
