@@ -334,7 +334,7 @@ def test_a_checkpoint_moves_between_backends(tmp_path):
 
 
 def test_same_accuracy_within_noise(tmp_path):
-    options = {"arch": "mao-batchnorm", "epochs": 4, "train_subset": 1000, "test_subset": 300}
+    options = {"arch": "mao-batchnorm", "epochs": 3, "train_subset": 700, "test_subset": 300}
     found = {
         name: start(tmp_path, name, backend=name, **options).summary["test_top1"]
         for name in ("fused", "torch")

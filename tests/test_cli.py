@@ -372,11 +372,10 @@ def unbroken(tmp_path_factory):
     ("number", "code"),
     [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)],
 )
-@pytest.mark.parametrize("after_s", [0.0, 0.15])
-def test_a_run_ended_by_a_signal_is_resumed_bit_equal(tmp_path, unbroken, number, code, after_s):
+def test_a_run_ended_by_a_signal_is_resumed_bit_equal(tmp_path, unbroken, number, code):
     process = spawn(tmp_path, *LONG, "--name", "run")
     wait_for(tmp_path / "run" / "last.pt", process)
-    time.sleep(after_s)
+    time.sleep(0.1)  # into a step, or a save
     process.send_signal(number)
     found = process.wait(60)
     if found == 0:

@@ -48,7 +48,7 @@ def test_one_batch_is_learnt_by_heart(name):
     model = build(network, network.image_sizes[0], 10)
     initialise(model, "he", torch.Generator().manual_seed(0))
     step = make_step(model, **FAMILIES[name])
-    images, labels = batch(20, network.image_sizes[0])
+    images, labels = batch(10, network.image_sizes[0])
     top1 = 0.0
     while top1 < 0.99 and step.step < 80:
         for _ in range(10):
