@@ -1,8 +1,10 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and read only where that comes to an end."""
 
+import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -73,6 +75,13 @@ def discard(path: Path) -> None:
     # a read-only disk refuses even where there is none, and would hide its first refusal
     with suppress(OSError):
         path.unlink(missing_ok=True)
+
+
+def check_regular(path: Path) -> None:
+    """Raise OSError for a pipe or a device: opening or reading one may wait for ever."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # reading a folder is refused as such
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def replace_bytes(path: Path, content: bytes | memoryview) -> Path:

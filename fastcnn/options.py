@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastcnn.errors import UsageError, nearest
+from fastcnn.files import check_regular
 from fastcnn.text import REASON
 
 SHOWN = 80  # characters of a value in an error
@@ -216,6 +217,7 @@ def read_lists(path: str) -> dict[str, Any]:
 
 def _mapping(path: str) -> dict[Any, Any]:
     try:
+        check_regular(Path(path))
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from error

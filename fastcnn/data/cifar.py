@@ -22,6 +22,7 @@ from fastcnn.data.geometry import resize
 from fastcnn.data.paths import given_path, kind_of
 from fastcnn.data.store import Block, Contents, Dataset, fingerprint, load_packed, pack
 from fastcnn.errors import DataError
+from fastcnn.files import check_regular
 from fastcnn.text import first_line
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
@@ -107,6 +108,7 @@ def _read_archive(path: Path, size: int | None) -> Contents:
 def _from_folder(folder: Path, batches: list[str], size: int | None) -> Dataset:
     def read(name: str) -> bytes:
         try:
+            check_regular(folder / name)
             return (folder / name).read_bytes()
         except OSError as error:
             raise DataError(f"cannot read {folder / name}: {error.strerror}") from error

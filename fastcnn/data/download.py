@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastcnn.data.progress import progress_bar
 from fastcnn.errors import DataError
+from fastcnn.files import check_regular
 
 TIMEOUT_S = 30
 BLOCK = 1 << 20
@@ -18,6 +19,7 @@ def md5_of(path: Path) -> str:
     """Return the MD5 (hex) of a file. Raises DataError if it cannot be read."""
     digest = hashlib.md5(usedforsecurity=False)
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             while block := file.read(BLOCK):
                 digest.update(block)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.errors import CheckpointError
-from fastcnn.files import replace_bytes
+from fastcnn.files import check_regular, replace_bytes
 from fastcnn.text import first_line, shown
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ def read_metrics(folder: Path) -> dict[str, list[float]]:
     """metrics.csv by column; every list has one value an epoch. Raises CheckpointError where it is
     damaged."""
     path = folder / "metrics.csv"
+    check_regular(path)
     with path.open(newline="", encoding="utf-8") as file, _damage(path):
         rows = list(csv.DictReader(file))
         return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else {})}
@@ -39,6 +40,7 @@ def read_confusion(folder: Path) -> tuple[list[str], list[list[int]]]:
     """Class names and counts (rows true, columns predicted) of confusion_matrix.csv. Raises
     CheckpointError where it is damaged."""
     path = folder / "confusion_matrix.csv"
+    check_regular(path)
     with path.open(newline="", encoding="utf-8") as file, _damage(path):
         header, *rows = csv.reader(file)
         counts = [[int(count) for count in row[1:]] for row in rows]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.errors import CheckpointError
-from fastcnn.files import inside, replace_text
+from fastcnn.files import check_regular, inside, replace_text
 from fastcnn.insight.document import Figure, Section
 from fastcnn.insight.table import Table, pairs, text, texts
 from fastcnn.text import first_line
@@ -50,6 +50,7 @@ def kept_sections(folder: Path, key: str) -> list[Section]:
 def kept_of(folder: Path, key: str) -> list[str] | None:
     """Which data <key>.json tells of; None where it does not say, or is not there."""
     try:
+        check_regular(folder / f"{key}.json")
         return json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))["of"] or None
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None

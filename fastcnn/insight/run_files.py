@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.errors import CheckpointError
+from fastcnn.files import check_regular
 from fastcnn.insight.figures import read_metrics
 from fastcnn.text import first_line
 from fastcnn.train.rundir import COLUMNS, RunFolder, own_file
@@ -128,6 +129,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """A file that must be there and hold a mapping; raises CheckpointError otherwise."""
     path = own_file(folder, name)
     try:
+        check_regular(path)
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; resume the run, which writes it") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.errors import CheckpointError
-from fastcnn.files import inside, replace_text
+from fastcnn.files import check_regular, inside, replace_text
 from fastcnn.insight.table import Table, as_csv, markdown, pairs, text, texts
 from fastcnn.text import first_line
 
@@ -63,6 +63,7 @@ def write(
 def read(path: Path) -> Record:
     """The record in a JSON file; raises CheckpointError if it is none."""
     try:
+        check_regular(path)
         found = json.loads(inside(path.parent, path.name).read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
             raise ValueError("another format")

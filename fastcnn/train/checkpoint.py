@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastcnn.errors import CheckpointError, DiskError
-from fastcnn.files import discard, replace_text, replacing
+from fastcnn.files import check_regular, discard, replace_text, replacing
 from fastcnn.text import first_line
 from fastcnn.train.formats import FORMAT, migrate
 
@@ -164,6 +164,7 @@ def _read_sums(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """{name: sums of what it held, the newest last}; {} where there is no such file."""
     path = folder / SUMS
     try:
+        check_regular(path)
         found = json.loads(path.read_text(encoding="utf-8"))
         return {
             str(name): [{"bytes": int(one["bytes"]), "sha256": str(one["sha256"])} for one in own]

@@ -19,7 +19,7 @@ from fastcnn.cache import locked
 from fastcnn.config import Config, PlaceConfig
 from fastcnn.data.left_out import bad_table
 from fastcnn.errors import CheckpointError, DiskError, UsageError
-from fastcnn.files import inside, replace_text
+from fastcnn.files import check_regular, inside, replace_text
 from fastcnn.options import read_yaml
 from fastcnn.text import first_line
 
@@ -187,6 +187,7 @@ class RunFolder:
         """Whether the tables of a finished run are there: metrics.csv as its epochs have it, and
         confusion_matrix.csv."""
         try:
+            check_regular(self.path / "metrics.csv")
             own = (self.path / "metrics.csv").read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             return False
