@@ -5,6 +5,7 @@ import os
 import stat
 import tracemalloc
 import zipfile
+from pathlib import PurePosixPath
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from image_files import image, load, members_of, write, write_folder, write_zip
 
 from fastcnn.data import tar
 from fastcnn.data import zip as zip_reader
+from fastcnn.data.listing import normal_name
 from fastcnn.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -279,3 +281,8 @@ def test_large_images_are_decoded_in_threads(tmp_path):
 def test_empty_zip(tmp_path):
     with pytest.raises(DataError, match="no files"):
         load(write_zip(tmp_path / "x.zip", {}))
+
+
+@pytest.mark.parametrize("name", ["a/b.png", "./a//b/./c", "a/", ".", "", "a/.b/..c/ d", "a\\b/c."])
+def test_names_are_as_pathlib_has_them(name):
+    assert normal_name(name) == str(PurePosixPath(name))

@@ -52,6 +52,11 @@ class Layout:
         return self
 
 
+def normal_name(name: str) -> str:
+    """A relative path as pathlib writes it, in less time: an archive may hold millions."""
+    return "/".join(part for part in name.split("/") if part not in ("", ".")) or "."
+
+
 def find_layout(
     where: str, files: Iterable[str], folders: Iterable[str], test_fraction: float
 ) -> Layout:

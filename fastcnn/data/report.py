@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -107,8 +107,7 @@ def _names(layout: Layout) -> list[str]:
 def _is_split_by_fraction(layout: Layout) -> bool:
     """Return whether the same folders hold training and test images."""
     train, test = (
-        {PurePosixPath(path).parent for path, _ in layout.splits[split]}
-        for split in ("train", "test")
+        {path.rpartition("/")[0] for path, _ in layout.splits[split]} for split in ("train", "test")
     )
     return not train.isdisjoint(test)
 

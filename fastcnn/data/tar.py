@@ -8,7 +8,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any, cast
 
 from fastcnn.config import DataConfig
@@ -16,7 +16,7 @@ from fastcnn.data.decode import BadImageError
 from fastcnn.data.examine import MAX_FILE_BYTES, Source
 from fastcnn.data.folder import decoded_contents, image_key, warn_ignored
 from fastcnn.data.left_out import checked
-from fastcnn.data.listing import Layout, find_layout
+from fastcnn.data.listing import Layout, find_layout, normal_name
 from fastcnn.data.store import Contents, Dataset, fingerprint, pack
 from fastcnn.errors import DataError, UsageError
 from fastcnn.text import first_line
@@ -90,7 +90,7 @@ def _list(path: Path) -> tuple[dict[str, int], list[str]]:
             _forget(archive)
             _check(path, member)
             growth.add(member.size)
-            name = str(PurePosixPath(member.name))
+            name = normal_name(member.name)
             if member.isdir():
                 folders.append(name)
             elif name in files:
@@ -149,7 +149,7 @@ def _forget(archive: tarfile.TarFile) -> None:
 
 
 def _check(path: Path, member: tarfile.TarInfo) -> None:
-    parts = PurePosixPath(member.name).parts
+    parts = member.name.split("/")
     if member.name.startswith("/") or ".." in parts:
         raise DataError(f"{path}: member '{member.name}' points outside the archive; refused")
     if not (member.isfile() or member.isdir()):
@@ -168,7 +168,7 @@ def _sources(path: Path, layout: Layout) -> Iterator[Source]:
     with _opened(path) as (archive, _):
         for member in archive:
             _forget(archive)
-            name = str(PurePosixPath(member.name))
+            name = normal_name(member.name)
             if name in wanted and member.isfile():
                 yield Source(*wanted[name], name, _reader(archive, member))
 

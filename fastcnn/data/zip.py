@@ -10,14 +10,14 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from fastcnn.config import DataConfig
 from fastcnn.data.decode import BadImageError
 from fastcnn.data.examine import MAX_FILE_BYTES, Source
 from fastcnn.data.folder import decoded_contents, image_key, warn_ignored
 from fastcnn.data.left_out import checked
-from fastcnn.data.listing import Layout, find_layout
+from fastcnn.data.listing import Layout, find_layout, normal_name
 from fastcnn.data.store import Contents, Dataset, fingerprint, pack
 from fastcnn.data.tar import Growth
 from fastcnn.data.tiny_layout import tiny_layout, tiny_prefix
@@ -95,7 +95,7 @@ def _list(path: Path, archive: zipfile.ZipFile) -> tuple[Members, list[str]]:
     for info in archive.infolist():
         _check(path, info)
         growth.add(info.file_size)
-        name = str(PurePosixPath(info.filename))
+        name = normal_name(info.filename)
         if name.split("/")[0] == APPENDED:
             continue
         if info.is_dir():
@@ -111,7 +111,7 @@ def _check(path: Path, info: zipfile.ZipInfo) -> None:
     name = info.filename
     if not name:
         raise DataError(f"{path}: a member without a name; get it again")
-    if name.startswith("/") or ".." in PurePosixPath(name).parts:
+    if name.startswith("/") or ".." in name.split("/"):
         raise DataError(f"{path}: member '{name}' points outside the archive; refused")
     # the upper half holds Unix's mode, 0 in zips from elsewhere
     kind = stat.S_IFMT(info.external_attr >> 16)
@@ -146,7 +146,7 @@ def _sources(path: Path, layout: Layout) -> Iterator[Source]:
     }
     with _opened(path) as archive:
         for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
-            name = str(PurePosixPath(info.filename))
+            name = normal_name(info.filename)
             if name in wanted:
                 yield Source(*wanted[name], name, _reader(path, archive, info))
 
