@@ -25,18 +25,23 @@ def moment(value):
     return forge
 
 
+def half_a_step(state):
+    state["step"] = 2.5
+    state["progress"] |= {"epoch": 0, "history": [], "best_epoch": 0, "best_value": None}
+
+
 FORGED = {
     "infinite sums": (lambda state: state["sums"].fill_(torch.inf), "sums"),
     "negative sums": (lambda state: state["sums"].fill_(-1), "sums"),
     "one sum": (lambda state: state.update(sums=torch.ones(1)), "sums"),
     "a negative step": (lambda state: state.update(step=-5), "step -5"),
-    "half a step": (lambda state: state.update(step=1.5), "step 1.5"),
+    "half a step": (half_a_step, "step 2.5"),
     "a step of another epoch": (lambda state: state.update(step=2), "step 2"),
     "a negative epoch": (progress(epoch=-3), "epoch -3"),
     "an epoch without figures": (progress(epoch=2), "epoch 2"),
     "an epoch half done and over": (progress(trained=True), "trained True"),
     "trained as text": (progress(trained="yes"), "trained yes"),
-    "a time that is none": (progress(seconds=float("nan")), "seconds nan"),
+    "a time that is none": (progress(seconds=float("inf")), "seconds inf"),
     "a time before": (progress(seconds=-1.0), "seconds -1"),
     "a best epoch to come": (progress(best_epoch=99), r"best \(99"),
     "no best epoch": (progress(best_epoch=0), r"best \(0"),
@@ -87,6 +92,12 @@ def test_what_a_run_arrived_at_is_taken_up(trained):
     torch.save(whole, folder.last)
     (folder.path / "summary.json").unlink(missing_ok=True)
     assert resume(folder.path).summary["epochs"] == 1
+
+
+def test_an_epoch_of_a_dev_run_has_one_step(tmp_path):
+    folder = start(tmp_path, fast_dev_run=True).folder.path
+    (folder / "summary.json").unlink()
+    assert resume(folder).summary["epochs"] == 1
 
 
 def test_a_test_loss_that_is_not_finite_ends_the_run(trained):
