@@ -13,5 +13,14 @@ def shown(text: str) -> str:
 
 def first_line(error: Exception) -> str:
     """What an error says, in one short line; the name of its kind where it says nothing."""
+    return _line(error, 0)
+
+
+def last_line(error: Exception) -> str:
+    """The same of an error that quotes a traceback: its end."""
+    return _line(error, -1)
+
+
+def _line(error: Exception, number: int) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return shown(lines[0][:REASON])[:REASON]
+    return shown(lines[number][:REASON])[:REASON]

@@ -30,6 +30,7 @@ from loader_cases import (
 from torchvision.transforms import v2
 
 from fastcnn.config import AugmentConfig
+from fastcnn.data import torch_loader
 from fastcnn.data.draws import derive_seed
 from fastcnn.data.store import Images
 from fastcnn.errors import DataError
@@ -191,6 +192,15 @@ def test_a_killed_worker_is_named(tmp_path, capfd, place, killed):
     os.kill(pid, signal.SIGKILL)
     assert re.match(rf"--loader torch: DataLoader worker .*\b{pid}\b", failure(batches))
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_a_worker_raised_is_told():
+    told = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\n  File …\n"
+    with (
+        pytest.raises(DataError, match=r"process 0\. RuntimeError: no space; --workers 0 loads"),
+        torch_loader._worker_errors(None),
+    ):
+        raise RuntimeError(told + "RuntimeError: no space")
 
 
 @pytest.mark.cuda

@@ -27,10 +27,10 @@ from fastcnn.data.store import Images
 from fastcnn.data.upload import resident
 from fastcnn.errors import DataError, UsageError
 from fastcnn.ops.reference_augment import normalize
-from fastcnn.text import first_line
+from fastcnn.text import first_line, last_line
 
 POLL_S = 2  # between two looks at whether the workers are alive
-TIMED_OUT = "timed out"  # in DataLoader's own words
+TIMED_OUT, CAUGHT = "timed out", "Caught "  # in DataLoader's own words
 WORKER_TIMEOUT_S = 120  # without a batch for so long, a worker is taken to hang
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
@@ -166,6 +166,8 @@ def _worker_errors(fetched: Any) -> Iterator[None]:
         reason = first_line(error)
         if "DataLoader" not in reason:
             raise
+        if reason.startswith(CAUGHT):  # a worker's traceback follows, and its error's words last
+            reason += f" {last_line(error)}"
         if TIMED_OUT in reason:
             reason = f"worker (pid {_slow_workers(fetched)}) gave nothing for {WORKER_TIMEOUT_S} s"
         raise _worker_error(reason) from error

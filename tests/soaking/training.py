@@ -126,7 +126,7 @@ DISTURBANCES: dict[str, Callable[[subprocess.Popen, Random], None]] = {
 # how a training may end that was disturbed; 0: it was faster
 CODES = {
     "none": {0},
-    "full disk": {0, 4},
+    "full disk": {0, 3, 4},  # 3: no room for what a worker hands over
     "SIGKILL": {0, -9},
     "SIGTERM": {0, 143},
     "SIGINT": {0, 130},
