@@ -68,8 +68,14 @@ FORGED = {
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = start(tmp_path_factory.mktemp("runs"), epochs=1, optimizer="sgd").folder
-    (folder.path / "checkpoints.json").unlink()
     return folder, checkpoint.load(folder.last)
+
+
+def forged(folder, state):
+    """Put a state into the folder of a run that is not finished, with no sums beside it."""
+    torch.save(state, folder.last)
+    for name in ("summary.json", "checkpoints.json"):
+        (folder.path / name).unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("kind", FORGED)
@@ -78,8 +84,7 @@ def test_what_no_run_arrives_at_is_refused(trained, kind):
     forge, told = FORGED[kind]
     state = copy.deepcopy(whole)
     forge(state)
-    torch.save(state, folder.last)
-    (folder.path / "summary.json").unlink(missing_ok=True)
+    forged(folder, state)
     with pytest.raises(CheckpointError, match=rf"last\.pt: .*{told}.*; give an older") as caught:
         resume(folder.path)
     assert len(str(caught.value)) < 400
@@ -89,8 +94,7 @@ def test_what_no_run_arrives_at_is_refused(trained, kind):
 def test_what_a_run_arrived_at_is_taken_up(trained):
     """The test above refuses nothing for another reason."""
     folder, whole = trained
-    torch.save(whole, folder.last)
-    (folder.path / "summary.json").unlink(missing_ok=True)
+    forged(folder, whole)
     assert resume(folder.path).summary["epochs"] == 1
 
 
@@ -106,8 +110,7 @@ def test_a_test_loss_that_is_not_finite_ends_the_run(trained):
     state = copy.deepcopy(whole)
     for weight in state["model"].values():
         weight.fill_(torch.nan if weight.is_floating_point() else 0)
-    torch.save(state, folder.last)
-    (folder.path / "summary.json").unlink(missing_ok=True)
+    forged(folder, state)
     with pytest.raises(NumbersError, match="test loss is nan in epoch 1: ") as caught:
         resume(folder.path)
     assert caught.value.exit_code == 6

@@ -271,9 +271,7 @@ except Exception as error:
 """
 
 
-@pytest.mark.parametrize(
-    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
-)
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_jobs_save_their_runs_when_the_study_is_stopped(tmp_path, signum, code):
     """SIGINT as a terminal sends it: to the whole group. Children hear of it from their parent
     alone: two signals would end them before they have saved."""

@@ -176,9 +176,7 @@ print("nothing wrong")
         ("static_cast<int64_t>(blockIdx.x - table.first_block[index])", "int64_t(blockIdx.x)"),
         ("fits(weight, 4)", "true"),
         ("fits(grad, sizeof(G))", "true"),
-        ("fits(first, 4)", "true"),
         ("fits(copy, 2)", "true"),
-        ("fits(average, 4)", "true"),
         ("whole, count, step", "whole, count - 1, step"),
     ],
 )
