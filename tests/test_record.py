@@ -61,6 +61,13 @@ def test_a_file_that_is_no_record_is_named(tmp_path, text):
         read(path)
 
 
+def test_a_link_is_no_record(folder):
+    """A page would show what it leads to."""
+    (folder / "other.json").symlink_to(folder / "table1.json")
+    with pytest.raises(CheckpointError, match=r"other\.json is not a record .* no file of"):
+        read(folder / "other.json")
+
+
 def test_a_value_of_another_kind_is_refused_or_shown(folder):
     path = folder / "table1.json"
     refused, shown = [], 0
