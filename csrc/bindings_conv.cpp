@@ -1,19 +1,85 @@
-// The convolution's ops for torch on CUDA: checks, allocation, workspace, registration. The CPU has
-// them in Python, made of torch's own (fastcnn/ops/conv_composites.py); fastcnn/ops/conv_library.py
-// holds the schemas.
+// The convolution's ops for torch: checks, allocation, workspace, registration. On the CPU there are
+// kernels for 3x3 filters with stride 1 alone, under names of their own, which the ops of all shapes
+// call (fastcnn/ops/conv_composites.py); fastcnn/ops/conv_library.py holds the schemas.
+#include <algorithm>
 #include <climits>
 #include <tuple>
 #include <vector>
 
 #include "bindings.h"
 
-#ifdef FASTCNN_CUDA
 namespace {
 
 using namespace fastcnn;
 using Pads = std::vector<int64_t>;
 
 constexpr int kPool = 2;  // window and stride of the only pool
+constexpr int64_t kUnlimited = INT64_MAX;
+
+// where an op runs: the same calls for both devices
+struct Cpu {
+  static constexpr int64_t kPendingChannels = kUnlimited, kMostPixels = kUnlimited;
+
+  static int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+  static int64_t partial_rows(const ConvShape&) { return 1; }
+  static int64_t data_gradient_workspace(const ConvShape& shape, Dtype dtype) {
+    return cpu::conv_data_gradient_workspace(shape, dtype, threads());
+  }
+  static int64_t weight_gradient_workspace(const ConvShape& shape, Dtype dtype) {
+    return cpu::conv_weight_gradient_workspace(shape, dtype, threads());
+  }
+  static void check_dtype(const Tensor& x) {
+    REQUIRE(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
+            "x: expected float32 or float64 on the CPU, got another dtype; use torch.conv2d");
+  }
+  static void check_shape(const ConvShape& shape, const Pads& pads) {
+    REQUIRE(shape.r == 3 && shape.s == 3 && shape.stride == 1 &&
+                *std::max_element(pads.begin(), pads.end()) <= 2,
+            "conv3x3: expected 3x3 filters, stride 1 and pads of 0 to 2, got ", shape.r, " x ",
+            shape.s, ", ", shape.stride, " and ", text_of(pads));
+    REQUIRE(shape.n && shape.h && shape.w && shape.c && shape.k,
+            "conv3x3: expected an image of at least one pixel and channel");
+  }
+  static void run(const Conv& args, const Tensor& x) {
+    Tensor workspace = bytes(x, cpu::conv_workspace(args.shape, args.dtype, threads()));
+    cpu::conv(args, pointer(workspace), threads(), parallel);
+  }
+  static void run(const ConvDataGradient& args, const Tensor&) {
+    cpu::conv_data_gradient(args, threads(), parallel);
+  }
+  static void run(const ConvWeightGradient& args, const Tensor&) {
+    cpu::conv_weight_gradient(args, threads(), parallel);
+  }
+  static void run(const BnMerge& args, const Tensor& partials) {
+    cpu::bn_merge(args, dtype_of(partials));
+  }
+};
+
+#ifdef FASTCNN_CUDA
+struct Cuda {
+  static constexpr int64_t kPendingChannels = cuda::kPendingChannels;
+  static constexpr int64_t kMostPixels = INT_MAX / 2 - 1;  // counted in 32 bits
+  static constexpr auto partial_rows = cuda::conv_partial_rows;
+  static constexpr auto data_gradient_workspace = cuda::conv_data_gradient_workspace;
+  static constexpr auto weight_gradient_workspace = cuda::conv_weight_gradient_workspace;
+
+  static void check_dtype(const Tensor& x) {
+    REQUIRE(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16,
+            "x: expected float16 or bfloat16 on a GPU, got another dtype; use torch.conv2d");
+  }
+  static void check_shape(const ConvShape&, const Pads&) {}
+  static void run(const Conv& args, const Tensor& x) { enqueue(cuda::launch_conv, args, x); }
+  static void run(const ConvDataGradient& args, const Tensor& x) {
+    enqueue(cuda::launch_conv_data_gradient, args, x);
+  }
+  static void run(const ConvWeightGradient& args, const Tensor& x) {
+    enqueue(cuda::launch_conv_weight_gradient, args, x);
+  }
+  static void run(const BnMerge& args, const Tensor& partials) {
+    enqueue(cuda::launch_bn_merge, args, partials);
+  }
+};
+#endif
 
 void check_image(const Tensor& x, const Tensor& like, const char* name, const char* form) {
   REQUIRE(x.dim() == 4, name, ": expected ", form, ", got ", shape_of(x));
@@ -22,9 +88,9 @@ void check_image(const Tensor& x, const Tensor& like, const char* name, const ch
   check_layout(x, name);
 }
 
+template <class B>
 void check_x(const Tensor& x) {
-  REQUIRE(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16,
-          "x: expected float16 or bfloat16 on a GPU, got another dtype; use torch.conv2d");
+  B::check_dtype(x);
   check_image(x, x, "x", "(N, C, H, W)");
 }
 
@@ -33,15 +99,16 @@ int small(int64_t number, const char* name) {
   return static_cast<int>(number);
 }
 
-// what the kernels count in 32 bits
+template <class B>
 void check_counts(const ConvShape& shape, int64_t taps) {
-  constexpr int64_t most = INT_MAX / 2 - 1;
+  constexpr int64_t most = B::kMostPixels;
   const int64_t input = shape.n * shape.h * shape.w, filters = shape.c * shape.k * taps;
   REQUIRE(input <= most && filters <= most, "conv: expected at most ", most, " pixels and ", most,
           " values of filters, got ", input, " and ", filters, "; use smaller batches");
 }
 
 // filters of k x r x s over x
+template <class B>
 ConvShape geometry_of(const Tensor& x, int64_t k, int64_t r, int64_t s, int64_t stride,
                    const Pads& pads) {
   REQUIRE(stride >= 1 && pads.size() == 4 && pads[0] >= 0 && pads[1] >= 0 && pads[2] >= 0 &&
@@ -51,7 +118,7 @@ ConvShape geometry_of(const Tensor& x, int64_t k, int64_t r, int64_t s, int64_t 
   const int64_t height = shape.h + pads[0] + pads[1], width = shape.w + pads[2] + pads[3];
   REQUIRE(r >= 1 && s >= 1 && r <= height && s <= width, "filter: expected at most ", height,
           " x ", width, ", the padded image, got ", r, " x ", s);
-  check_counts(shape, r * s);
+  check_counts<B>(shape, r * s);
   shape.r = small(r, "filter");
   shape.s = small(s, "filter");
   shape.stride = small(stride, "stride");
@@ -59,15 +126,17 @@ ConvShape geometry_of(const Tensor& x, int64_t k, int64_t r, int64_t s, int64_t 
   shape.left = small(pads[2], "pads");
   shape.p = (height - r) / stride + 1;
   shape.q = (width - s) / stride + 1;
+  B::check_shape(shape, pads);
   return shape;
 }
 
+template <class B>
 ConvShape geometry_of(const Tensor& x, const Tensor& filter, int64_t stride, const Pads& pads) {
-  check_x(x);
+  check_x<B>(x);
   check_image(filter, x, "filter", "(K, C, R, S)");
   REQUIRE(filter.size(1) == x.size(1), "filter: expected ", x.size(1),
           " channels, as x has, got ", filter.size(1));
-  return geometry_of(x, filter.size(0), filter.size(2), filter.size(3), stride, pads);
+  return geometry_of<B>(x, filter.size(0), filter.size(2), filter.size(3), stride, pads);
 }
 
 std::vector<int64_t> result_sizes(const ConvShape& shape) {
@@ -85,9 +154,10 @@ const void* optional_vector(const Optional& t, int64_t length, const Tensor& x, 
 }
 
 // which the forward pass keeps in shared memory, a few values a channel
+template <class B>
 void check_room(const ConvInput& input, const ConvShape& shape) {
-  REQUIRE(input.is_plain() || shape.c <= cuda::kPendingChannels, "x: expected at most ",
-          cuda::kPendingChannels, " channels of a pending input, got ", shape.c);
+  REQUIRE(input.is_plain() || shape.c <= B::kPendingChannels, "x: expected at most ",
+          B::kPendingChannels, " channels of a pending input, got ", shape.c);
 }
 
 // what is pending of x
@@ -114,42 +184,44 @@ ConvInput input_of(const Tensor& x, const Block& block) {
   return {x.const_data_ptr(), affine, block.pre_slope, block.post_slope};
 }
 
+template <class B>
 std::tuple<Tensor, Tensor> conv(const Tensor& x, const Tensor& filter, const Optional& bias,
                                 const Optional& in_mean, const Optional& in_rstd,
                                 const Optional& in_weight, const Optional& in_bias,
                                 bool in_batch_stats, double in_pre_slope, double in_post_slope,
                                 int64_t stride, Pads pads, std::optional<double> stats_slope,
                                 bool own_data_gradient, bool own_weight_gradient) {
-  const ConvShape shape = geometry_of(x, filter, stride, pads);
-  const int64_t rows = stats_slope ? cuda::conv_partial_rows(shape) : 0;
+  const ConvShape shape = geometry_of<B>(x, filter, stride, pads);
+  const int64_t rows = stats_slope ? B::partial_rows(shape) : 0;
   if (stats_slope) check_slope(*stats_slope);
   Conv args{dtype_of(x), shape};
   args.input = input_of(x, {in_mean, in_rstd, in_weight, in_bias, in_batch_stats, in_pre_slope,
                             in_post_slope});
-  check_room(args.input, shape);
+  check_room<B>(args.input, shape);
   args.filter = filter.const_data_ptr();
   args.bias = optional_vector(bias, shape.k, x, "bias");
   args.pre_slope = args.post_slope = 1;
   Tensor y = empty(x, result_sizes(shape), x.scalar_type());
-  Tensor partials = empty(x, {3, rows, shape.k}, ScalarType::Float);
+  Tensor partials = empty(x, {3, rows, shape.k}, parameter_type(x));
   args.y = pointer(y);
   args.partials = stats_slope ? pointer(partials) : nullptr;
   args.stats_slope = stats_slope.value_or(1);
-  enqueue(cuda::launch_conv, args, x);
+  B::run(args, x);
   return {y, partials};
 }
 
+template <class B>
 std::tuple<Tensor, Tensor> conv_bias_act_pool(
     const Tensor& x, const Tensor& filter, const Optional& bias, const Optional& in_mean,
     const Optional& in_rstd, const Optional& in_weight, const Optional& in_bias,
     bool in_batch_stats, double in_pre_slope, double in_post_slope, double slope, int64_t stride,
     Pads pads, bool own_data_gradient, bool own_weight_gradient) {
-  const ConvShape shape = geometry_of(x, filter, stride, pads);
+  const ConvShape shape = geometry_of<B>(x, filter, stride, pads);
   check_slope(slope);
   Conv args{dtype_of(x), shape};
   args.input = input_of(x, {in_mean, in_rstd, in_weight, in_bias, in_batch_stats, in_pre_slope,
                             in_post_slope});
-  check_room(args.input, shape);
+  check_room<B>(args.input, shape);
   args.filter = filter.const_data_ptr();
   args.bias = optional_vector(bias, shape.k, x, "bias");
   args.pre_slope = 1;
@@ -160,14 +232,15 @@ std::tuple<Tensor, Tensor> conv_bias_act_pool(
   args.y = pointer(y);
   args.code = static_cast<uint8_t*>(pointer(code));
   args.stats_slope = 1;
-  enqueue(cuda::launch_conv, args, x);
+  B::run(args, x);
   return {y, code};
 }
 
+template <class B>
 Tensor conv_affine_act(const Tensor& x, const Tensor& filter, const Optional& bias,
                        const Optional& scale, const Optional& shift, const Optional& residual,
                        double pre_slope, double post_slope, int64_t stride, Pads pads, bool pool) {
-  const ConvShape shape = geometry_of(x, filter, stride, pads);
+  const ConvShape shape = geometry_of<B>(x, filter, stride, pads);
   check_slope(pre_slope);
   check_slope(post_slope);
   REQUIRE(!residual || !pool, "residual: expected none with a pool");
@@ -185,7 +258,7 @@ Tensor conv_affine_act(const Tensor& x, const Tensor& filter, const Optional& bi
   args.pool = pool;
   args.y = pointer(y);
   args.stats_slope = 1;
-  enqueue(cuda::launch_conv, args, x);
+  B::run(args, x);
   return y;
 }
 
@@ -197,11 +270,12 @@ void check_gradient(const Tensor& dy, const Tensor& x, const ConvShape& shape) {
 }
 
 // dweight, dbias are empty where there is no such vector pending
+template <class B>
 std::tuple<Tensor, Tensor, Tensor> conv_data_gradient(
     const Tensor& dy, const Tensor& filter, const Tensor& x, const Optional& in_mean,
     const Optional& in_rstd, const Optional& in_weight, const Optional& in_bias,
     bool in_batch_stats, double in_pre_slope, double in_post_slope, int64_t stride, Pads pads) {
-  const ConvShape shape = geometry_of(x, filter, stride, pads);
+  const ConvShape shape = geometry_of<B>(x, filter, stride, pads);
   check_gradient(dy, x, shape);
   const ConvInput input = input_of(x, {in_mean, in_rstd, in_weight, in_bias, in_batch_stats,
                                        in_pre_slope, in_post_slope});
@@ -210,9 +284,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_data_gradient(
   Tensor dx = empty_as(x);
   Tensor dweight = empty(x, in_weight ? channels : none, parameter_type(x));
   Tensor dbias = empty(x, in_bias ? channels : none, parameter_type(x));
-  Tensor workspace = bytes(x, cuda::conv_data_gradient_workspace(shape, dtype));
-  enqueue(cuda::launch_conv_data_gradient,
-          ConvDataGradient{dtype, shape, input, in_batch_stats, filter.const_data_ptr(),
+  Tensor workspace = bytes(x, B::data_gradient_workspace(shape, dtype));
+  B::run(ConvDataGradient{dtype, shape, input, in_batch_stats, filter.const_data_ptr(),
                            dy.const_data_ptr(), pointer(dx),
                            in_weight ? pointer(dweight) : nullptr,
                            in_bias ? pointer(dbias) : nullptr, pointer(workspace)},
@@ -220,41 +293,41 @@ std::tuple<Tensor, Tensor, Tensor> conv_data_gradient(
   return {dx, dweight, dbias};
 }
 
+template <class B>
 Tensor conv_weight_gradient(const Tensor& dy, const Tensor& x, const Optional& in_mean,
                             const Optional& in_rstd, const Optional& in_weight,
                             const Optional& in_bias, bool in_batch_stats, double in_pre_slope,
                             double in_post_slope, int64_t r, int64_t s, int64_t stride,
                             Pads pads) {
-  check_x(x);
+  check_x<B>(x);
   REQUIRE(dy.dim() == 4, "dy: expected (N, K, P, Q), got ", shape_of(dy));
-  const ConvShape shape = geometry_of(x, dy.size(1), r, s, stride, pads);
+  const ConvShape shape = geometry_of<B>(x, dy.size(1), r, s, stride, pads);
   check_gradient(dy, x, shape);
   const ConvInput input = input_of(x, {in_mean, in_rstd, in_weight, in_bias, in_batch_stats,
                                        in_pre_slope, in_post_slope});
   const Dtype dtype = dtype_of(x);
   Tensor dfilter = empty(x, {shape.k, shape.c, r, s}, x.scalar_type());
-  Tensor workspace = bytes(x, cuda::conv_weight_gradient_workspace(shape, dtype));
-  enqueue(cuda::launch_conv_weight_gradient,
-          ConvWeightGradient{dtype, shape, input, dy.const_data_ptr(), pointer(dfilter),
+  Tensor workspace = bytes(x, B::weight_gradient_workspace(shape, dtype));
+  B::run(ConvWeightGradient{dtype, shape, input, dy.const_data_ptr(), pointer(dfilter),
                              pointer(workspace)},
           x);
   return dfilter;
 }
 
+template <class B>
 std::tuple<Tensor, Tensor> bn_stats_merge(const Tensor& partials, std::optional<int64_t> count,
                                           const Tensor& running_mean, const Tensor& running_var,
                                           double momentum, double eps) {
   REQUIRE(partials.dim() == 3 && partials.size(0) == 3 && partials.is_contiguous() &&
-              partials.scalar_type() == ScalarType::Float,
+              partials.scalar_type() == parameter_type(partials),
           "partials: expected contiguous float32 (3, rows, K), got ", shape_of(partials));
   REQUIRE(!count || *count >= 0, "count: expected >= 0, got ", *count);
   const int64_t k = partials.size(2);
   vector_of(running_mean, k, partials, "running_mean");
   vector_of(running_var, k, partials, "running_var");
-  Tensor mean = empty(partials, {k}, ScalarType::Float);
-  Tensor rstd = empty(partials, {k}, ScalarType::Float);
-  enqueue(cuda::launch_bn_merge,
-          BnMerge{partials.size(1), k, count.value_or(-1), partials.const_data_ptr(), momentum, eps,
+  Tensor mean = empty(partials, {k}, partials.scalar_type());
+  Tensor rstd = empty(partials, {k}, partials.scalar_type());
+  B::run(BnMerge{partials.size(1), k, count.value_or(-1), partials.const_data_ptr(), momentum, eps,
                   pointer(running_mean), pointer(running_var), pointer(mean), pointer(rstd)},
           partials);
   return {mean, rstd};
@@ -262,12 +335,21 @@ std::tuple<Tensor, Tensor> bn_stats_merge(const Tensor& partials, std::optional<
 
 }  // namespace
 
+STABLE_TORCH_LIBRARY_IMPL(fastcnn, CPU, m) {
+  m.impl("conv3x3", TORCH_BOX(&conv<Cpu>));
+  m.impl("conv3x3_bias_act_pool", TORCH_BOX(&conv_bias_act_pool<Cpu>));
+  m.impl("conv3x3_affine_act", TORCH_BOX(&conv_affine_act<Cpu>));
+  m.impl("conv3x3_data_gradient", TORCH_BOX(&conv_data_gradient<Cpu>));
+  m.impl("conv3x3_weight_gradient", TORCH_BOX(&conv_weight_gradient<Cpu>));
+  m.impl("bn_stats_merge", TORCH_BOX(&bn_stats_merge<Cpu>));
+}
+#ifdef FASTCNN_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fastcnn, CUDA, m) {
-  m.impl("conv", TORCH_BOX(&conv));
-  m.impl("conv_bias_act_pool", TORCH_BOX(&conv_bias_act_pool));
-  m.impl("conv_affine_act", TORCH_BOX(&conv_affine_act));
-  m.impl("conv_data_gradient", TORCH_BOX(&conv_data_gradient));
-  m.impl("conv_weight_gradient", TORCH_BOX(&conv_weight_gradient));
-  m.impl("bn_stats_merge", TORCH_BOX(&bn_stats_merge));
+  m.impl("conv", TORCH_BOX(&conv<Cuda>));
+  m.impl("conv_bias_act_pool", TORCH_BOX(&conv_bias_act_pool<Cuda>));
+  m.impl("conv_affine_act", TORCH_BOX(&conv_affine_act<Cuda>));
+  m.impl("conv_data_gradient", TORCH_BOX(&conv_data_gradient<Cuda>));
+  m.impl("conv_weight_gradient", TORCH_BOX(&conv_weight_gradient<Cuda>));
+  m.impl("bn_stats_merge", TORCH_BOX(&bn_stats_merge<Cuda>));
 }
 #endif

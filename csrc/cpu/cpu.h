@@ -18,11 +18,23 @@ using Parallel =
 int64_t bn_stats_workspace(const Sizes& sizes);
 int64_t bn_act_backward_workspace(const Sizes& sizes);
 
+// bytes of a convolution's workspace for so many threads. Convolutions are 3x3, stride 1, with pads
+// of 0 to 2, f32 or f64; an image of at least one pixel. With more threads some are the sums of more
+// parts: their bits depend on `threads`.
+int64_t conv_workspace(const ConvShape& shape, Dtype dtype, int threads);
+int64_t conv_data_gradient_workspace(const ConvShape& shape, Dtype dtype, int threads);
+int64_t conv_weight_gradient_workspace(const ConvShape& shape, Dtype dtype, int threads);
+
 void bn_stats(const BnStats& args, const Parallel& parallel);
 void bn_act(const BnAct& args, const Parallel& parallel);
 void bn_act_pool(const BnActPool& args, const Parallel& parallel);
 void bn_act_backward(const BnActBackward& args, const Parallel& parallel);
 void bn_act_pool_backward(const BnActPoolBackward& args, const Parallel& parallel);
+// partials: one row
+void conv(const Conv& args, void* workspace, int threads, const Parallel& parallel);
+void bn_merge(const BnMerge& args, Dtype dtype);
+void conv_data_gradient(const ConvDataGradient& args, int threads, const Parallel& parallel);
+void conv_weight_gradient(const ConvWeightGradient& args, int threads, const Parallel& parallel);
 void augment(const Augment& args, const Parallel& parallel);
 void sgd(const Sgd& args, const Parallel& parallel);
 void adam(const Adam& args, const Parallel& parallel);

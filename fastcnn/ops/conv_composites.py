@@ -1,9 +1,11 @@
-"""The convolution's ops for the CPU, made of torch's convolution and the ops that follow one.
+"""The convolution's ops for the CPU: the library's kernels where it has some, else torch's
+convolution and the ops that follow one.
 
-They say what the kernels must compute, let a network that is meant for a GPU run anywhere, and are
-what the gradients are checked on. Nothing is faster for them: what is pending of an input is
-written before it is multiplied.
+The kernels are for 3x3 filters with stride 1 in fp32 and fp64. Elsewhere nothing is faster for these
+ops: they let a network that is meant for a GPU run anywhere, and say what a kernel must compute.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,10 +27,24 @@ from fastcnn.ops.reference import product
 _ops = torch.ops.fastcnn
 
 
+def has_kernels(x: Tensor, filter_shape: Sequence[int], stride: int, pads: Pads) -> bool:
+    """Whether the CPU's kernels compute this convolution of an image on the CPU."""
+    return (
+        stride == 1
+        and tuple(filter_shape[2:]) == (3, 3)
+        and max(pads) <= 2
+        and x.dtype in (torch.float32, torch.float64)
+        and x.numel() > 0
+        and filter_shape[0] > 0
+    )
+
+
 def _conv(x, filter, bias, *rest):  # type: ignore[no-untyped-def]
     *block, stride, pads, stats_slope, _, _ = rest
     pending = Pending(x, *block)
     _check_product(pending, filter, bias, stride, pads)
+    if has_kernels(x, filter.shape, stride, pads):
+        return _ops.conv3x3(x, filter, bias, *rest)
     y = _product(pending.applied(), filter, bias, stride, pads)
     wide = tracing.parameter_dtype(x)
     if stats_slope is None:
@@ -54,6 +70,8 @@ def _conv_bias_act_pool(x, filter, bias, *rest):  # type: ignore[no-untyped-def]
     *block, slope, stride, pads, _, _ = rest
     pending = Pending(x, *block)
     _check_product(pending, filter, bias, stride, pads)
+    if has_kernels(x, filter.shape, stride, pads):
+        return _ops.conv3x3_bias_act_pool(x, filter, bias, *rest)
     y = _product(pending.applied(), filter, None, stride, pads)
     return _ops.bias_act_pool(y, bias, slope, *POOL)
 
@@ -62,6 +80,9 @@ def _conv_affine_act(  # type: ignore[no-untyped-def]
     x, filter, bias, scale, shift, residual, pre_slope, post_slope, stride, pads, pool
 ):
     _check_product(Pending(x), filter, bias, stride, pads)
+    if has_kernels(x, filter.shape, stride, pads):
+        rest = (pre_slope, post_slope, stride, pads, pool)
+        return _ops.conv3x3_affine_act(x, filter, bias, scale, shift, residual, *rest)
     y = _product(x, filter, bias, stride, pads)
     _require(residual is None or not pool, "residual: expected none with a pool")
     zeros, ones = torch.zeros_like(tracing.per_channel(y)), torch.ones_like(tracing.per_channel(y))
@@ -76,6 +97,8 @@ def _conv_data_gradient(dy, filter, x, *rest):  # type: ignore[no-untyped-def]
     pending = Pending(x, *block)
     _check_product(pending, filter, None, stride, pads)
     _check_gradient(dy, x, result_shape(x, filter, stride, pads))
+    if has_kernels(x, filter.shape, stride, pads):
+        return _ops.conv3x3_data_gradient(dy, filter, x, *rest)
     activated = pending.applied() if pending.mean is None else x
     dz, _ = vendor_gradients(dy, activated, filter, stride, pads, (True, False))
     return gradients_of_pending(dz, pending, activated)
@@ -89,29 +112,9 @@ def _conv_weight_gradient(dy, x, *rest):  # type: ignore[no-untyped-def]
     filter = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
     _check_product(pending, filter, None, stride, pads)
     _check_gradient(dy, x, result_shape(x, filter, stride, pads))
+    if has_kernels(x, shape, stride, pads):
+        return _ops.conv3x3_weight_gradient(dy, x, *rest)
     return vendor_gradients(dy, pending.applied(), filter, stride, pads, (False, True))[1]
-
-
-def _bn_stats_merge(  # type: ignore[no-untyped-def]
-    partials, count, running_mean, running_var, momentum, eps
-):
-    k = partials.shape[-1]
-    _require(
-        partials.dim() == 3 and partials.shape[0] == 3,
-        f"partials: expected (3, rows, K), got {list(partials.shape)}",
-    )
-    for name, vector in (("running_mean", running_mean), ("running_var", running_var)):
-        _check_vector(vector, k, partials, name)
-    means, squares, counts = partials
-    if count is None:
-        count = int(counts[:, :1].sum())
-    if count == 0:
-        return torch.zeros_like(running_mean), torch.ones_like(running_var)
-    mean = (means * counts).sum(0) / count
-    squares = (squares + counts * (means - mean).square()).sum(0)
-    running_mean.lerp_(mean, momentum)
-    running_var.lerp_(squares / max(count - 1, 1), momentum)
-    return mean, (squares / count + eps).rsqrt()
 
 
 # checks, in the words of csrc/bindings_conv.cpp
@@ -221,7 +224,6 @@ def register() -> None:
         "conv_affine_act": _conv_affine_act,
         "conv_data_gradient": _conv_data_gradient,
         "conv_weight_gradient": _conv_weight_gradient,
-        "bn_stats_merge": _bn_stats_merge,
     }
     for name, composite in composites.items():
         schemas.impl(name, composite, "CPU")

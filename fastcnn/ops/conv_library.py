@@ -4,8 +4,8 @@ A convolution here multiplies post(affine(pre(x))), which is made while x is loa
 and normalised tensor of the layer before is neither written nor kept for the backward, and the
 statistics of the result come out of the product, so that a chain of layers costs no pass of its
 own. "in_*" are what is done to x: all None and both slopes 1 is x itself. csrc/arguments.h has the
-semantics, csrc/bindings_conv.cpp the kernels, conv_composites.py the same of torch's own
-operations for the CPU.
+semantics, csrc/bindings_conv.cpp the kernels. On the CPU they are for 3x3 filters with stride 1
+alone, the ops conv3x3*; conv_composites.py has the other shapes, made of torch's own operations.
 
 Sizes: x (N, C, H, W), filter (K, C, R, S), result (N, K, P, Q), all in channels-last memory and of
 one dtype. Vectors are fp32 (fp64 where x is). pads: top, bottom, left, right. stride: both ways.
@@ -90,18 +90,24 @@ def result_shape(x: Tensor, filter: Tensor, stride: int, pads: Pads) -> tuple[in
 # K) of its activation for bn_stats_merge: mean, squared deviations from it, count. own_...: whether
 # that gradient is the library's or torch's
 
-define(
+def _define(name: str, schema: str) -> None:
+    """An op, and the CPU's kernel of it for 3x3 filters, which only that op calls."""
+    define(name, schema)
+    define(name.replace("conv", "conv3x3", 1), schema)
+
+
+_define(
     "conv",
     f"(Tensor x, Tensor filter, Tensor? bias, {_INPUT}, int stride, int[] pads, "
     "float? stats_slope, bool own_data_gradient, bool own_weight_gradient) "
     "-> (Tensor y, Tensor partials)",
 )
-define(
+_define(
     "conv_data_gradient",
     f"(Tensor dy, Tensor filter, Tensor x, {_INPUT}, int stride, int[] pads) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
 )
-define(
+_define(
     "conv_weight_gradient",
     f"(Tensor dy, Tensor x, {_INPUT}, int r, int s, int stride, int[] pads) -> Tensor",
 )
@@ -234,7 +240,7 @@ def channels_last(result: Tensor) -> Tensor:
 # conv_bias_act_pool: max-pool(act(conv2d(input, filter) + bias)), 2x2 with stride 2; code: as
 # bias_act_pool's, so that the product itself is neither written nor kept
 
-define(
+_define(
     "conv_bias_act_pool",
     f"(Tensor x, Tensor filter, Tensor? bias, {_INPUT}, float slope, int stride, int[] pads, "
     "bool own_data_gradient, bool own_weight_gradient) -> (Tensor y, Tensor code)",
@@ -277,7 +283,7 @@ torch.library.register_autograd(
 # conv_affine_act, for inference: post(pre(conv2d(x, filter) + bias) · scale + shift + residual),
 # and its 2x2 max-pool with stride 2 if asked for (no residual then)
 
-define(
+_define(
     "conv_affine_act",
     "(Tensor x, Tensor filter, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, "
     "float pre_slope, float post_slope, int stride, int[] pads, bool pool) -> Tensor",
