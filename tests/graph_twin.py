@@ -5,6 +5,8 @@ every operation the tensors and numbers of the capture, and what waits for the d
 captured. So what goes wrong in a graph because it lies on the host goes wrong here.
 """
 
+from contextlib import contextmanager
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,10 +23,20 @@ UNTOLD_WRITES = {torch.ops.aten.native_batch_norm.default: (3, 4)}
 
 
 class CpuTwin:
-    """A `fastcnn.train.graph.Recorder`; `captures` counts its graphs."""
+    """A `fastcnn.train.graph.Recorder`; `captures` counts its graphs, `is_aside` says whether the
+    work at hand is where captures are."""
 
     def __init__(self):
         self.captures = 0
+        self.is_aside = False
+
+    @contextmanager
+    def aside(self):
+        self.is_aside = True
+        try:
+            yield
+        finally:
+            self.is_aside = False
 
     def warm_up(self, work):
         work()

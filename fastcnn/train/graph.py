@@ -7,9 +7,11 @@ tensor on the device that the work itself moves on. What a graph leaves behind l
 memory pool; so all graphs share one pool and may be replayed in any order.
 """
 
+import gc
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Literal, Protocol
 
 import torch
@@ -26,11 +28,21 @@ WARM_UP = 3  # eager calls of each kind, as in the examples of torch.cuda.graphs
 
 
 class Recorder(Protocol):
-    """What turns work into a replay; `warm_up` runs it eagerly as the capture will run it."""
+    """What turns work into a replay; `warm_up` runs it eagerly as the capture will run it.
+
+    `aside`: the block runs where captures do, which what keeps a stream must be made in.
+    """
+
+    def aside(self) -> AbstractContextManager[None]: ...
 
     def warm_up(self, work: Work) -> None: ...
 
     def capture(self, work: Work) -> Work: ...
+
+
+# Graphs whose capture was broken off. The allocator of pinned memory goes on asking them about each
+# allocation, which torch's Python cannot end; one that was freed would be read.
+_broken: list[torch.cuda.CUDAGraph] = []
 
 
 class CudaRecorder:
@@ -38,15 +50,23 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self._renew()
+
+    def _renew(self) -> None:
+        self.stream = torch.cuda.Stream(self.device)
         self.pool = torch.cuda.graph_pool_handle()
 
-    def warm_up(self, work: Work) -> None:
+    @contextmanager
+    def aside(self) -> Iterator[None]:
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
-            work()
+            yield
         current.wait_stream(self.stream)
+
+    def warm_up(self, work: Work) -> None:
+        with self.aside():
+            work()
 
     def capture(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
@@ -54,14 +74,28 @@ class CudaRecorder:
         generator = torch.cuda.default_generators[current.device_index]
         before = generator.clone_state()
         try:
-            self._capture(graph, work)
+            with _nothing_collected():
+                self._capture(graph, work)
         except Exception:
             # a capture that was broken off stays on its stream, and its generator goes on waiting
             # for replays
             torch.cuda.set_stream(current)
             generator.graphsafe_set_state(before)
+            self._give_up(graph)
             raise
         return graph.replay
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End the allocation to the pool, which torch does behind a capture that succeeds: else
+        every later allocation would ask this graph, and no memory that crosses streams come back.
+
+        The next capture takes another stream and pool; graphs of the old ones can be replayed.
+        """
+        with suppress(RuntimeError):  # it did not come to begin, or torch has ended it
+            torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
+            torch._C._cuda_releasePool(self.stream.device_index, self.pool)
+            _broken.append(graph)
+        self._renew()
 
     def _capture(self, graph: torch.cuda.CUDAGraph, work: Work) -> None:
         # thread_local: another thread, such as one that pins memory, may use the device meanwhile
@@ -71,6 +105,20 @@ class CudaRecorder:
             torch.cuda.graph(graph, stream=self.stream, **options),
         ):
             work()
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Collect garbage, and then none in the block: a graph or an event that is in a cycle would be
+    destroyed in the middle of a capture, which breaks it."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def recorder_for(device: torch.device, mode: GraphMode) -> Recorder | None:
@@ -153,7 +201,8 @@ class Replay:
                 work(*loader.batch(count))
 
             loader.stage(count)
-            self.run((id(loader), count), batch_and_work)
+            # by the loader itself, whose memory the graph reads: it must not be freed
+            self.run((loader, count), batch_and_work)
             loader.advance(count)
             yield count
         loader.finish()

@@ -7,6 +7,7 @@ graph and replayed.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,14 +71,17 @@ class TrainStep:
         self.metrics = Metrics(device)
         self.mixes = bool(config.mixup or config.cutmix)
         self.ranks, self.last_weight = ranks, last_weight
-        self._parallel = parallel(self.network, ranks, device)
+        recorder = recorder or recorder_for(device, graph)
+        # its exchange runs on the stream that it was made on, which a capture must see
+        with recorder.aside() if recorder else nullcontext():
+            self._parallel = parallel(self.network, ranks, device)
         self._settled = False
         columns = 3 + (mix.NUMBERS if self.mixes else 0)
         self._table = torch.zeros(steps_per_epoch, columns, device=device)
         self._clock = torch.zeros(1, dtype=torch.int64, device=device)
         self._table_epoch = self._clock_step = -1
         self.replay = Replay(
-            recorder or recorder_for(device, graph),
+            recorder,
             required=graph == "on",
             warm_up=WARM_UP if self._parallel is None else PARALLEL_WARM_UP,
         )
