@@ -34,6 +34,7 @@ from fastcnn.bench.timing import Phases, sets_and_calls
 from fastcnn.bench.turns import WARMUP_ROUNDS
 from fastcnn.ops import plan_measure, plans
 from fastcnn.ops.conv_library import POOL
+from fastcnn.ops.gpu_faults import require_alive
 from fastcnn.ops.plan_measure import ConvLayer, Tensors, Variants
 from fastcnn.ops.plans import Decision
 from fastcnn.ops.reference import split_pads
@@ -173,6 +174,7 @@ def measured_parts(
         try:
             found, refused = measuring(met, modules, device, rounds, rivals)
         except Exception as error:  # too little memory, numbers that are off: the others go on
+            require_alive(device, error, f"{met.name}, {view}")
             wrong.append({"backend": view, "why": reason_of(error)})
         else:
             parts |= found
@@ -180,13 +182,16 @@ def measured_parts(
     return parts, decisions, wrong
 
 
-def _refused(calls: dict[str, Callable[..., Any]], trial: Callable[[str], Any]) -> Wrong:
+def _refused(
+    calls: dict[str, Callable[..., Any]], trial: Callable[[str], Any], device: torch.device
+) -> Wrong:
     """Try each rival by itself; take those that raise out of the calls and return why."""
     wrong: Wrong = {}
     for name in [name for name in calls if name in PLAIN]:
         try:
             trial(name)
         except Exception as error:  # a missing compiler, a shape that is not taken
+            require_alive(device, error, name)
             del calls[name]
             wrong[name] = reason_of(error)
     return wrong
@@ -219,7 +224,7 @@ def _module_parts(
     def trial(name: str) -> None:
         _backward(wanted[name], dy, _forward(calls[name], given, 1))
 
-    wrong = _refused(calls, trial)
+    wrong = _refused(calls, trial, device)
     per_round = sets_and_calls(max(t.nbytes for t in (*given, dy)), device.type, 1)[1]
     phases = Phases(device)
     found: dict[str, Seconds] = {"layer forward": {}, "layer backward": {}}
@@ -279,7 +284,7 @@ def _inference_part(
         for model in models:
             model.eval()
         try:
-            wrong = _refused(calls, lambda name: calls[name]())
+            wrong = _refused(calls, lambda name: calls[name](), device)
             clock = plan_measure.clock_of(device)
             found = plan_measure.samples_of({"inference": calls}, clock, rounds)
         finally:

@@ -12,6 +12,7 @@ import torch
 
 from fastcnn.bench.timing import ratios, spread
 from fastcnn.bench.variants import HALVES, Task, Workbench
+from fastcnn.ops.gpu_faults import require_alive
 from fastcnn.train import graph
 
 STEP = "step"  # the variant beside the loaders
@@ -49,6 +50,7 @@ class Rates:
                 for _ in range(CAPTURED_BY):
                     step()
             except Exception as error:
+                require_alive(self.device, error, "the step as a CUDA graph")
                 self.note = f"the step is not a CUDA graph: {error}"
             else:
                 return step

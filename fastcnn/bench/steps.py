@@ -16,6 +16,7 @@ from fastcnn.bench.check import Check
 from fastcnn.bench.inference import InferenceBench, LogitsCheck
 from fastcnn.bench.variants import Task, Variant, Workbench, release
 from fastcnn.errors import FastcnnError
+from fastcnn.ops.gpu_faults import require_alive
 
 TURN_S = 0.1
 MOST_STEPS = 200
@@ -47,6 +48,7 @@ class Steps:
         try:
             self._check = make_check(self.bench) if task.check else None
         except Exception as error:
+            require_alive(self.device, error, "the check of the variants")
             why = f"the check of the variants failed: {judge.reason_of(error)}"
             self.wrong = dict.fromkeys(task.backends, why)
         release(self.device)
@@ -66,6 +68,7 @@ class Steps:
         try:
             variant, facts = self._prepared(backend)
         except Exception as error:  # too little memory, a compiler's fault: the others go on
+            require_alive(self.device, error, backend)
             self.wrong[backend] = judge.reason_of(error)
             release(self.device)
         else:

@@ -12,6 +12,7 @@ from fastcnn.bench.cases import Case, Inputs, function_of, make_inputs
 from fastcnn.bench.judge import EAGER, errors_of, reason_of, wrong_ones
 from fastcnn.bench.timing import Phases, Time, cache_bytes, sets_and_calls
 from fastcnn.ops import reference
+from fastcnn.ops.gpu_faults import require_alive
 
 # mean error over mean value that a variant may have beyond twice eager's: some roundings, and a
 # few windows and masks that fall the other way
@@ -45,6 +46,7 @@ def check(
         try:
             errors[name] = errors_of(results_of(function, inputs), truth)
         except Exception as error:  # a missing compiler, too little memory: the others go on
+            require_alive(device, error, name)
             failed[name] = reason_of(error)
     return failed | (wrong_ones(errors, SLACK[dtype]) if EAGER in errors else {})
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.ops.conv_library import POOL, Pending, gradients_of_pending, vendor_gradients
+from fastcnn.ops.gpu_faults import require_alive
 from fastcnn.ops.reference import product
 from fastcnn.text import first_line
 
@@ -98,18 +99,24 @@ def measure(layer: ConvLayer, device: torch.device, clock: Clock | None = None) 
 
     The results of the fused kernels must be finite and those of the vendor up to roundings; a note
     says if they are not, if memory does not suffice, or if a kernel refuses the layer. All memory
-    is given back, and torch's random generators stay as they are.
+    is given back, and torch's random generators stay as they are. Raises GpuError, which names the
+    layer, where a kernel has failed in a way that costs the process its GPU.
     """
+    measured = _tried(layer, device, clock or clock_of(device))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the tensors of one layer fit no other's
+    return measured
+
+
+def _tried(layer: ConvLayer, device: torch.device, clock: Clock) -> Measured:
     try:
         with alone(device):
-            return _measured(layer, device, clock or clock_of(device))
+            return _measured(layer, device, clock)
     except torch.OutOfMemoryError:
         return Measured(note="too little memory to measure it in")
     except RuntimeError as error:
+        require_alive(device, error, f"measuring convolution {layer}", "--conv vendor")
         return Measured(note=f"cannot be measured: {first_line(error)}")
-    finally:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # the tensors of one layer fit no other's
 
 
 def _measured(layer: ConvLayer, device: torch.device, clock: Clock) -> Measured:

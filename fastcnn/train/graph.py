@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastcnn.data.device_loader import DeviceLoader
 from fastcnn.errors import UsageError
+from fastcnn.ops.gpu_faults import require_alive
 
 log = logging.getLogger(__name__)
 
@@ -76,12 +77,13 @@ class CudaRecorder:
         try:
             with _nothing_collected():
                 self._capture(graph, work)
-        except Exception:
+        except Exception as error:
             # a capture that was broken off stays on its stream, and its generator goes on waiting
             # for replays
             torch.cuda.set_stream(current)
             generator.graphsafe_set_state(before)
             self._give_up(graph)
+            require_alive(self.device, error, "capturing a CUDA graph", "--conv vendor")
             raise
         return graph.replay
 

@@ -17,6 +17,7 @@ from fastcnn.data.draws import derive_seed
 from fastcnn.data.loaders import Loader
 from fastcnn.errors import CheckpointError, NumbersError, UsageError
 from fastcnn.ops import plans
+from fastcnn.ops.gpu_faults import require_alive
 from fastcnn.text import first_line
 from fastcnn.train import checkpoint, memory
 from fastcnn.train.diagnose import first_not_finite
@@ -443,6 +444,7 @@ class Training:
         try:
             self._restore(state, source)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            require_alive(self.setup.device, error, f"going on from {source}")
             raise CheckpointError(
                 f"{source}: not a checkpoint that this run can go on from "
                 f"({type(error).__name__}: {first_line(error)}); give an older one"

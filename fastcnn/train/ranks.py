@@ -186,7 +186,8 @@ def joined() -> Iterator[Ranks]:
         ranks.peers.extend((str(host), int(pid)) for host, pid in peers)
         yield ranks
     except RuntimeError as error:
-        if not LOST.search(str(error)):
+        # an error of this rank's own GPU may say "timed out" as well
+        if isinstance(error, torch.AcceleratorError) or not LOST.search(str(error)):
             raise
         raise lost(ranks, error) from error
     if own_group:
