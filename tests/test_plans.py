@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastcnn.ops import plan_cache, plans
 from fastcnn.ops.plan_measure import ConvLayer, Measured
@@ -282,6 +283,36 @@ def test_modes(gpu):
         plans.set_mode("fast")
 
 
+@pytest.mark.parametrize(("proven", "plan"), [(False, VENDOR), (True, FUSED)])
+def test_on_a_gpu_auto_measures_only_kernels_that_have_passed_on_one(
+    gpu, monkeypatch, proven, plan
+):
+    monkeypatch.setattr(plans, "MEASURED_ON_GPU", proven)
+    monkeypatch.setattr(plans, "_known_sizes", lambda device: (128, 32))
+    with FakeTensorMode():
+        x = torch.empty(128, 64, 32, 32, dtype=torch.bfloat16, device="cuda")
+        filters = torch.empty(96, 64, 3, 3, dtype=torch.bfloat16, device="cuda")
+    asked = (x, filters, 1, (1, 1, 1, 1), "bn", True, True)
+    assert plans.plan_for(*asked) == plan
+    assert plans.may_defer(x) == proven
+    assert len(gpu.measuring.layers) == proven
+    assert ("--conv fused takes the library's" in plans.summary([plan], x.device)) != proven
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    gpu.decide(LAYER)  # as another process may have, which is read when code is compiled
+    assert plans.plan_for(*asked) == plan
+    plans.set_mode("fused")
+    assert plans.plan_for(*asked) == FUSED
+    assert plans.may_defer(x)
+
+
+def test_kernels_count_as_proven_by_a_committed_check_alone():
+    found = [json.loads(path.read_text()) for path in (ROOT / "benchmarks/results").glob("*.json")]
+    assert found
+    checks = [one for one in found if isinstance(one, dict) and "stages" in one]
+    proven = any(one["passed"] and "conv-tests" in one["stages"] for one in checks)
+    assert proven or not plans.MEASURED_ON_GPU
+
+
 def test_every_argument_is_part_of_what_is_measured(gpu):
     ask()
     ask(n=64)
@@ -369,9 +400,9 @@ def test_a_run_is_told_how_many_layers_are_fused(gpu, caplog):
         ask()
     ask()
     assert taken == [FUSED, FUSED, VENDOR]
-    assert plans.summary(taken) == "convolutions: 2 of 3 fused (--conv vendor)"
+    assert plans.summary(taken, CPU) == "convolutions: 2 of 3 fused (--conv vendor)"
     plans.set_mode("auto")
-    assert plans.summary(taken) == (
+    assert plans.summary(taken, CPU) == (
         "convolutions: 2 of 3 fused (measured; `fastcnn bench --layers` shows why)"
     )
-    assert plans.summary([]) == ""
+    assert plans.summary([], CPU) == ""

@@ -5,7 +5,9 @@ Which of them is faster depends on the GPU, the shapes and the libraries. So a l
 first time that it is met (plan_measure.py), and what was found is kept in memory and in the cache
 folder (plan_cache.py), for this GPU, this library and this torch. Layers without such kernels (CPU,
 fp32, fp64) are the vendor's without being measured. So is every layer in torch's deterministic
-mode: a choice by timings can differ between two runs, and with it their bits.
+mode: a choice by timings can differ between two runs, and with it their bits. And so is, unless
+`--conv fused` asks for the kernels, every layer on a GPU until they have passed on one
+(MEASURED_ON_GPU).
 """
 
 import logging
@@ -32,6 +34,11 @@ Kind = Literal["bn", "bias", "bias-pool", "inference", "inference-pool"]
 MODES: tuple[Mode, ...] = ("auto", "fused", "vendor")
 HALVES = (torch.bfloat16, torch.float16)
 OLDEST_GPU = (8, 0)  # compute capability; the kernels' matrix instructions
+# Whether `auto` measures, and so runs, the fused kernels on a GPU. Make it True in the commit that
+# adds the JSON of a gpu_check that has passed to benchmarks/results. A first measurement on a
+# machine then belongs in a child process: an illegal access costs a process its GPU
+# (gpu_faults.py), and what fails in a child is the vendor's while the run goes on.
+MEASURED_ON_GPU = False
 MARGIN = 0.03  # of the vendor's time that fused must save, lest noise decides
 
 
@@ -89,15 +96,23 @@ def why_vendor(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def _ruled() -> Decision | None:
-    """The decision for every layer that can be fused, where there is one without measuring."""
+def _ruled(device: torch.device) -> Decision | None:
+    """The decision for every layer on a device that can be fused, where there is one without
+    measuring."""
     if _mode == "fused":
         return Decision(FUSED, reason="--conv fused")
     if _mode == "vendor":
         return Decision(VENDOR, reason="--conv vendor")
     if torch.are_deterministic_algorithms_enabled():
         return Decision(VENDOR, reason="deterministic mode: nothing is chosen by timings")
+    if not _measures(device):
+        return Decision(VENDOR, reason="not yet proven on a GPU; --conv fused takes the library's")
     return None
+
+
+def _measures(device: torch.device) -> bool:
+    """Whether `auto` measures layers on a device."""
+    return device.type != "cuda" or MEASURED_ON_GPU
 
 
 def may_defer(x: Tensor) -> bool:
@@ -107,7 +122,7 @@ def may_defer(x: Tensor) -> bool:
     # in plain words, which torch.compile can trace
     if _mode != "auto":
         return _mode == "fused"
-    return not torch.are_deterministic_algorithms_enabled()
+    return _measures(x.device) and not torch.are_deterministic_algorithms_enabled()
 
 
 def plan_for(
@@ -184,6 +199,8 @@ def _plan_while_tracing(x: Tensor, filters: Tensor, asked: tuple[Any, ...]) -> P
     # read here, so that compiled code is guarded by it
     if _mode != "auto":
         return FUSED if _mode == "fused" else VENDOR
+    if not _measures(x.device):
+        return VENDOR
     # a size may be a symbol, which a comparison turns into a number
     known = _known_sizes(x.device)
     n, h, w = (next((k for k in known if k == x.size(dim)), 0) for dim in (0, 2, 3))
@@ -210,7 +227,7 @@ def decision_for(layer: ConvLayer, device: torch.device, may_measure: bool = Tru
     """
     if reason := why_vendor(device, layer.dtype):
         return Decision(VENDOR, reason=reason)
-    if ruled := _ruled():
+    if ruled := _ruled(device):
         return ruled
     planner = _planner_of(device)
     known = planner.known(layer)
@@ -360,11 +377,11 @@ def noted() -> Iterator[list[Plan]]:
         _noting.remove(taken)
 
 
-def summary(taken: list[Plan]) -> str:
-    """Return a line on the plans of a network's layers; "" if there are none."""
+def summary(taken: list[Plan], device: torch.device) -> str:
+    """Return a line on the plans of a network's layers on a device; "" if there are none."""
     if not taken:
         return ""
-    ruled = _ruled()
+    ruled = _ruled(device)
     why = ruled.reason if ruled else "measured; `fastcnn bench --layers` shows why"
     fused = sum(plan.forward == "fused" for plan in taken)
     return f"convolutions: {fused} of {len(taken)} fused ({why})"

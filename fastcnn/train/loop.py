@@ -220,7 +220,7 @@ class Training:
                 if next(steps, DONE) is DONE:
                     return
             self._told_plans = True
-            if line := plans.summary(taken):
+            if line := plans.summary(taken, self.setup.device):
                 self.progress.say(line)
             yield
         yield from steps
