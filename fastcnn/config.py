@@ -216,7 +216,13 @@ class RunConfig:
         "cache), and cuDNN's with --deterministic, where no timing may decide",
     )
     amp: bool = option(False, "mixed precision, where the hardware has it")
-    amp_dtype: Literal["bf16", "fp16"] = option("bf16", "half precision of --amp")
+    amp_dtype: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto",
+        "number format of --amp: auto: bf16, but in training on a CPU the faster of bf16 and fp32, "
+        "by a measurement before the first step (kept in the cache), and fp32 with "
+        "--deterministic, where no timing may decide; fp32: as without --amp, which is how a run "
+        "that auto has decided so is saved",
+    )
     graph: Literal["auto", "on", "off"] = option(
         "auto",
         "the whole step as one CUDA graph: auto: where it can be captured; on: or not at all",

@@ -120,9 +120,10 @@ def test_the_model_is_read_and_no_more():
 
 
 WITH_NORMS = {"arch": "murgolo-improved", "epochs": 2}
+BF16 = {"amp": True, "amp_dtype": "bf16"}
 
 
-@pytest.mark.parametrize("more", [{}, {"ema": 0.9}, {"amp": True}], ids=["plain", "ema", "amp"])
+@pytest.mark.parametrize("more", [{}, {"ema": 0.9}, BF16], ids=["plain", "ema", "amp"])
 def test_training_does_not_depend_on_evaluation(tmp_path, monkeypatch, more):
     once = start(tmp_path, "once", **WITH_NORMS, **more).folder.path
     original = Evaluator.__call__
@@ -137,7 +138,7 @@ def test_training_does_not_depend_on_evaluation(tmp_path, monkeypatch, more):
     [
         {},
         {"ema": 0.5},
-        {"amp": True, "test_flip": True},
+        BF16 | {"test_flip": True},
         {"val_fraction": 0.25},
         {"val_fraction": 0.25, "restore_best": True, "loss": "softmax-twice"},
     ],

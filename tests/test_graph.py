@@ -29,7 +29,7 @@ OPTIONS = {
     "adam": {"optimizer": "adam", "lr": 1e-3, "schedule": "inverse-time", "time_decay": 0.1},
     "everything": {"optimizer": "sgd", "lr": 0.02, "test_flip": True, **EVERYTHING},
     "rare augmentations": {"rotation": 10.0, "color_jitter": 0.3, "flip": "alternating"},
-    "bf16": {"amp": True, **EVERYTHING},
+    "bf16": {"amp": True, "amp_dtype": "bf16", **EVERYTHING},
     "decoupled": {"decay": "decoupled", "val_fraction": 0.2},
     "torch loader": {"loader": "torch", "workers": 0},
 }

@@ -26,8 +26,9 @@ from torch.nn import functional as F
 
 from fastcnn.config import Config
 from fastcnn.errors import UsageError
+from fastcnn.ops import plan_cache
 from fastcnn.recipes import resolve
-from fastcnn.train import checkpoint, loop, ranks, setup
+from fastcnn.train import amp, checkpoint, loop, ranks, setup
 from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
 from fastcnn.train.ranks import ALONE, Ranks
 from fastcnn.train.run import evaluate_run
@@ -270,11 +271,11 @@ def test_a_run_goes_on_with_the_same_bits_or_another_number_of_ranks(alone, tmp_
     assert_close_runs(tmp_path / "fewer", alone)
 
 
-def apart(port, rank, world, *words):
+def apart(port, rank, world, *words, **environment):
     """Start one process of several as torchrun would on a machine of its own."""
     place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
     place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    env = dict(os.environ) | {name: str(value) for name, value in place.items()}
+    env = dict(os.environ) | {name: str(value) for name, value in place.items()} | environment
     command = [sys.executable, "-m", "fastcnn", "train", *words]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
@@ -301,6 +302,41 @@ def test_ranks_with_other_options_or_images_are_refused(tmp_path):
         )
         assert re.search(line, err), err
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_differ_in_amp_do_not_wait_for_each_other(tmp_path):
+    port = free_port()
+    options = OPTIONS | {"output": str(tmp_path), "amp": True}
+    words = [words_of(options | {"deterministic": bool(rank)}) for rank in range(2)]
+    for process in [apart(port, rank, 2, *words[rank]) for rank in range(2)]:
+        code, _, err = ended(process)
+        assert code == 2, err
+        assert "the ranks differ: --deterministic: False on rank 0, True on rank 1; start" in err
+
+
+def test_all_ranks_train_in_the_format_that_the_first_has_measured(tmp_path, monkeypatch):
+    """Each has a cache of its own, as on machines of their own, and these say otherwise."""
+    monkeypatch.setattr(amp, "cpu_computes_in", lambda dtype: True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    key = amp._key("torch", "auto")
+    torch.set_num_threads(threads)
+    for rank, bf16 in enumerate((2.0, 0.5)):
+        path = plan_cache.file_of(tmp_path / f"cache{rank}", key)
+        plan_cache.add(path, key, {amp.ENTRY: {"fp32": 1.0, "bf16": bf16}})
+    port, options = free_port(), OPTIONS | {"output": str(tmp_path), "name": "run", "epochs": 1}
+    words = words_of(options | {"amp": True})
+    processes = [
+        apart(port, rank, 2, *words, FASTCNN_CACHE=str(tmp_path / f"cache{rank}"))
+        for rank in range(2)
+    ]
+    told = []
+    for process in processes:
+        code, _, err = ended(process)
+        assert code == 0, err
+        told.append(err.count("--amp: bf16 is 0.50x as fast as fp32 on this CPU; training in fp32"))
+    assert told == [1, 0]
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["amp_dtype"] == "fp32"
 
 
 def test_other_commands_are_for_one_process(tmp_path, monkeypatch, capsys):

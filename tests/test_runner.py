@@ -17,7 +17,7 @@ from fastcnn.study import children, runner
 from fastcnn.study.children import placed
 from fastcnn.study.plan import Variant, plan
 from fastcnn.study.runner import carry_out, claimed, is_finished, results
-from fastcnn.train import checkpoint
+from fastcnn.train import amp, checkpoint
 from fastcnn.train.interrupt import Interrupted
 
 TINY = SMALL | {"arch": "mao-default", "backend": "torch"}
@@ -63,6 +63,17 @@ def test_finished_runs_are_kept(tmp_path, monkeypatch):
     refuse_to_train(monkeypatch)
     assert carry_out(runs, COMMAND, quiet=True) == []
     assert results(chosen, runs) == found
+
+
+def test_a_run_that_has_chosen_its_number_format_is_the_one_that_was_planned(tmp_path, monkeypatch):
+    monkeypatch.setattr(amp, "cpu_computes_in", lambda dtype: True)
+    monkeypatch.setattr(amp, "known_or_measured", lambda *_: amp.Times(1.0, 2.0))
+    _, runs = planned(tmp_path, seeds=1, slow={"lr": 0.01, "amp": True})
+    carry_out(runs[:1], COMMAND, quiet=True)
+    assert is_finished(runs[0])
+    _, others = planned(tmp_path, seeds=1, slow={"lr": 0.01, "amp": True, "amp_dtype": "bf16"})
+    with pytest.raises(UsageError, match="amp_dtype: fp32, now bf16"):
+        is_finished(others[0])
 
 
 def test_only_what_is_missing_is_trained(tmp_path):

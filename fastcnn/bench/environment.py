@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fastcnn.train.host import cpu_name
+
 ROOT = Path(__file__).resolve().parents[2]  # of a source tree
 
 
@@ -17,7 +19,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
-        "machine": {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0)), "gpu": None},
+        "machine": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "gpu": None},
         "os": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -41,14 +43,6 @@ def commit() -> str | None:
     # an installed package may lie in somebody else's repository
     in_tree = (ROOT / "csrc" / "kernels.h").exists()
     return _output("git", "describe", "--always", "--dirty") if in_tree else None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith("model name")).split(": ", 1)[1]
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"
 
 
 def _output(*command: str) -> str | None:

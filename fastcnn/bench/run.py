@@ -226,7 +226,8 @@ def time_to_accuracy(run: Run) -> None:
     batches = [{"batch_size": batch} for batch in options.batch_size] or [{}]
     target = options.time_to_accuracy or 0.0
     for name, batch, loader in itertools.product(options.arch, batches, options.loader):
-        amp = {"amp": run.precision.dtype is not None}
+        # what is measured is what was asked for: no measurement chooses the format
+        amp = {"amp": run.precision.dtype is not None, "amp_dtype": run.precision.name}
         config = resolve({**run.settings.train, "arch": name, "loader": loader, **amp, **batch})
         found = []
         for trial in trials(config, options.seeds, run.has_time_for):

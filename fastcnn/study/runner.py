@@ -70,8 +70,9 @@ def is_finished(planned: PlannedRun) -> bool:
     folder = RunFolder(planned.folder)
     if not (planned.folder / "config.yaml").is_file():
         return False
-    saved = run.forecast(folder.read_config())
-    wanted = run.forecast(planned.config)
+    own = folder.read_config()
+    saved = run.forecast(own)
+    wanted = run.as_decided(run.forecast(planned.config), own)
     if differing := [name for name in wanted if wanted[name] != saved[name]]:
         changes = [f"{name}: {saved[name]}, now {wanted[name]}" for name in differing]
         more = ", …" if len(changes) > SHOWN_CHANGES else ""

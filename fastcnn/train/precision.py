@@ -7,6 +7,9 @@ import torch
 from fastcnn.errors import UsageError
 from fastcnn.ops.gpu_archs import archs_of_torch, name_of, runs_on
 
+NO_BF16 = "--amp: this CPU has no bf16 instructions; training runs in fp32"
+NO_FP16 = NO_BF16.replace("bf16", "fp16")
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -70,14 +73,16 @@ def check_torch_code(device: torch.device) -> None:
 
 
 def choose_precision(device: torch.device, amp: bool, amp_dtype: str) -> Precision:
-    """bf16 or fp16 where the hardware computes in it, fp32 (with a note) where it would emulate."""
-    if not amp:
+    """bf16 or fp16 where the hardware computes in it, fp32 (with a note) where it would emulate.
+
+    amp_dtype: as the option. "auto" is bf16: what it is in training, `amp.decided` has replaced it
+    with.
+    """
+    if not amp or amp_dtype == "fp32":
         return Precision()
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype]
+    dtype = torch.float16 if amp_dtype == "fp16" else torch.bfloat16
     if device.type == "cpu" and not cpu_computes_in(dtype):
-        return Precision(
-            note=f"--amp: this CPU has no {amp_dtype} instructions; training runs in fp32"
-        )
+        return Precision(note=NO_BF16 if dtype is torch.bfloat16 else NO_FP16)
     if device.type == "cuda" and dtype is torch.bfloat16 and not gpu_computes_in_bf16(device):
         note = "--amp: this GPU computes bf16 only by emulation; training runs in fp16"
         return Precision(torch.float16, note)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastcnn.config import Config, PlaceConfig
+from fastcnn.config import Config, PlaceConfig, options_by_name
 from fastcnn.data.store import LeftOut
 from fastcnn.errors import CheckpointError, DataError, NumbersError, UsageError
 from fastcnn.files import remove_leftovers
@@ -109,7 +109,7 @@ def start(config: Config, place: PlaceConfig, command: list[str], quiet: bool = 
         folder = own or RunFolder(Path(path), writes=False)
         with folder.claimed():
             training = Training(setup, folder, quiet)
-            folder.write_start(config, command)
+            folder.write_start(setup.config, command)
             folder.write_bad_images(setup.dataset.left_out.bad)
             announce(training)
             return Outcome(folder, training.train())
@@ -117,11 +117,15 @@ def start(config: Config, place: PlaceConfig, command: list[str], quiet: bool = 
 
 def prepared(config: Config, ranks: Ranks) -> Setup:
     """What a run needs; raises UsageError where the ranks would not train the same."""
+    # by these they know, each for itself, whether they are to agree on a number format
+    told = ("amp", "amp_dtype", "deterministic")
+    require_same(ranks, {options_by_name()[name].flag: getattr(config.run, name) for name in told})
     setup = prepare(config, ranks)
     own = {"device"}  # of each machine
     options = {f"--{k.replace('_', '-')}": v for k, v in config.flat().items() if k not in own}
     facts = {"images": setup.identity()["data"], "versions": versions()}
-    require_same(ranks, options | facts | {"backend": setup.backend})
+    chosen = {"backend": setup.backend, "precision": setup.precision.name}
+    require_same(ranks, options | facts | chosen)
     return setup
 
 
@@ -186,7 +190,7 @@ def _resume(
         if ranks.first and (source != folder.last or not checkpoint.has_sum(folder.last)):
             # before anything is saved: what was newer must not take the place of a whole one
             checkpoint.save(state, folder.last)
-    folder.write_resumption(config, command)
+    folder.write_resumption(setup.config, command)
     # as the checkpoint knows them: the file may be damaged, or tell of epochs gone back on
     folder.write_metrics(training.at.history)
     folder.write_bad_images(training.setup.dataset.left_out.bad)
@@ -217,13 +221,20 @@ def forecast(config: Config) -> dict[str, Any]:
     return {k: v for k, v in config.flat().items() if k not in NEUTRAL_ON_RESUME}
 
 
+def as_decided(wanted: dict[str, Any], saved: Config) -> dict[str, Any]:
+    """The options with what a run has decided on in the place of what is left open to it."""
+    if wanted.get("amp_dtype") != "auto":
+        return wanted
+    return wanted | {"amp_dtype": saved.run.amp_dtype}
+
+
 def changed_config(saved: Config, wanted: dict[str, Any], allow: bool) -> Config:
     """The configuration with the options given anew, if these may differ from the saved ones.
 
     Raises UsageError for a difference that is not asked for by `allow`, or that no run could go on
     with.
     """
-    before, after = saved.flat(), Config.from_flat(wanted)
+    before, after = saved.flat(), Config.from_flat(as_decided(wanted, saved))
     changes = {k: v for k, v in forecast(after).items() if v != before[k]}
     listed = "; ".join(f"{name}: {before[name]} → {value}" for name, value in changes.items())
     if changes and not allow:

@@ -17,6 +17,7 @@ from fastcnn.data.draws import derive_seed, generator
 from fastcnn.data.files import Files
 from fastcnn.errors import DataError, UsageError
 from fastcnn.ops.backend import choose_backend, choose_convolution
+from fastcnn.train.amp import decided
 from fastcnn.train.host import make_deterministic
 from fastcnn.train.precision import Precision, choose_device, choose_precision
 from fastcnn.train.ranks import ALONE, Ranks
@@ -27,7 +28,8 @@ WHITENING_PIXELS = 5000 * 32**2  # of training images that the whitening filters
 
 @dataclass
 class Setup:
-    """What a training run works with. `test_loader` is None where validation uses the test set."""
+    """What a training run works with. `config`: with the format of `--amp` decided on.
+    `test_loader` is None where validation uses the test set."""
 
     config: Config
     network: Network
@@ -81,7 +83,6 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     """
     device = choose_device(device_of(config.run.device, ranks))
     batch_size = part_of_batch(config.data.batch_size, ranks)
-    precision = choose_precision(device, config.run.amp, config.run.amp_dtype)
     configure_torch(config, device, ranks)
     network = get_network(config.model.arch)
     dataset = load_dataset(config.data, network.image_sizes[0], device)
@@ -90,9 +91,11 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     layer_table(network, dataset.train.sides[0], len(dataset.classes))  # refuses small ones
     normalization = Normalization.fit(dataset.train, config.augment.normalize)
     # last of what can be refused: a mistake must not wait for a library to be built
+    config, why_format = decided(config, device, ranks)
+    precision = choose_precision(device, config.run.amp, config.run.amp_dtype)
     backend, why_torch = choose_backend(config.run.backend, device, precision.dtype)
     choose_convolution(config.run.conv, backend, device, precision.dtype)
-    notes = [note for note in (precision.note, why_torch) if note]
+    notes = [note for note in (why_format, precision.note, why_torch) if note]
     samples = config.data.epoch_images or len(dataset.train)
     drop_last = drops_last(samples, network, config, notes, ranks)
     train_loader = make_loader(
