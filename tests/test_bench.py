@@ -118,7 +118,8 @@ def test_backends_and_defaults_of_a_device(monkeypatch):
     assert {task.backends for task in named} == {("fused", "graph")}
     assert [task.batch for task in named] == [256, 64] * 2
     assert bench_options.CUDA_BACKENDS[-1] == "graph"
-    assert set(bench_options.CUDA_BACKENDS) == set(bench_options.own_options()[1].choices)
+    all_of_them = {*bench_options.CUDA_BACKENDS, *bench_options.ENGINES}
+    assert all_of_them == set(bench_options.own_options()[1].choices)
 
 
 def test_fused_convolutions_are_refused_on_a_cpu(library, capsys, tmp_path):

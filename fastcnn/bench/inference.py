@@ -9,12 +9,13 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcnn.archs.fold import Folded
 from fastcnn.archs.plain import plain
-from fastcnn.bench import judge
+from fastcnn.bench import engines, judge
 from fastcnn.bench.check import FIRST_LOSS_SLACK, verdict
+from fastcnn.bench.options import ENGINES
 from fastcnn.bench.rivals import cast_products, compiled
 from fastcnn.bench.timing import cache_bytes, sets_and_calls
 from fastcnn.bench.variants import MODES, OURS, Task, Variant, Workbench
@@ -45,6 +46,7 @@ class InferenceBench(Workbench):
         batch_bytes = task.batch * 3 * self.size**2 * min(dtype.itemsize for dtype in dtypes)
         wanted, _ = sets_and_calls(batch_bytes, self.device.type, cache_bytes(self.device))
         self.count = max(1, min(wanted, task.images // task.batch))
+        self._onnx: bytes | None = None  # for all engines
         self.sets = {dtype: self.first_sets(self.count, dtype) for dtype in dtypes}
 
     def first_sets(self, count: int, dtype: torch.dtype) -> list[Tensor]:
@@ -55,6 +57,8 @@ class InferenceBench(Workbench):
     def variant(self, backend: str, augment: bool) -> Variant:
         """Return a forward pass under this backend; its images are never augmented."""
         half, model = self.half(backend), self.model(backend).eval()
+        if backend in ENGINES:
+            return self._engine(backend, model)
         ours = backend in OURS
         network = Folded(model, half).network if ours else cast_products(plain(model), half)
         function = compiled(network, MODES[backend]) if backend in MODES else network
@@ -64,6 +68,17 @@ class InferenceBench(Workbench):
         variant = Variant(
             network, forward, lambda: forward.logits.clone(), lambda: variant, graphs=graphs
         )
+        return variant
+
+    def _engine(self, backend: str, model: nn.Module) -> Variant:
+        """A pass of an engine that runs the exported network."""
+        # NCHW, as the exported network declares its input: copied once, before the clock
+        sets = [images.contiguous() for images in self.sets[torch.float32]]
+        if self._onnx is None:
+            self._onnx = engines.onnx_of(model, self.size)
+        network = engines.start(backend, self._onnx, tuple(sets[0].shape), self.classes)
+        forward = Forward(network, sets, Replay(None))
+        variant = Variant(model, forward, lambda: forward.logits.clone(), lambda: variant)
         return variant
 
 

@@ -20,9 +20,13 @@ Backend = Literal[
     "fused",
     "graph",
     "fused-compile",
+    "onnxruntime",
+    "openvino",
 ]
-RIVALS = ("eager", "eager-fp32", "compile", "reduce-overhead", "max-autotune")  # plain PyTorch
-CUDA_BACKENDS = (*RIVALS, "fused-compile", "fused", "graph")
+TORCH = ("eager", "eager-fp32", "compile", "reduce-overhead", "max-autotune")  # plain PyTorch
+ENGINES = ("onnxruntime", "openvino")  # of inference on a CPU, where installed
+RIVALS = (*TORCH, *ENGINES)
+CUDA_BACKENDS = (*TORCH, "fused-compile", "fused", "graph")
 CPU_BACKENDS = ("eager", "fused")
 LAYER_BACKENDS = ("eager", "compile")  # of --layers, beside what is ours
 LOADERS = ("resident", "dali", "torch")  # of --data-only, where installed, unless it names them
@@ -53,8 +57,10 @@ class BenchOptions:
         [],
         "what a step runs under: plain PyTorch eager (in fp32, or as --amp says) or under "
         "torch.compile (compile is its default mode), fastcnn's ops, the whole step as a CUDA "
-        "graph, torch.compile of the fused network; default: all on a GPU, eager and fused on a "
-        "CPU; with --layers, rivals of the fused convolutions: eager, compile",
+        "graph, torch.compile of the fused network; on a CPU with --inference also onnxruntime and "
+        "openvino, in fp32, on the exported network; default: all on a GPU, eager and fused on a "
+        "CPU, with --inference also the engines that are installed; with --layers, rivals of the "
+        "fused convolutions: eager, compile",
     )
     batch_size: list[int] = option([], "images a step; default: 1024 128 on a GPU, 256 64 on a CPU")
     loader: list[Literal["resident", "dali", "torch"]] = option(
@@ -137,6 +143,9 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
     strange = [word for word in options.backends if word not in LAYER_BACKENDS]
     if options.layers and strange:
         raise UsageError(f"--backends {strange[0]}: --layers takes {' '.join(LAYER_BACKENDS)}")
+    engines = [word for word in options.backends if word in ENGINES]
+    if engines and not options.inference:
+        raise UsageError(f"--backends {engines[0]}: goes with --inference alone")
     for name, mode in (("inference", "--inference"), ("layers", "--layers")):
         if getattr(options, name):
             _refuse(own.keys() & {"loader"}, f"means nothing to {mode}")

@@ -68,7 +68,7 @@ def _title(content: dict[str, Any]) -> str:
     what = "images/s" if machine["gpu"] else "times as fast as eager, as a user runs it"
     measured = "inference" if content["mode"] == "inference" else "training step"
     return (
-        f"{measured}, {what}\nmedians, extremes of the rounds; grey: plain PyTorch\n"
+        f"{measured}, {what}\nmedians, extremes of the rounds; grey: the rivals\n"
         f"{machine['gpu'] or machine['cpu']}, {content['precision']}, torch {content['torch']}, "
         f"{content['date']}, n = {content['rounds']}"
     )

@@ -16,7 +16,14 @@ from fastcnn import ops
 from fastcnn.archs import get_network
 from fastcnn.bench import noise
 from fastcnn.bench.environment import environment
-from fastcnn.bench.options import BATCHES, CPU_BACKENDS, CUDA_BACKENDS, LOADERS, Settings
+from fastcnn.bench.options import (
+    BATCHES,
+    CPU_BACKENDS,
+    CUDA_BACKENDS,
+    ENGINES,
+    LOADERS,
+    Settings,
+)
 from fastcnn.bench.timing import copy_bandwidth, matmul_rate
 from fastcnn.bench.variants import HALVES, Task
 from fastcnn.errors import UsageError
@@ -53,6 +60,7 @@ class Run:
             "library_sources": ops.load().sources,
             "conv": config.run.conv,
         }
+        self.backends = self._backends()
         backend, _ = choose_backend("auto", self.device, self.precision.dtype)
         choose_convolution(config.run.conv, backend, self.device, self.precision.dtype)
 
@@ -97,13 +105,41 @@ class Run:
             self.add("left_out", what)
         return self.left_s() > 0
 
+    def _backends(self) -> tuple[str, ...]:
+        """What steps or passes run under: as named, else all that the device has; default engines
+        that cannot be had are noted, those that were named raise UsageError."""
+        named: tuple[str, ...] = tuple(self.options.backends)
+        given = bool(named)
+        if not given:
+            named = CUDA_BACKENDS if self.device.type == "cuda" else CPU_BACKENDS
+            if self.device.type == "cpu" and self.options.inference:
+                named += ENGINES
+            if self.precision.dtype is None:
+                named = tuple(b for b in named if b != "eager-fp32")  # which eager then is
+        if not set(ENGINES) & set(named):
+            return named
+        missing = self._engines_missing(named)
+        if missing and given:
+            name, why = next(iter(missing.items()))
+            raise UsageError(f"--backends {name}: {why}")
+        return tuple(b for b in named if b not in missing)
+
+    def _engines_missing(self, named: tuple[str, ...]) -> dict[str, str]:
+        """The engines among these that cannot be measured, and why; the file tells them, and the
+        versions of the others."""
+        from fastcnn.bench.engines import versions_of, why_not
+
+        wanted = tuple(b for b in named if b in ENGINES)
+        found = {name: why_not(name, self.device, self.precision.dtype) for name in wanted}
+        missing = {name: why for name, why in found.items() if why}
+        had = tuple(name for name in wanted if name not in missing)
+        self.content |= {"engines": versions_of(had), "engines_left_out": missing}
+        return missing
+
     def tasks(self, loaders: tuple[str, ...] = ()) -> Iterator[Task]:
         """The networks, batch sizes and loaders in the order in which they were named."""
         config, options = self.settings.config, self.options
-        default = CUDA_BACKENDS if self.device.type == "cuda" else CPU_BACKENDS
-        named: tuple[str, ...] = tuple(options.backends) or default
-        if self.precision.dtype is None and not options.backends:
-            named = tuple(b for b in named if b != "eager-fp32")  # which eager then is
+        named = self.backends
         for name, batch, loader in itertools.product(
             options.arch, self.batches, loaders or options.loader
         ):

@@ -58,6 +58,8 @@ def head_lines(content: Content) -> list[str]:
         f"{content['cudnn']}, commit {content['commit']}, {content['date']}, "
         f"{content['precision']}"
     ]
+    if engines := content.get("engines"):
+        lines[0] += "".join(f", {name} {version}" for name, version in engines.items())
     if limits := content.get("limits"):
         lines.append(
             f"device: copy {limits['copy_bytes_per_s'] / 1e12:.2f} TB/s (read + write), matrix "
@@ -207,6 +209,8 @@ def tail_lines(content: Content) -> list[str]:
             lines.append(f"not timed: {_name(row)}: {row['why']}")
         if "note" in row:
             lines.append(f"note: {_name(row)}: {row['note']}")
+    for name, why in content.get("engines_left_out", {}).items():
+        lines.append(f"left out: {name}: {why}")
     if content.get("left_out"):
         lines.append(f"left out, no time left: {', '.join(content['left_out'])}")
     return lines

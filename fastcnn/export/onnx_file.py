@@ -62,10 +62,22 @@ def _model(network: Exported, opset: int | None) -> Any:
 
 def reader(path: Path) -> Callable[[Tensor], Tensor]:
     """Return the model of a file as a function of images, run by onnxruntime on the CPU."""
+    opened = session(path, session_options())
+    return lambda images: torch.from_numpy(opened.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+
+def session_options() -> Any:
+    """onnxruntime's options for a session with as many threads as torch, that logs errors alone."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+    return options
+
+
+def session(model: Path | bytes, options: Any) -> Any:
+    """onnxruntime's session of a file, or of what is in one, on the CPU."""
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
