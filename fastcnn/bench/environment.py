@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastcnn.train.host import cpu_name
+from fastcnn.ops.toolchain import cpu_name
 
 ROOT = Path(__file__).resolve().parents[2]  # of a source tree
 

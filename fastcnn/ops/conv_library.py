@@ -90,6 +90,7 @@ def result_shape(x: Tensor, filter: Tensor, stride: int, pads: Pads) -> tuple[in
 # K) of its activation for bn_stats_merge: mean, squared deviations from it, count. own_...: whether
 # that gradient is the library's or torch's
 
+
 def _define(name: str, schema: str) -> None:
     """An op, and the CPU's kernel of it for 3x3 filters, which only that op calls."""
     define(name, schema)

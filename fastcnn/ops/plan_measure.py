@@ -25,13 +25,17 @@ from fastcnn.ops.reference import product
 from fastcnn.text import first_line
 
 ROUNDS = 7  # each of which times every implementation; medians are told
-WARM_UP = 3
+LEAST_ROUNDS = 3  # of a layer whose rounds take longer than
+ROUNDS_S = 0.2  # in all: a first step on a CPU is not to wait for long
+WARM_UP = 3  # calls; on a CPU, where nothing is tuned by them, one
 ROUND_S = 1e-3  # of calls that follow one another without a gap, at most MOST_CALLS of them
 MOST_CALLS = 20
 CYCLES_PER_S = 2e9  # of the GPU's clock, which is slower: the wait is longer
-# Two ways to sum the same products differ by some roundings of the result; a wrong tap of a
-# filter by a tenth and more. Norm of the difference over norm of the vendor's result, in roundings.
+# Two ways to sum the same products differ by some roundings of the result, those of F(4x4, 3x3) in
+# fp32 by more (csrc/cpu/winograd.h); a wrong tap of a filter by a tenth and more. Norm of the
+# difference over norm of the vendor's result.
 MOST_ROUNDINGS = 4
+BOUNDS = {torch.float32: 5e-5}  # else MOST_ROUNDINGS
 MOMENTUM, EPS, SLOPE = 0.1, 1e-5, 0.0
 
 Call = Callable[[], Any]
@@ -282,7 +286,7 @@ def disagreement(variants: Variants, dtype: torch.dtype) -> str:
     Results are compared each by the norm of the difference over that of the vendor's; a mean, which
     may be nearly 0, with the 1 that is the deviation of the tensors.
     """
-    bound = MOST_ROUNDINGS * torch.finfo(dtype).eps
+    bound = BOUNDS.get(dtype, MOST_ROUNDINGS * torch.finfo(dtype).eps)
     for part, calls in variants.items():
         expected, got = calls["vendor"](), calls["fused"]()
         for index, (a, b) in enumerate(zip(expected, got, strict=True)):
@@ -313,24 +317,32 @@ def timed(variants: Variants, clock: Clock) -> Times:
     """Return the median seconds of every implementation."""
     return {
         part: {name: statistics.median(found) for name, found in samples.items()}
-        for part, samples in samples_of(variants, clock, ROUNDS).items()
+        for part, samples in samples_of(variants, clock, ROUNDS, ROUNDS_S).items()
     }
 
 
-def samples_of(variants: Variants, clock: Clock, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Return the seconds of every implementation, timed in turn, a value a round."""
+def samples_of(
+    variants: Variants, clock: Clock, rounds: int, limit_s: float = math.inf
+) -> dict[str, dict[str, list[float]]]:
+    """Return the seconds of every implementation, timed in turn, a value a round.
+
+    limit_s: after so many seconds LEAST_ROUNDS are enough.
+    """
     calls = {(part, name): f for part, found in variants.items() for name, f in found.items()}
     counts = {key: _calls_a_round(function, clock) for key, function in calls.items()}
     samples: dict[str, dict[str, list[float]]]
     samples = {part: {name: [] for name in found} for part, found in variants.items()}
-    for _ in range(rounds):
+    start = time.perf_counter()
+    for done in range(rounds):
+        if done >= LEAST_ROUNDS and time.perf_counter() - start > limit_s:
+            break
         for key, function in calls.items():
             samples[key[0]][key[1]].append(clock(function, counts[key]))
     return samples
 
 
 def _calls_a_round(function: Call, clock: Clock) -> int:
-    for _ in range(WARM_UP - 1):
+    for _ in range(0 if clock is cpu_clock else WARM_UP - 1):
         function()
     once = clock(function, 1)
     return max(1, min(MOST_CALLS, math.ceil(ROUND_S / max(once, 1e-9))))

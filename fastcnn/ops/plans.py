@@ -1,17 +1,18 @@
 """Which implementation a convolution layer gets: the vendor's convolution with the ops that follow
 it, or the fused convolution of this library.
 
-Which of them is faster depends on the GPU, the shapes and the libraries. So a layer is measured the
-first time that it is met (plan_measure.py), and what was found is kept in memory and in the cache
-folder (plan_cache.py), for this GPU, this library and this torch. Layers without such kernels (CPU,
-fp32, fp64) are the vendor's without being measured. So is every layer in torch's deterministic
-mode: a choice by timings can differ between two runs, and with it their bits. And so is, unless
-`--conv fused` asks for the kernels, every layer on a GPU until they have passed on one
-(MEASURED_ON_GPU).
+Which of them is faster depends on the machine, the shapes and the libraries. So a layer is measured
+the first time that it is met (plan_measure.py), and what was found is kept in memory and in the
+cache folder (plan_cache.py), for this GPU or this CPU and number of threads, this library and this
+torch. The kernels are half precision's on a GPU, and on the CPU those of 3x3 filters with stride 1
+in fp32 and fp64; other layers are the vendor's without being measured. So is every layer in torch's
+deterministic mode: a choice by timings can differ between two runs, and with it their bits. And so
+is, unless `--conv fused` asks for the kernels, every layer in fp64, which is for checks, and every
+layer on a GPU until the kernels have passed on one (MEASURED_ON_GPU).
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,10 @@ from torch import Tensor
 from fastcnn.cache import cache_dir
 from fastcnn.errors import DataError
 from fastcnn.ops import plan_cache
+from fastcnn.ops.conv_library import Pads
 from fastcnn.ops.loading import load
 from fastcnn.ops.plan_measure import ConvLayer, Measured, Times, measure
+from fastcnn.ops.toolchain import cpu_name
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +36,7 @@ Mode = Literal["auto", "fused", "vendor"]
 Kind = Literal["bn", "bias", "bias-pool", "inference", "inference-pool"]
 MODES: tuple[Mode, ...] = ("auto", "fused", "vendor")
 HALVES = (torch.bfloat16, torch.float16)
+DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": HALVES}  # of the fused kernels
 OLDEST_GPU = (8, 0)  # compute capability; the kernels' matrix instructions
 # Whether `auto` measures, and so runs, the fused kernels on a GPU. Make it True in the commit that
 # adds the JSON of a gpu_check that has passed to benchmarks/results. A first measurement on a
@@ -85,14 +89,27 @@ def why_vendor(device: torch.device, dtype: torch.dtype) -> str:
 
     The library must be loaded.
     """
-    if device.type != "cuda":
-        return "CPU: oneDNN's convolution" if device.type == "cpu" else f"no kernels: {device.type}"
-    if dtype not in HALVES:
-        return f"{str(dtype).removeprefix('torch.')}: the fused kernels are half precision's"
+    if device.type not in DTYPES:
+        return f"no kernels: {device.type}"
+    if dtype not in DTYPES[device.type]:
+        takes = "half precision's" if device.type == "cuda" else "float32's on the CPU"
+        return f"{str(dtype).removeprefix('torch.')}: the fused kernels are {takes}"
+    if device.type == "cpu":
+        return ""
     if not torch._C._dispatch_has_kernel_for_dispatch_key("fastcnn::conv", "CUDA"):
         return "the native library has no CUDA kernels; `fastcnn doctor` says why"
     if (capability := torch.cuda.get_device_capability(device)) < OLDEST_GPU:
         return f"compute capability {capability[0]}.{capability[1]}: the fused kernels need 8.0"
+    return ""
+
+
+def _why_vendor_layer(layer: ConvLayer, device: torch.device) -> str:
+    """Why there are no fused kernels for a layer; "" if there are."""
+    if reason := why_vendor(device, layer.dtype):
+        return reason
+    filters = (layer.k, layer.c, layer.r, layer.s)
+    if device.type == "cpu" and not _is_3x3(filters, layer.stride, layer.pads):
+        return "the CPU's fused kernels are those of 3x3 filters with stride 1"
     return ""
 
 
@@ -117,12 +134,15 @@ def _measures(device: torch.device) -> bool:
 
 def may_defer(x: Tensor) -> bool:
     """Whether a layer may leave its normalisation and activation of x to the next convolution."""
-    if not _can_be_fused(x):
+    if x.device.type not in DTYPES or x.dtype not in DTYPES[x.device.type] or not x.numel():
+        return False
+    if not _has_kernels(x.device, x.dtype):
         return False
     # in plain words, which torch.compile can trace
     if _mode != "auto":
         return _mode == "fused"
-    return _measures(x.device) and not torch.are_deterministic_algorithms_enabled()
+    measured = _measures(x.device) and x.dtype != torch.float64
+    return measured and not torch.are_deterministic_algorithms_enabled()
 
 
 def plan_for(
@@ -150,7 +170,7 @@ def plan_for(
     Nothing is measured while torch.compile traces or a CUDA graph is captured: what is not known by
     then is the vendor's.
     """
-    if not _can_be_fused(x):
+    if not _can_be_fused(x, filters, stride, pads):
         return VENDOR
     asked = (stride, pads, kind, pending, training, wants_data_gradient, with_bias)
     if torch.compiler.is_compiling():
@@ -183,11 +203,19 @@ def layer_of(
     )
 
 
-def _can_be_fused(x: Tensor) -> bool:
+def _can_be_fused(x: Tensor, filters: Tensor, stride: int, pads: Pads) -> bool:
     # in this order: the first two answer for nearly all that cannot, and cost nothing
-    if x.device.type != "cuda" or x.dtype not in HALVES or x.dim() != 4 or not x.numel():
+    device = x.device.type
+    if device not in DTYPES or x.dtype not in DTYPES[device] or x.dim() != 4 or not x.numel():
+        return False
+    if device == "cpu" and not _is_3x3(filters.shape, stride, pads):
         return False
     return _has_kernels(x.device, x.dtype)
+
+
+def _is_3x3(filters: Sequence[int], stride: int, pads: Pads) -> bool:
+    """Whether the CPU's kernels take filters of this shape (K, C, R, S)."""
+    return tuple(filters[2:]) == (3, 3) and stride == 1 and max(pads) <= 2
 
 
 @torch.compiler.assume_constant_result
@@ -199,7 +227,7 @@ def _plan_while_tracing(x: Tensor, filters: Tensor, asked: tuple[Any, ...]) -> P
     # read here, so that compiled code is guarded by it
     if _mode != "auto":
         return FUSED if _mode == "fused" else VENDOR
-    if not _measures(x.device):
+    if not _measures(x.device) or x.dtype == torch.float64:
         return VENDOR
     # a size may be a symbol, which a comparison turns into a number
     known = _known_sizes(x.device)
@@ -225,15 +253,21 @@ def decision_for(layer: ConvLayer, device: torch.device, may_measure: bool = Tru
 
     The library must be loaded.
     """
-    if reason := why_vendor(device, layer.dtype):
+    if reason := _why_vendor_layer(layer, device):
         return Decision(VENDOR, reason=reason)
     if ruled := _ruled(device):
         return ruled
+    if layer.dtype == torch.float64:
+        return Decision(VENDOR, reason="float64: not measured; --conv fused takes the library's")
     planner = _planner_of(device)
     known = planner.known(layer)
-    if known is None and may_measure and not torch.cuda.is_current_stream_capturing():
+    if known is None and may_measure and not _is_capturing(device):
         known = planner.decide(layer)
     return known or Decision(VENDOR, reason="not measured: traced or captured first")
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 # what was measured
@@ -287,6 +321,8 @@ class Planner:
                 }
                 written = plan_cache.add(self.path, self.key, {str(layer): entry})
                 self.path = self.path if written else None
+                # another process may have been first: all go by the same decision
+                decision = self.known(layer) or decision
         self._decisions[layer] = decision
         return decision
 
@@ -329,25 +365,31 @@ def _are_sizes(found: Any) -> bool:
     return isinstance(found, list) and all(isinstance(size, int) for size in found)
 
 
-_planners: dict[torch.device, Planner] = {}
+_planners: dict[tuple[torch.device, int], Planner] = {}
 
 
 def _planner_of(device: torch.device) -> Planner:
-    if device not in _planners:
-        key = {
-            "device": torch.cuda.get_device_name(device),
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    if (device, threads) not in _planners:
+        key = _machine(device, threads) | {
             # the folder of a build is named after all that it was made from
             "library": load().path.parent.name,
             "torch": torch.__version__,
-            "cudnn": torch.backends.cudnn.version(),
         }
         try:
             path = plan_cache.file_of(cache_dir(), key)
         except DataError as error:
             log.warning("%s; convolutions are measured in each run", error)
             path = None
-        _planners[device] = Planner(device, path, key)
-    return _planners[device]
+        _planners[device, threads] = Planner(device, path, key)
+    return _planners[device, threads]
+
+
+def _machine(device: torch.device, threads: int) -> dict[str, Any]:
+    if device.type == "cpu":
+        return {"device": cpu_name(), "threads": threads}
+    name = torch.cuda.get_device_name(device)
+    return {"device": name, "cudnn": torch.backends.cudnn.version()}
 
 
 # what a run is told
@@ -359,7 +401,7 @@ _said = False
 def _say_once() -> None:
     global _said
     if not _said:
-        log.info("convolutions: measuring layers on this GPU, once for each shape")
+        log.info("convolutions: measuring layers on this machine, once for each shape")
     _said = True
 
 

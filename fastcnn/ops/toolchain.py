@@ -1,4 +1,4 @@
-"""What this machine compiles with: C++ compiler, ninja, CUDA toolkit, Python headers.
+"""What this machine is and compiles with: CPU, C++ compiler, ninja, CUDA toolkit, Python headers.
 
 Everything is found by rule at the time of asking. Programs are run only to ask for a version; what
 decides whether a library is still right is a program's path, size and time, which costs no process.
@@ -7,6 +7,7 @@ decides whether a library is still right is a program's path, size and time, whi
 import contextlib
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -185,3 +186,12 @@ def free_memory() -> int:
             folder = Path("/sys/fs/cgroup")
             free = min(free, int((folder / limit).read_text()) - int((folder / used).read_text()))
     return free
+
+
+def cpu_name() -> str:
+    """The model of the CPU, as the system names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith("model name")).split(": ", 1)[1]
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"

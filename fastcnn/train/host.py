@@ -8,8 +8,6 @@ functions, since one setting must come before it.
 
 import ctypes
 import os
-import platform
-from pathlib import Path
 
 # <malloc.h>: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
 MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 256 * 2**20, -3: 2**30}
@@ -57,15 +55,6 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def cpu_name() -> str:
-    """The model of the CPU, as the system names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith("model name")).split(": ", 1)[1]
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"
 
 
 def make_deterministic() -> None:
