@@ -48,6 +48,10 @@ GEOMETRIES = [
     ((2, 5, 6, 6), 7, (2, 1), 1, (1, 0, 2, 0)),
     ((1, 17, 9, 4), 1, (3, 3), 2, (1, 1, 1, 1)),
     ((7, 3, 5, 5), 65, (5, 5), 1, (2, 2, 2, 2)),
+    # the CPU's tiles: whole images of one and of two pixels, parts of tiles, other pads
+    ((3, 20, 1, 1), 17, (3, 3), 1, (1, 1, 1, 1)),
+    ((3, 17, 2, 2), 70, (3, 3), 1, (1, 1, 1, 1)),
+    ((2, 5, 9, 11), 33, (3, 3), 1, (0, 2, 1, 0)),
 ]
 CASES = [ConvCase(*geometry, pending) for geometry in GEOMETRIES for pending in PENDING]
 

@@ -29,7 +29,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 
 from fastcnn import ops
-from fastcnn.ops import conv_library, reference, tracing
+from fastcnn.ops import conv_composites, conv_library, reference, tracing
 
 NAMES = [n for n in ops.OP_NAMES if n.startswith("conv") or n.endswith("_merge")]
 LIBRARY = torch.ops.fastcnn
@@ -90,9 +90,15 @@ def torchs_product(case, t):
     return reference.product(input_in_torch(case, t), t["filter"], bias, case.stride, case.pads)
 
 
+def shape_of(case):
+    return (case.k, case.x[1], *case.kernel), case.stride, case.pads
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_errs_at_most_twice_as_much_as_torch(case, dtype):
+    """But where F(4x4, 3x3) computes in fp32: at most 5e-5 of the largest value."""
+    takes = conv_composites.has_kernels(torch.empty(case.x, dtype=dtype), *shape_of(case))
     t = tensors_of(case, dtype)
     exact = {name: value.double() for name, value in t.items()}
     truth = gradients(case, lambda t: product_in_torch(case, t), exact)
@@ -103,7 +109,7 @@ def test_errs_at_most_twice_as_much_as_torch(case, dtype):
         largest = true.abs().max()
         if name == "dx":  # of terms as large as dy, which nearly cancel through a norm
             largest = torch.maximum(largest, t["dy"].abs().max())
-        unit = torch.finfo(dtype).eps * largest
+        unit = 5e-5 * largest if takes else torch.finfo(dtype).eps * largest
         error, allowed = (ours[name] - true).abs().max(), 2 * (torchs[name] - true).abs().max()
         assert error <= allowed + unit, name
     # summed in fp32, where torch's is rounded

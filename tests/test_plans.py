@@ -63,7 +63,6 @@ def gpu(monkeypatch):
     monkeypatch.setattr(plans, "why_vendor", lambda device, dtype: "")
     monkeypatch.setattr(plans, "_can_be_fused", lambda x: True)
     monkeypatch.setattr(plans, "_planner_of", lambda device: planner)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     planner.measuring = measuring
     return planner
 
@@ -257,15 +256,32 @@ def test_a_layer_that_cannot_be_measured_is_the_vendors_and_not_written(path, ca
     assert not path.exists()
 
 
+SHAPES = [  # filters (K, C, R, S), stride, pads, whether the CPU has kernels
+    ((4, 3, 3, 3), 1, (1, 1, 1, 1), True),
+    ((4, 3, 3, 3), 1, (0, 2, 1, 0), True),
+    ((4, 3, 3, 3), 2, (1, 1, 1, 1), False),
+    ((4, 3, 5, 5), 1, (2, 2, 2, 2), False),
+    ((4, 3, 3, 3), 1, (3, 3, 3, 3), False),
+]
+
+
+@pytest.mark.parametrize(("filters", "stride", "pads", "has_kernels"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_cpu_is_the_vendors(monkeypatch, dtype):
-    monkeypatch.setattr(plans, "_planner_of", lambda device: pytest.fail("asked for a plan"))
+def test_what_the_cpu_fuses(monkeypatch, dtype, filters, stride, pads, has_kernels):
+    measuring = Measuring()
+    planner = Planner(CPU, None, KEY, measuring)
+    monkeypatch.setattr(plans, "_planner_of", lambda device: planner)
+    x = torch.zeros(2, 3, 8, 8, dtype=dtype)
+    has_kernels = has_kernels and dtype != torch.bfloat16
+    plan = {}
     for mode in plans.MODES:
         plans.set_mode(mode)
-        x = torch.zeros(2, 3, 8, 8, dtype=dtype)
-        assert plans.plan_for(x, torch.zeros(4, 3, 3, 3), 1, (1,) * 4, "bn", False, True) == VENDOR
-        assert not plans.may_defer(x)
-    assert plans.why_vendor(CPU, dtype) == "CPU: oneDNN's convolution"
+        plan[mode] = plans.plan_for(x, torch.zeros(filters), stride, pads, "bn", False, True)
+    measured = has_kernels and dtype == torch.float32  # fp64 is for checks
+    assert plan["vendor"] == VENDOR
+    assert plan["fused"] == (FUSED if has_kernels else VENDOR)
+    assert plan["auto"] == (FUSED if measured else VENDOR)
+    assert len(measuring.layers) == measured
 
 
 def test_modes(gpu):
@@ -337,7 +353,7 @@ def test_nothing_is_chosen_by_timings_in_deterministic_mode(gpu):
 
 def test_nothing_is_measured_while_a_graph_is_captured(gpu, monkeypatch):
     capturing = True
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(plans, "_is_capturing", lambda device: capturing)
     assert ask() == VENDOR
     assert gpu.measuring.layers == []
     capturing = False

@@ -1,8 +1,8 @@
 """The convolution's ops for the CPU: the library's kernels where it has some, else torch's
 convolution and the ops that follow one.
 
-The kernels are for 3x3 filters with stride 1 in fp32 and fp64. Elsewhere nothing is faster for these
-ops: they let a network that is meant for a GPU run anywhere, and say what a kernel must compute.
+The kernels are for 3x3 filters with stride 1 in fp32 and fp64. Elsewhere these ops save no time:
+they let a network that is meant for a GPU run anywhere, and say what a kernel must compute.
 """
 
 from collections.abc import Sequence

@@ -108,7 +108,7 @@ def _why_vendor_layer(layer: ConvLayer, device: torch.device) -> str:
     if reason := why_vendor(device, layer.dtype):
         return reason
     filters = (layer.k, layer.c, layer.r, layer.s)
-    if device.type == "cpu" and not _is_3x3(filters, layer.stride, layer.pads):
+    if not _takes(device, filters, layer.stride, layer.pads):
         return "the CPU's fused kernels are those of 3x3 filters with stride 1"
     return ""
 
@@ -134,9 +134,7 @@ def _measures(device: torch.device) -> bool:
 
 def may_defer(x: Tensor) -> bool:
     """Whether a layer may leave its normalisation and activation of x to the next convolution."""
-    if x.device.type not in DTYPES or x.dtype not in DTYPES[x.device.type] or not x.numel():
-        return False
-    if not _has_kernels(x.device, x.dtype):
+    if not _can_be_fused(x):
         return False
     # in plain words, which torch.compile can trace
     if _mode != "auto":
@@ -170,7 +168,7 @@ def plan_for(
     Nothing is measured while torch.compile traces or a CUDA graph is captured: what is not known by
     then is the vendor's.
     """
-    if not _can_be_fused(x, filters, stride, pads):
+    if not _can_be_fused(x) or not _takes(x.device, filters.shape, stride, pads):
         return VENDOR
     asked = (stride, pads, kind, pending, training, wants_data_gradient, with_bias)
     if torch.compiler.is_compiling():
@@ -203,18 +201,18 @@ def layer_of(
     )
 
 
-def _can_be_fused(x: Tensor, filters: Tensor, stride: int, pads: Pads) -> bool:
+def _can_be_fused(x: Tensor) -> bool:
     # in this order: the first two answer for nearly all that cannot, and cost nothing
     device = x.device.type
     if device not in DTYPES or x.dtype not in DTYPES[device] or x.dim() != 4 or not x.numel():
         return False
-    if device == "cpu" and not _is_3x3(filters.shape, stride, pads):
-        return False
     return _has_kernels(x.device, x.dtype)
 
 
-def _is_3x3(filters: Sequence[int], stride: int, pads: Pads) -> bool:
-    """Whether the CPU's kernels take filters of this shape (K, C, R, S)."""
+def _takes(device: torch.device, filters: Sequence[int], stride: int, pads: Pads) -> bool:
+    """Whether a device's kernels take filters of this shape (K, C, R, S)."""
+    if device.type == "cuda":
+        return True
     return tuple(filters[2:]) == (3, 3) and stride == 1 and max(pads) <= 2
 
 

@@ -26,8 +26,8 @@ from fastcnn.config import Config, RunConfig
 from fastcnn.errors import DataError
 from fastcnn.ops import load, plan_cache
 from fastcnn.ops.backend import choose_backend, choose_convolution
-from fastcnn.train.half import half_network
 from fastcnn.ops.toolchain import cpu_name
+from fastcnn.train.half import half_network
 from fastcnn.train.precision import NO_BF16, cpu_computes_in
 from fastcnn.train.ranks import Ranks
 
