@@ -80,6 +80,48 @@ void run(Dtype dtype, Sizes sizes, Pool pool) {
                             threads);
 }
 
+constexpr int kThreads = 2;
+
+// the three passes of a convolution, with all and with nothing of what surrounds it
+void run_conv(Dtype dtype, ConvShape shape, bool norm) {
+  const size_t size = size_of(dtype);
+  shape.r = shape.s = 3, shape.stride = 1;
+  const int64_t k = shape.k, in = shape.n * shape.h * shape.w * shape.c;
+  const int64_t out = shape.pixels() * k, filters = k * shape.taps();
+  Buffer x(in, size), filter(filters, size), dy(out, size), residual(out, size);
+  Buffer y(out, size, false), dx(in, size, false), dfilter(filters, size, false);
+  Buffer a(shape.c, size), b(shape.c, size), c(shape.c, size), d(shape.c, size);
+  Buffer dweight(shape.c, size, false), dbias(shape.c, size, false);
+  Buffer bias(k, size), scale(k, size), shift(k, size), partials(3 * k, size, false);
+  Buffer mean(k, size, false), rstd(k, size, false), running(k, size), running_var(k, size);
+  Buffer space(cpu::conv_workspace(shape, dtype, kThreads), 1, false);
+  Buffer data_space(cpu::conv_data_gradient_workspace(shape, dtype, kThreads), 1, false);
+  Buffer weight_space(cpu::conv_weight_gradient_workspace(shape, dtype, kThreads), 1, false);
+  ConvInput input{x.data(), {}, 1, 1};
+  if (norm) input = {x.data(), {a.data(), b.data(), c.data(), d.data()}, 0.2, 0.1};
+  Conv args{dtype, shape, input, filter.data(), bias.data(), scale.data(), shift.data(),
+            residual.data(), 0.2, 0.1, false, y.data(), nullptr, partials.data(), 0.5};
+  cpu::conv(args, space.data(), kThreads, threads);
+  cpu::bn_merge({1, k, -1, partials.data(), 0.1, 1e-5, running.data(), running_var.data(),
+                 mean.data(), rstd.data()},
+                dtype);
+  Conv bare{dtype, shape, input, filter.data()};
+  bare.pre_slope = bare.post_slope = 1, bare.y = y.data();
+  cpu::conv(bare, space.data(), kThreads, threads);
+  if (std::min(shape.p, shape.q) >= 2) {
+    const int64_t pooled = shape.n * (shape.p / 2) * (shape.q / 2) * k;
+    Buffer small(pooled, size, false), code(pooled, 1, false);
+    bare.pool = true, bare.y = small.data(), bare.code = static_cast<uint8_t*>(code.data());
+    cpu::conv(bare, space.data(), kThreads, threads);
+  }
+  for (bool batch_stats : {true, false})
+    cpu::conv_data_gradient({dtype, shape, input, batch_stats && norm, filter.data(), dy.data(),
+                             dx.data(), dweight.data(), dbias.data(), data_space.data()},
+                            kThreads, threads);
+  cpu::conv_weight_gradient({dtype, shape, input, dy.data(), dfilter.data(), weight_space.data()},
+                            kThreads, threads);
+}
+
 // every option on images of one size: 4 of them, of which a batch of 5 takes two twice
 // gathered: images as many as the batch has, sample numbers that lie far outside
 void run_augment(Dtype dtype, int h, int w, bool gathered) {
@@ -148,5 +190,12 @@ int main() {
     for (const auto& [h, w] : {std::pair{1, 1}, {5, 7}, {16, 8}})
       for (const bool gathered : {false, true}) run_augment(dtype, h, w, gathered);
   for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f64}) update(dtype);
+  // n, h, w, c, k and, behind what run_conv fills in, top, left, p, q
+  const ConvShape convs[] = {{1, 1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1}, {3, 2, 2, 17, 65, 0, 0, 0, 1, 1, 2, 2},
+                             {2, 7, 9, 3, 33, 0, 0, 0, 1, 1, 7, 9}, {2, 6, 5, 20, 70, 0, 0, 0, 0, 2, 6, 6},
+                             {9, 8, 8, 16, 16, 0, 0, 0, 1, 1, 8, 8}, {2, 4, 4, 190, 200, 0, 0, 0, 1, 1, 4, 4}};
+  for (Dtype dtype : {Dtype::f32, Dtype::f64})
+    for (const ConvShape& shape : convs)
+      for (bool norm : {false, true}) run_conv(dtype, shape, norm);
   std::puts("clean");
 }
