@@ -174,7 +174,7 @@ def test_a_rival_that_raises_in_its_backward_is_named(quick, monkeypatch):
 
 def test_a_shape_that_cudnns_own_fusion_refuses_costs_no_other():
     calls = {"vendor": broken, "fused": broken, "cudnn": broken, "eager": lambda: None}
-    wrong = conv_layers._refused(calls, lambda name: calls[name]())
+    wrong = conv_layers._refused(calls, lambda name: calls[name](), CPU)
     assert wrong == {"cudnn": "RuntimeError: no compiler"}
     assert list(calls) == ["vendor", "fused", "eager"]
 

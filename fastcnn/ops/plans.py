@@ -225,8 +225,6 @@ def _plan_while_tracing(x: Tensor, filters: Tensor, asked: tuple[Any, ...]) -> P
     # read here, so that compiled code is guarded by it
     if _mode != "auto":
         return FUSED if _mode == "fused" else VENDOR
-    if not _measures(x.device) or x.dtype == torch.float64:
-        return VENDOR
     # a size may be a symbol, which a comparison turns into a number
     known = _known_sizes(x.device)
     n, h, w = (next((k for k in known if k == x.size(dim)), 0) for dim in (0, 2, 3))
