@@ -1,7 +1,6 @@
 """conv_bn_act and conv_bias_act on the CPU against the oracle, whoever computes them."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from conv_cases import EPS, GEOMETRIES, ConvCase, Noted, drawn, pending_of, tens
 from op_cases import SAME_BITS, wide
 
 from fastcnn import ops
-from fastcnn.ops import conv_library, plans, reference
+from fastcnn.ops import library, plans, reference
 from fastcnn.ops.plans import FUSED, VENDOR, Plan
 
 LIBRARY = torch.ops.fastcnn
@@ -213,17 +212,19 @@ def test_the_plan_is_asked_for_what_the_layer_does(monkeypatch):
         assert asked.pop() == ((2, 3, 6, 5), (4, 3, 3, 3), 2, (1, 0, 1, 1), *want)
 
 
-def test_pending_channels_that_a_kernel_has_no_room_for_are_activated_before(monkeypatch):
-    header = (Path(__file__).parent.parent / "csrc/kernels.h").read_text()
-    limit = re.search(r"kPendingChannels = (\d+);", header)[1]
-    assert int(limit) == conv_library.PENDING_CHANNELS
+def test_pending_channels_that_a_kernel_has_no_room_for_are_activated_before(monkeypatch, tmp_path):
+    header = (library.source_dir() / "kernels.h").read_text("utf-8")
     case = ConvCase((2, 3, 6, 5), 4)
     t = layer_tensors(case)
     pending = pending_of(ConvCase(case.x, 4, pending="norm"), t)
     noted = Noted()
     monkeypatch.setattr("fastcnn.ops.convolution._ops", noted)
     for channels, plain in ((3, False), (2, True)):
-        monkeypatch.setattr("fastcnn.ops.convolution.PENDING_CHANNELS", channels)
+        source = tmp_path / str(channels)
+        source.mkdir()
+        limit = re.sub(r"(?<=kPendingChannels = )\d+", str(channels), header)
+        (source / "kernels.h").write_text(limit, "utf-8")
+        monkeypatch.setattr(library, "source_dir", lambda source=source: source)
         given = []
         monkeypatch.setattr(noted, "conv", lambda *a, given=given: given.append(a), raising=False)
         with pytest.raises(TypeError):  # nothing is returned

@@ -77,7 +77,7 @@ struct ConvShared {
   static constexpr int kKept = kFront + kTilePixels * static_cast<int>(sizeof(Origin));
   static constexpr int kVectors = kKept + kConvThreads * static_cast<int>(sizeof(float4));
 
-  static size_t bytes(int pending_channels) {
+  static constexpr size_t bytes(int pending_channels) {
     return kVectors + 3 * sizeof(float) * pending_channels;
   }
 

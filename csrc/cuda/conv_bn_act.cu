@@ -13,7 +13,7 @@
 // block, merged over its tiles and over blocks by launch_bn_merge, in an order that the
 // shape alone decides. Registers: at most 128 a thread, 168 with 64 filters where taps are not
 // copied; table in csrc/README.md. Shared memory a block: 40 KB with 64 filters, 34 KB with 32, and
-// 12 bytes a channel of a pending input.
+// 12 bytes a channel of a pending input: at most 47.5 of the 48 KB that need no opt-in.
 #include "conv.cuh"
 #include "moments.cuh"
 
@@ -216,6 +216,12 @@ Taps taps_of(const Conv& args) {
   if (args.shape.c % kChunk || !aligned(args.input.x, args.filter)) return Taps::single;
   return args.input.is_plain() ? Taps::copied : Taps::pending;
 }
+
+// what a launch may ask for without cudaFuncAttributeMaxDynamicSharedMemorySize
+constexpr size_t kSharedWithoutOptIn = 48 * 1024;
+static_assert(ConvShared<64>::bytes(kPendingChannels) <= kSharedWithoutOptIn &&
+                  ConvShared<32>::bytes(kPendingChannels) <= kSharedWithoutOptIn,
+              "kPendingChannels: their vectors must fit beside the stages");
 
 // f(filters of a block, taps)
 template <typename F>

@@ -24,8 +24,6 @@ from fastcnn.ops.reference import split_pads
 Pads = tuple[int, int, int, int]
 POOL = (2, 2, 0)
 """The only pool that a convolution's own kernel has."""
-PENDING_CHANNELS = 640
-"""The most channels of an input that a kernel activates while loading it (csrc/kernels.h)."""
 
 _ops = torch.ops.fastcnn
 _INPUT = (

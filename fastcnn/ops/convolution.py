@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fastcnn.ops import conv_composites, norm_act, plans
-from fastcnn.ops.conv_library import PENDING_CHANNELS, POOL, Pads, Pending, result_shape
+from fastcnn.ops.conv_library import POOL, Pads, Pending, result_shape
+from fastcnn.ops.library import pending_channels
 from fastcnn.ops.loading import product_dtype, ready
 from fastcnn.ops.plans import Kind, Plan
 from fastcnn.ops.reference import product, require_no_residual, require_same_shape
@@ -160,7 +161,7 @@ def _loadable(x: Any) -> Any:
     nothing pending on more channels than it has room for."""
     if not isinstance(x, Pending):
         return x.to(product_dtype(x))
-    return x.applied() if x.shape[1] > PENDING_CHANNELS else x
+    return x.applied() if x.shape[1] > pending_channels() else x
 
 
 def _pending(x: Tensor | Pending) -> Pending:

@@ -5,8 +5,10 @@ see no torch header at all, which is most of what a build of a torch extension w
 Python module `_native`, which is optional, is a second file that is linked to the library.
 """
 
+import functools
 import hashlib
 import json
+import re
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,6 +49,20 @@ def source_dir() -> Path:
     raise BuildError(
         f"{package}: the sources of the native library are missing; install fastcnn again"
     )
+
+
+@torch.compiler.assume_constant_result
+def pending_channels() -> int:
+    """Return the most channels of an input that a convolution's kernel activates while loading it:
+    kPendingChannels of kernels.h. Raises BuildError without sources."""
+    return _pending_channels(source_dir())
+
+
+@functools.cache
+def _pending_channels(source: Path) -> int:
+    found = re.search(r"kPendingChannels = (\d+);", (source / "kernels.h").read_text("utf-8"))
+    assert found, f"{source}/kernels.h: no kPendingChannels"
+    return int(found[1])
 
 
 def sources_hash(source: Path, cuda: bool) -> str:
