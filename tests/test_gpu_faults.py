@@ -1,5 +1,7 @@
 """A kernel that costs the process its GPU ends what would go on after a refusal."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -121,6 +123,26 @@ def test_what_failed_and_what_does_without_it_are_named_in_a_line(cuda, catcher,
     assert str(raised.value).startswith(doing)
     assert "(CUDA error: an illegal memory access was encountered): start" in str(raised.value)
     assert str(raised.value).endswith("which shows the kernel, or with --conv vendor")
+
+
+LOST = """
+import torch
+from fastcnn.ops.gpu_faults import GpuError
+from fastcnn.train.graph import CudaRecorder
+recorder = CudaRecorder(torch.device("cuda"))
+torch.zeros(3, device="cuda")[torch.tensor([5], device="cuda")]  # an assertion in a kernel
+try:
+    recorder.capture(lambda: None)
+except GpuError as error:
+    print(error)
+"""
+
+
+@pytest.mark.cuda
+def test_a_gpu_says_itself_that_it_is_lost():
+    command = [sys.executable, "-c", LOST]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "which takes no more work of this process (CUDA error: device-side" in ended.stdout
 
 
 def test_nothing_waits_for_a_gpu_on_a_cpu(cuda):

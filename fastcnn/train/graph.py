@@ -78,12 +78,12 @@ class CudaRecorder:
             with _nothing_collected():
                 self._capture(graph, work)
         except Exception as error:
+            require_alive(self.device, error, "capturing a CUDA graph", "--conv vendor")
             # a capture that was broken off stays on its stream, and its generator goes on waiting
             # for replays
             torch.cuda.set_stream(current)
             generator.graphsafe_set_state(before)
             self._give_up(graph)
-            require_alive(self.device, error, "capturing a CUDA graph", "--conv vendor")
             raise
         return graph.replay
 
