@@ -166,6 +166,20 @@ def test_after_a_capture_that_failed_steps_go_on_eagerly(monkeypatch):
     assert step.replay.captured == 1
 
 
+def test_a_capture_that_failed_is_out_of_the_allocator():
+    recorder, total = recorder_for(GPU, "on"), torch.zeros(1, device=GPU)
+    before = recorder.capture(lambda: total.add_(torch.ones(1, device=GPU)))
+    pool = recorder.pool
+    with pytest.raises(RuntimeError, match="captur"):
+        recorder.capture(lambda: torch.ones(1, device=GPU).item())
+    with pytest.raises(RuntimeError, match="not currently recording"):
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+    after = recorder.capture(lambda: total.add_(torch.ones(1, device=GPU)))
+    for replay in (before, after, before):
+        replay()
+    assert total.item() == 3
+
+
 def test_evaluation_by_graphs_gives_the_same_figures():
     loader = loader_of(torch.bfloat16, samples=300)
     model = step_of(loader, torch.bfloat16, "off").model
