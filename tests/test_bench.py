@@ -490,6 +490,25 @@ def test_time_to_accuracy_trains_each_seed_afresh(library, capsys, tmp_path):
     assert json.loads(path.read_text())["rows"][0]["trials"][0] == row["trials"][1]
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ({"amp": True}, (True, "bf16")),
+        ({"amp": True, "amp_dtype": "fp16"}, (True, "fp16")),
+        ({}, (False, "fp32")),
+    ],
+)
+def test_trials_train_in_the_format_that_was_asked_for_unmeasured(
+    library, monkeypatch, words, expected
+):
+    monkeypatch.setattr("fastcnn.train.precision.cpu_computes_in", lambda dtype: True)
+    met = []
+    monkeypatch.setattr(accuracy, "trials", lambda config, *_: met.append(config.run) or [])
+    given = {"time_to_accuracy": 0.5, "device": "cpu", "arch": ["cnn-a"], "threads": "1", **words}
+    run.time_to_accuracy(run.Run(settings_of(given), ["bench"]))
+    assert [(one.amp, one.amp_dtype) for one in met] == [expected]
+
+
 def test_the_clock_holds_training_and_evaluation_alone(monkeypatch):
     clock = [0.0]
 

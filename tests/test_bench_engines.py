@@ -19,18 +19,8 @@ from fastcnn.export import onnx_file
 
 CPU = torch.device("cpu")
 TASK = Task("murgolo-improved", 4, "resident", ENGINES, images=24, inference=True)
-SMALL = [
-    "--arch",
-    "mao-batchnorm",
-    "--batch-size",
-    "4",
-    "--threads",
-    "1",
-    "--device",
-    "cpu",
-    "--rounds",
-    "7",
-]
+SMALL = ["--arch", "mao-batchnorm", "--batch-size", "4", "--threads", "1"]
+SMALL += ["--device", "cpu", "--rounds", "7"]
 
 
 @pytest.fixture
