@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from fastcnn.archs.fold import fold
 from fastcnn.archs.plain import plain
 from fastcnn.errors import FastcnnError
-from fastcnn.export import onnx_file
-from fastcnn.export.network import BATCH, INPUT, OUTPUT, Exported
 from fastcnn.packages import PackageError, require
 
 PACKAGES = {  # the first is the engine itself
@@ -50,6 +48,10 @@ def versions_of(engines: tuple[str, ...]) -> dict[str, str]:
 
 def onnx_of(model: nn.Module, size: int) -> bytes:
     """Return a network for evaluation, on images of this side, as an ONNX model."""
+    # here, as below: training steps from a bare source tree need no package that export needs
+    from fastcnn.export import onnx_file
+    from fastcnn.export.network import Exported
+
     return onnx_file.encode(Exported(plain(fold(model)), None, size).eval(), {})
 
 
@@ -63,6 +65,9 @@ def start(engine: str, model: bytes, shape: tuple[int, ...], classes: int) -> Pa
 
 
 def _onnxruntime(model: bytes, shape: tuple[int, ...], classes: int) -> Pass:
+    from fastcnn.export import onnx_file
+    from fastcnn.export.network import BATCH, INPUT, OUTPUT
+
     options = onnx_file.session_options()
     options.add_free_dimension_override_by_name(BATCH, shape[0])
     options.add_session_config_entry("session.force_spinning_stop", "1")
