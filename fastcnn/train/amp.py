@@ -115,9 +115,8 @@ def _key(backend: str, conv: str) -> dict[str, Any]:
         "amx": torch.cpu._is_amx_tile_supported(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "backend": backend,
         "conv": conv,
-        # the folder of a build is named after all that it was made from
+        # the folder of a build is named after all that it was made from; plain torch has none
         "library": load().path.parent.name if backend == "fused" else "",
     }
 
