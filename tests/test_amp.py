@@ -276,8 +276,8 @@ def test_a_step_computes_with_the_layers_of_training(library, few, monkeypatch, 
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_each_format_has_its_own_median(few, monkeypatch):
-    seconds = {None: iter([5.0, 4.0, 9.0]), torch.bfloat16: iter([1.0, 3.0, 2.0])}
+def test_the_fastest_round_of_each_format_counts(few, monkeypatch):
+    seconds = {None: iter([5.0, 4.0, 9.0]), torch.bfloat16: iter([3.0, 1.0, 2.0])}
     monkeypatch.setattr(amp, "_step", lambda model, dtype, *_: lambda: dtype)
     monkeypatch.setattr(amp, "_seconds", lambda step: next(seconds[step()]))
-    assert amp.step_times("torch") == Times(fp32=5.0, bf16=2.0)
+    assert amp.step_times("torch") == Times(fp32=4.0, bf16=1.0)
