@@ -306,12 +306,12 @@ def test_ranks_with_other_options_or_images_are_refused(tmp_path):
 
 def test_ranks_that_differ_in_amp_do_not_wait_for_each_other(tmp_path):
     port = free_port()
-    options = OPTIONS | {"output": str(tmp_path), "amp": True}
-    words = [words_of(options | {"deterministic": bool(rank)}) for rank in range(2)]
+    options = OPTIONS | {"output": str(tmp_path)}
+    words = [words_of(options | {"amp": not rank}) for rank in range(2)]
     for process in [apart(port, rank, 2, *words[rank]) for rank in range(2)]:
         code, _, err = ended(process)
         assert code == 2, err
-        assert "the ranks differ: --deterministic: False on rank 0, True on rank 1; start" in err
+        assert "the ranks differ: --amp: True on rank 0, False on rank 1; start" in err
 
 
 def test_all_ranks_train_in_the_format_that_the_first_has_measured(tmp_path, monkeypatch):

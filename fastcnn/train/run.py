@@ -118,7 +118,7 @@ def start(config: Config, place: PlaceConfig, command: list[str], quiet: bool = 
 def prepared(config: Config, ranks: Ranks) -> Setup:
     """What a run needs; raises UsageError where the ranks would not train the same."""
     # by these they know, each for itself, whether they are to agree on a number format
-    told = ("amp", "amp_dtype", "deterministic")
+    told = ("amp", "amp_dtype")
     require_same(ranks, {options_by_name()[name].flag: getattr(config.run, name) for name in told})
     setup = prepare(config, ranks)
     own = {"device"}  # of each machine
