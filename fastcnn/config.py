@@ -214,7 +214,7 @@ class RunConfig:
         "convolutions of 3x3 filters in fp32 on a CPU, and all in half precision on a GPU: fused: "
         "the native library's; vendor: torch's; auto: for each layer the faster one, by a "
         "measurement in its first step (kept in the cache), but torch's with --deterministic, "
-        "where no timing may decide, and on a GPU until the library's have passed their tests there",
+        "where no timing may decide, and on a GPU until the library's have passed tests on one",
     )
     amp: bool = option(False, "mixed precision, where the hardware has it")
     amp_dtype: Literal["auto", "bf16", "fp16", "fp32"] = option(
