@@ -16,6 +16,7 @@ struct Result {
   static constexpr int W = kLanes<A>, T = Tile::kTile;
   const Conv& args;
   const Tiling<Tile>& tiling;
+  bool bare;   // nothing follows the product
   A* moments;  // (3, blocks, K): mean, squared deviations from it and count; null: not wanted
   int64_t blocks;
 
@@ -46,21 +47,28 @@ struct Result {
       const int rows = int(std::min<int64_t>(T, shape.p - at.p));
       const int columns = int(std::min<int64_t>(T, shape.q - at.q));
       const Conv& args = all.args;
+      if (!all.bare)
+        for (int r = 0; r < rows; ++r)
+          for (int s = 0; s < columns; ++s) y[r][s] = pre.act(y[r][s] + bias) * scale + shift;
+      if (args.pool) return pool(at, rows, columns, y);
+      const int64_t corner = ((at.image * shape.p + at.p) * shape.q + at.q) * shape.k + k;
+      if (!all.bare) finish(corner, rows, columns, y);
       for (int r = 0; r < rows; ++r)
         for (int s = 0; s < columns; ++s)
-          y[r][s] = pre.act(y[r][s] + bias) * scale + shift;
-      if (args.pool) return pool(at, rows, columns, y);
+          store_lanes<W>(static_cast<A*>(args.y) + corner + (r * shape.q + s) * shape.k, y[r][s],
+                         lanes);
+      if (all.moments) add_statistics(rows, columns, y);
+    }
+
+    void finish(int64_t corner, int rows, int columns, Values<A, W> (&y)[T][T]) const {
+      const ConvShape& shape = all.tiling.shape;
+      const A* residual = static_cast<const A*>(all.args.residual);
       for (int r = 0; r < rows; ++r)
         for (int s = 0; s < columns; ++s) {
-          const int64_t to =
-              ((at.image * shape.p + at.p + r) * shape.q + at.q + s) * shape.k + k;
-          Values<A, W> v = y[r][s];
-          if (args.residual) v += load_lanes<W>(static_cast<const A*>(args.residual) + to, lanes);
-          v = post.act(v);
-          store_lanes<W>(static_cast<A*>(args.y) + to, v, lanes);
-          if (all.moments) y[r][s] = stats.act(v);
+          const int64_t at = corner + (r * shape.q + s) * shape.k;
+          if (residual) y[r][s] += load_lanes<W>(residual + at, lanes);
+          y[r][s] = post.act(y[r][s]);
         }
-      if (all.moments) add_statistics(rows, columns, y);
     }
 
     void pool(const Place& at, int rows, int columns, Values<A, W> (&y)[T][T]) const {
@@ -91,6 +99,9 @@ struct Result {
     }
 
     void add_statistics(int rows, int columns, Values<A, W> (&y)[T][T]) {
+      if (!stats.none())
+        for (int r = 0; r < rows; ++r)
+          for (int s = 0; s < columns; ++s) y[r][s] = stats.act(y[r][s]);
       if (!count) {
         for (int r = 0; r < rows; ++r)
           for (int s = 0; s < columns; ++s) about += y[r][s];
@@ -190,8 +201,10 @@ void conv(const Conv& args, void* workspace, int threads, const Parallel& parall
     const auto plan = plan_of<Tile, A>(shape, threads);
     A* moments = args.partials ? static_cast<A*>(workspace) + plan.bytes() / sizeof(A) : nullptr;
     const Filters<A> filters{static_cast<const A*>(args.filter), shape.k, shape.c, false};
+    const bool bare = !args.bias && !args.scale && !args.shift && !args.residual &&
+                      args.pre_slope == 1 && args.post_slope == 1;
     multiply(plan, tiling, Source<A>(args.input, shape.c), filters, workspace, parallel,
-             Result<Tile, A>{args, tiling, moments, plan.blocks()});
+             Result<Tile, A>{args, tiling, bare, moments, plan.blocks()});
     if (!moments) return 0;
     const Joined all(moments, plan.blocks(), shape.k);
     A* to = static_cast<A*>(args.partials);

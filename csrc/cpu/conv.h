@@ -123,42 +123,69 @@ struct Inside {
   bool whole(int size) const { return from == 0 && to == size; }
 };
 
+// What is done to x while it is loaded. relu: an affine map and ReLU, as most networks have it, with
+// no branch in the loops over pixels.
+enum class Form { plain, relu, any };
+
 // What a convolution reads: x itself, or post(affine(pre(x))) made while it is loaded.
 template <class A>
 struct Source {
   const A* x;
-  bool plain;
+  Form form;
   Channels<A> channels;
   double pre_slope, post_slope;
 
   Source(const ConvInput& input, int64_t c)
       : x(static_cast<const A*>(input.x)),
-        plain(input.is_plain()),
-        channels(input.affine, plain ? 0 : c),
+        form(input.is_plain()                                  ? Form::plain
+             : input.pre_slope == 1 && input.post_slope == 0 ? Form::relu
+                                                               : Form::any),
+        channels(input.affine, form == Form::plain ? 0 : c),
         pre_slope(input.pre_slope),
         post_slope(input.post_slope) {}
-  explicit Source(const void* x)
-      : x(static_cast<const A*>(x)), plain(true), channels(Affine{}, 0), pre_slope(1),
-        post_slope(1) {}
+  explicit Source(const void* x) : Source(ConvInput{x, Affine{}, 1, 1}, 0) {}
 };
 
+// f(std::integral_constant<Form, ...>{})
+template <class F>
+void with_form(Form form, F&& f) {
+  if (form == Form::plain) return f(std::integral_constant<Form, Form::plain>{});
+  if (form == Form::relu) return f(std::integral_constant<Form, Form::relu>{});
+  f(std::integral_constant<Form, Form::any>{});
+}
+
 // one vector of channels of a source
-template <class A, bool Plain>
+template <class A, Form F>
 struct SourceVector {
   static constexpr int W = kLanes<A>;
-  Values<A, W> mean{}, scale{}, bias{};
+  using V = Values<A, W>;
+  V mean{}, scale{}, bias{};
   Slope<A, W> pre, post;
 
   template <class Lanes>
   SourceVector(const Source<A>& source, int64_t c, Lanes lanes)
       : pre(source.pre_slope), post(source.post_slope) {
-    if (Plain) return;
+    if (F == Form::plain) return;
     mean = load_lanes<W>(&source.channels.mean[c], lanes);
     scale = load_lanes<W>(&source.channels.scale[c], lanes);
     bias = load_lanes<W>(&source.channels.bias[c], lanes);
   }
-  Values<A, W> operator()(Values<A, W> x) const {
-    return Plain ? x : post.act((pre.act(x) - mean) * scale + bias);
+  V centred(V x) const { return (F == Form::any ? pre.act(x) : x) - mean; }
+  V affine(V centred) const { return centred * scale + bias; }
+  V operator()(V x) const {
+    if constexpr (F == Form::plain) return x;
+    const V z = affine(centred(x));
+    if constexpr (F == Form::relu) return z <= 0 ? V{} : z;
+    return post.act(z);
+  }
+  // of a gradient for what the source made of x
+  V masked(V g, V centred) const {
+    const V z = affine(centred);
+    if constexpr (F == Form::relu) return z <= 0 ? V{} : g;
+    return post.none() ? g : post.backward(g, post.negative(z));
+  }
+  V through_pre(V g, V x) const {
+    return F == Form::any && !pre.none() ? pre.backward(g, pre.negative(x)) : g;
   }
 };
 
@@ -204,7 +231,7 @@ inline void transform_input(Load&& load, A* v, int64_t point) {
                                 });
 }
 
-template <class Tile, class A, bool Plain>
+template <class Tile, class A, Form F>
 inline void input_tile(const Tiling<Tile>& tiling, int64_t tile, const Source<A>& source, A* v,
                        int64_t point) {
   constexpr int W = kLanes<A>, I = Tile::kInput;
@@ -216,7 +243,7 @@ inline void input_tile(const Tiling<Tile>& tiling, int64_t tile, const Source<A>
     return ((at.image * shape.h + at.h + r) * shape.w + at.w + s) * shape.c;
   };
   for_vectors<A>(shape.c, [&](int64_t c, auto lanes) {
-    const SourceVector<A, Plain> activate(source, c, lanes);
+    const SourceVector<A, F> activate(source, c, lanes);
     auto pixel = [&](int r, int s) {
       return activate(load_lanes<W>(source.x + offset(r, s) + c, lanes));
     };
@@ -233,12 +260,10 @@ inline void input_tile(const Tiling<Tile>& tiling, int64_t tile, const Source<A>
 template <class Tile, class A>
 void input_tiles(const Tiling<Tile>& tiling, int64_t first, int64_t n, const Source<A>& source,
                  Rows<A> v, int64_t point) {
-  for (int64_t t = 0; t < n; ++t) {
-    if (source.plain)
-      input_tile<Tile, A, true>(tiling, first + t, source, v.at + t * v.row, point);
-    else
-      input_tile<Tile, A, false>(tiling, first + t, source, v.at + t * v.row, point);
-  }
+  with_form(source.form, [&](auto form) {
+    for (int64_t t = 0; t < n; ++t)
+      input_tile<Tile, A, form()>(tiling, first + t, source, v.at + t * v.row, point);
+  });
 }
 
 // u[(i · kPoints + j) · point] ← G g G' for one vector of filters

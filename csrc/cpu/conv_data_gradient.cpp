@@ -22,64 +22,56 @@ ProductPlan<Tile, A> plan_of(const ConvShape& back, int threads) {
   return {Tiling<Tile>(back).count, back.c, back.k, threads};
 }
 
-// With batch statistics dz as it is, else dx; and the sums of g = dz · post'(z), g · (pre(x) - mean)
-template <class Tile, class A>
+// dz as it is, where x is plain; with batch statistics dz and the sums of g = dz · post'(z) and
+// g · (pre(x) - mean); else dx and the sums
+template <class Tile, class A, Form F>
 struct InputResult {
   static constexpr int W = kLanes<A>, T = Tile::kTile;
+  using V = Values<A, W>;
   const ConvDataGradient& args;
   const Tiling<Tile>& tiling;
   const Source<A>& source;
-  void* partials;  // [block][2][C], null: not wanted
+  void* partials;  // [block][2][C]; of a plain x of no use
 
   template <class Lanes>
   struct Vector {
     const InputResult& all;
     int64_t c;
     Lanes lanes;
-    Values<A, W> mean{}, scale{}, bias{};
-    Slope<A, W> pre, post;
+    SourceVector<A, F> source;
     Values<double, W> g{}, gx{};
 
     Vector(const InputResult& all, int64_t c, Lanes lanes)
-        : all(all), c(c), lanes(lanes), pre(all.source.pre_slope), post(all.source.post_slope) {
-      if (!all.partials) return;
-      const Channels<A>& channels = all.source.channels;
-      mean = load_lanes<W>(&channels.mean[c], lanes);
-      scale = load_lanes<W>(&channels.scale[c], lanes);
-      bias = load_lanes<W>(&channels.bias[c], lanes);
-    }
+        : all(all), c(c), lanes(lanes), source(all.source, c, lanes) {}
 
-    void add(int64_t tile, const Values<A, W> (&y)[T][T]) {
+    void add(int64_t tile, const V (&y)[T][T]) {
       const Place at = all.tiling.place(tile);
       const ConvShape& shape = all.tiling.shape;
       const int rows = int(std::min<int64_t>(T, shape.p - at.p));
       const int columns = int(std::min<int64_t>(T, shape.q - at.q));
-      Values<A, W> sum{}, sum_x{};
+      const int64_t corner = ((at.image * shape.p + at.p) * shape.q + at.q) * shape.k + c;
+      V sum{}, sum_x{};
       for (int r = 0; r < rows; ++r)
-        for (int s = 0; s < columns; ++s) {
-          const int64_t to =
-              ((at.image * shape.p + at.p + r) * shape.q + at.q + s) * shape.k + c;
-          Values<A, W> d = y[r][s];
-          if (all.partials) {
-            const Values<A, W> x = load_lanes<W>(all.source.x + to, lanes);
-            const Values<A, W> centred = pre.act(x) - mean;
-            Values<A, W> g = d;
-            if (!post.none()) g = post.backward(g, post.negative(centred * scale + bias));
-            sum += g;
-            sum_x += g * centred;
-            if (!all.args.batch_stats) {
-              d = g * scale;
-              if (!pre.none()) d = pre.backward(d, pre.negative(x));
-            }
-          }
-          store_lanes<W>(static_cast<A*>(all.args.dx) + to, d, lanes);
-        }
+        for (int s = 0; s < columns; ++s)
+          write(corner + (r * shape.q + s) * shape.k, y[r][s], sum, sum_x);
+      if (F == Form::plain) return;
       g += widen<W>(sum);
       gx += widen<W>(sum_x);
     }
 
+    void write(int64_t to, V dz, V& sum, V& sum_x) const {
+      A* dx = static_cast<A*>(all.args.dx) + to;
+      if (F == Form::plain) return store_lanes<W>(dx, dz, lanes);
+      const V x = load_lanes<W>(all.source.x + to, lanes);
+      const V centred = source.centred(x), masked = source.masked(dz, centred);
+      sum += masked;
+      sum_x += masked * centred;
+      if (!all.args.batch_stats) dz = source.through_pre(masked * source.scale, x);
+      store_lanes<W>(dx, dz, lanes);
+    }
+
     void end(int64_t block) const {
-      if (!all.partials) return;
+      if (F == Form::plain) return;
       const TaskSums sums(all.partials, block, all.tiling.shape.k);
       std::memcpy(sums.g + c, &g, int64_t(lanes) * sizeof(double));
       std::memcpy(sums.gx + c, &gx, int64_t(lanes) * sizeof(double));
@@ -121,15 +113,15 @@ void conv_data_gradient(const ConvDataGradient& args, int threads, const Paralle
     const Tiling<Tile> tiling(back);
     const auto plan = plan_of<Tile, A>(back, threads);
     const Source<A> source(args.input, back.k);
-    void* partials =
-        source.plain ? nullptr : static_cast<char*>(args.workspace) + plan.bytes();
+    void* partials = static_cast<char*>(args.workspace) + plan.bytes();
     const Filters<A> filters{static_cast<const A*>(args.filter), args.shape.k, args.shape.c, true};
-    multiply(plan, tiling, Source<A>(args.dy), filters, args.workspace, parallel,
-             InputResult<Tile, A>{args, tiling, source, partials});
-    if (partials) {
-      finish_sums(source.channels, partials, plan.blocks(), args.dweight, args.dbias);
-      if (args.batch_stats) apply_norm(args, parallel);
-    }
+    with_form(source.form, [&](auto form) {
+      multiply(plan, tiling, Source<A>(args.dy), filters, args.workspace, parallel,
+               InputResult<Tile, A, form()>{args, tiling, source, partials});
+    });
+    if (source.form == Form::plain) return 0;
+    finish_sums(source.channels, partials, plan.blocks(), args.dweight, args.dbias);
+    if (args.batch_stats) apply_norm(args, parallel);
     return 0;
   });
 }
