@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import augment_cases
+import nonfinite_cases
 import torch
 import update_cases
 from op_cases import kinds, run, tensors_of
@@ -62,6 +63,21 @@ def wrong_batches(device):
             yield f"augment {case} {dtype}"
 
 
+def wrong_looks(device):
+    """Name the looks for inf and NaN that find none, or one where there is none."""
+    grads = [
+        nonfinite_cases.finite(dtype, shape, device, offset)
+        for dtype in ops.DTYPES[device]
+        for shape in update_cases.SHAPES
+        for offset in (0, 1)
+    ]
+    for last, want in ((1.0, 0), (float("nan"), 1)):
+        found_inf = torch.zeros((), device=device)
+        ops.find_nonfinite_([*grads, torch.tensor([last], device=device)], found_inf)
+        if found_inf != want:
+            yield f"find_nonfinite_ with {last}: {found_inf.item()}"
+
+
 def main(device: str) -> int:
     ops.load()
     cases = [case for shape in SHAPES for case in kinds(shape, *SLOPES)]
@@ -80,10 +96,9 @@ def main(device: str) -> int:
         if not difference < SMALL_DIFFERENCE
     ]
     wrong += wrong_batches(device)
+    wrong += wrong_looks(device)
     calls = len(cases) * len(ops.DTYPES[device])
-    print(
-        f"{calls} calls, forward and backward, on {device}, augment and updates", *wrong, sep="\n"
-    )
+    print(f"{calls} calls, forward and backward, on {device}, augment, updates", *wrong, sep="\n")
     return 1 if wrong else 0
 
 

@@ -299,4 +299,18 @@ struct Adam {
   double beta1, beta2, eps;
 };
 
+// `count` values in flat memory.
+struct FlatTensor {
+  int64_t count;
+  Dtype dtype;
+  const void* data;
+};
+
+// found_inf ← 1 where a value of any tensor is inf or NaN; else it stays as it is.
+struct FindNonfinite {
+  const FlatTensor* tensors;  // of any dtypes, f64 on the CPU alone; read by the launcher alone
+  int64_t count;
+  float* found_inf;  // in the memory of the device
+};
+
 }  // namespace fastcnn

@@ -1,4 +1,5 @@
-// The updates sgd_ and adam_ for torch: checks, the table of pointers, registration.
+// The updates sgd_ and adam_, and find_nonfinite_, for torch: checks, the table of pointers,
+// registration.
 // fastcnn/ops/optimizers.py holds the schemas.
 #include <algorithm>
 #include <vector>
@@ -14,6 +15,7 @@ struct Cpu {
   static constexpr bool on_gpu = false;
   static void run(const Sgd& args, const Tensor&) { cpu::sgd(args, parallel); }
   static void run(const Adam& args, const Tensor&) { cpu::adam(args, parallel); }
+  static void run(const FindNonfinite& args, const Tensor&) { cpu::find_nonfinite(args, parallel); }
 };
 
 #ifdef FASTCNN_CUDA
@@ -21,6 +23,9 @@ struct Cuda {
   static constexpr bool on_gpu = true;
   static void run(const Sgd& args, const Tensor& x) { enqueue(cuda::launch_sgd, args, x); }
   static void run(const Adam& args, const Tensor& x) { enqueue(cuda::launch_adam, args, x); }
+  static void run(const FindNonfinite& args, const Tensor& x) {
+    enqueue(cuda::launch_find_nonfinite, args, x);
+  }
 };
 #endif
 
@@ -93,6 +98,11 @@ void check_type(const Tensor& t, ScalarType type, const Place& place) {
           name_of(t.scalar_type()));
 }
 
+void check_dense(const Tensor& t, const Place& place) {
+  REQUIRE(is_dense(t), place, ": expected memory without gaps or overlap, got shape ", shape_of(t),
+          " with strides ", text_of(t.strides()));
+}
+
 // of parameters, states and averages
 ScalarType wide_type(const Tensors& params) {
   return params.empty() ? ScalarType::Float : params[0].scalar_type();
@@ -108,8 +118,7 @@ void check_params(const Tensors& params, const Tensor& rates, bool on_gpu) {
     const Place place{"params", i};
     check_type(params[i], type, place);
     REQUIRE(same_device(params[i], rates), place, ": expected the device of rates");
-    REQUIRE(is_dense(params[i]), place, ": expected memory without gaps or overlap, got shape ",
-            shape_of(params[i]), " with strides ", text_of(params[i].strides()));
+    check_dense(params[i], place);
   }
 }
 
@@ -246,9 +255,30 @@ void adam(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, 
 }
 
 template <class B>
+void find_nonfinite(Tensors grads, Tensor found_inf) {
+  scalars(found_inf, found_inf, 0, "found_inf");
+  std::vector<FlatTensor> table;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const Place place{"grads", i};
+    const ScalarType type = grads[i].scalar_type();
+    const Dtype dtype = dtype_of(type);  // f32 also for whatever has none
+    REQUIRE((dtype != Dtype::f32 || type == ScalarType::Float) &&
+                (dtype != Dtype::f64 || !B::on_gpu),
+            place, ": expected float32, bfloat16",
+            B::on_gpu ? " or float16" : ", float16 or float64", ", got ", name_of(type), "; use backend torch");
+    REQUIRE(same_device(grads[i], found_inf), place, ": expected the device of found_inf");
+    check_dense(grads[i], place);
+    table.push_back({grads[i].numel(), dtype, grads[i].const_data_ptr()});
+  }
+  auto* found = static_cast<float*>(found_inf.mutable_data_ptr());
+  B::run(FindNonfinite{table.data(), int64_t(table.size()), found}, found_inf);
+}
+
+template <class B>
 void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("sgd_", TORCH_BOX(&sgd<B>));
   m.impl("adam_", TORCH_BOX(&adam<B>));
+  m.impl("find_nonfinite_", TORCH_BOX(&find_nonfinite<B>));
 }
 
 }  // namespace

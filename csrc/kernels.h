@@ -36,11 +36,12 @@ cudaError_t launch_conv_weight_gradient(const ConvWeightGradient& args, cudaStre
 cudaError_t launch_augment(const Augment& args, cudaStream_t stream);
 cudaError_t launch_sgd(const Sgd& args, cudaStream_t stream);
 cudaError_t launch_adam(const Adam& args, cudaStream_t stream);
+cudaError_t launch_find_nonfinite(const FindNonfinite& args, cudaStream_t stream);
 
 // The launches of an op ("bn_stats", ..., "augment"), in order, for sizes of x: a
 // function of shape, dtype and pool alone. 16-byte aligned tensors; training, no residual. "sgd_",
-// "adam_": one parameter of so many values, gradients of this dtype. Throws std::invalid_argument
-// for an unknown op or a dtype without kernels.
+// "adam_": one parameter of so many values, gradients of this dtype; "find_nonfinite_": one tensor.
+// Throws std::invalid_argument for an unknown op or a dtype without kernels.
 struct LaunchConfiguration {
   std::string kernel;
   dim3 grid, block;

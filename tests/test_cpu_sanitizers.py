@@ -61,10 +61,12 @@ def test_no_two_threads_write_the_same(tmp_path):
         ("bn_act.cpp", "store<W>(dx + at, pre.none()", "store<W>(dx + at + 1, pre.none()"),
         ("update.cpp", "std::min(kTileCount, tasks[i].end - at)", "kTileCount"),
         ("conv_weight_gradient.cpp", "if (r >= rows || s >= columns) return V{};", ""),
+        ("find_nonfinite.cpp", "i < task.end", "i < task.begin + kTaskValues"),
     ],
 )
 def test_an_overrun_is_seen(address_objects, tmp_path, name, old, new):
-    """The planted error: dx one value too far, or a last tile taken for a whole one."""
+    """The planted error: dx one value too far, or a tensor's last tile or task a whole
+    one."""
     text = (CPU / name).read_text()
     planted = text.replace(old, new)
     assert planted != text

@@ -221,6 +221,26 @@ def test_the_gradient_or_the_loss_is_named():
     assert first_not_finite(step, Batches(), 0, 0) == "the loss"
 
 
+@pytest.mark.parametrize("backend", ["torch", "fused"])
+def test_a_gradient_that_is_one_number_for_all_is_looked_at(backend, library):
+    """Of a sum: expanded by autograd, without memory of its own."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.shift = nn.Linear(3, 10), nn.Parameter(torch.zeros(4, 5))
+
+        def forward(self, x):
+            return self.last(x.mean((2, 3))) + self.shift.sum()
+
+    config = OptimConfig(label_smoothing=0.0, schedule="constant")
+    step = TrainStep(Net(), config, Precision(), 100, 0, CPU, backend=backend)
+    step(*batch(1))
+    assert not step.guard.ended()
+    step(*batch(1, INF))
+    assert step.guard.ended()
+
+
 def command(tmp_path, *options):
     words = [sys.executable, "-m", "fastcnn", "train", "--data", "digits", "--arch", "tiny-f"]
     words += ["--train-subset", "96", "--test-subset", "20", "--batch-size", "24", "--threads", "1"]

@@ -30,7 +30,7 @@ ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(sm_\d+)'")
 FIGURES = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
 KERNEL = re.compile(
-    r"\d+((?:bn|conv)_[a-z_]+_kernel|augment_kernel)"
+    r"\d+((?:bn|conv)_[a-z_]+_kernel|augment_kernel|find_nonfinite_kernel)"
     r"(?:I(f|6__half|13__nv_bfloat16)((?:L(?:i|b|N\w*?(?:Pass|Taps)E)\d+E)*)E)?"
 )
 UPDATE = re.compile(r"\d+update_kernelI(f|6__half|13__nv_bfloat16)N\w*?_\d(Sgd|Adam)RuleE")
@@ -72,7 +72,7 @@ def parse(log: str) -> dict[tuple[str, str], Figures]:
 def expected_kernels() -> set[str]:
     """Every instantiation there is to be."""
     names = {"bn_stats_finalise_kernel", "bn_stats_running_kernel"}
-    names |= {"bn_act_backward_finalise_kernel"}
+    names |= {"bn_act_backward_finalise_kernel", "find_nonfinite_kernel"}
     for number, wide in WIDE.items():
         names |= {f"update_kernel<{number}, {rule}>" for rule in ("sgd", "adam")}
         pools = [(wide, 2), (4, 3), (1, 0)]

@@ -38,5 +38,6 @@ void conv_weight_gradient(const ConvWeightGradient& args, int threads, const Par
 void augment(const Augment& args, const Parallel& parallel);
 void sgd(const Sgd& args, const Parallel& parallel);
 void adam(const Adam& args, const Parallel& parallel);
+void find_nonfinite(const FindNonfinite& args, const Parallel& parallel);
 
 }  // namespace fastcnn::cpu

@@ -20,6 +20,7 @@ std::vector<Kernel> conv_data_gradient_kernels();
 std::vector<Kernel> conv_weight_gradient_kernels();
 std::vector<Kernel> augment_kernels();
 std::vector<Kernel> update_kernels();
+std::vector<Kernel> find_nonfinite_kernels();
 
 namespace {
 
@@ -29,7 +30,8 @@ const std::vector<Kernel>& all_kernels() {
     for (const auto& some : {bn_stats_kernels(), bn_act_kernels(), bn_act_pool_kernels(),
                              bn_act_backward_kernels(), bn_act_pool_backward_kernels(),
                              conv_bn_act_kernels(), conv_data_gradient_kernels(),
-                             conv_weight_gradient_kernels(), augment_kernels(), update_kernels()})
+                             conv_weight_gradient_kernels(), augment_kernels(), update_kernels(),
+                             find_nonfinite_kernels()})
       all.insert(all.end(), some.begin(), some.end());
     return all;
   }();
@@ -97,6 +99,10 @@ cudaError_t launch_op(const std::string& op, Dtype dtype, const Sizes& sizes, co
     return launch_augment(args, nullptr);
   }
   if (op == "sgd_" || op == "adam_") return launch_update_of(op, dtype, sizes);
+  if (op == "find_nonfinite_") {
+    const FlatTensor tensor{sizes.elements(), dtype, nullptr};
+    return launch_find_nonfinite({&tensor, 1, nullptr}, nullptr);
+  }
   throw std::invalid_argument("no op '" + op + "'");
 }
 

@@ -20,7 +20,7 @@ from fastcnn.ops.augmentation import augment
 from fastcnn.ops.convolution import Pending, conv_bias_act, conv_bn_act
 from fastcnn.ops.loading import DTYPES, has_kernels, load, supports
 from fastcnn.ops.norm_act import bias_act, bias_act_pool, bn_act, bn_act_pool
-from fastcnn.ops.optimizers import adam_, sgd_
+from fastcnn.ops.optimizers import adam_, find_nonfinite_, sgd_
 
 __all__ = [
     "DTYPES",
@@ -34,6 +34,7 @@ __all__ = [
     "bn_act_pool",
     "conv_bias_act",
     "conv_bn_act",
+    "find_nonfinite_",
     "has_kernels",
     "load",
     "sgd_",
@@ -63,4 +64,5 @@ OP_NAMES = (
     "augment",
     "sgd_",
     "adam_",
+    "find_nonfinite_",
 )

@@ -1,5 +1,5 @@
 """The update of all parameters of a group in one call: SGD and Adam(W), with half-precision copies
-of the weights and their running average.
+of the weights and their running average; and the look at all gradients that decides on it.
 
 Whatever changes from step to step (learning rate, step, loss scale, whether to skip) is a tensor
 on the parameters' device, so that a call never waits for it and may be captured in a CUDA graph.
@@ -29,6 +29,7 @@ define(
     "Tensor(d!)[] copies, Tensor(e!)[] averages, Tensor rates, Tensor steps, Tensor? factor, "
     "Tensor? found_inf, float decay, bool decoupled, float beta1, float beta2, float eps) -> ()",
 )
+define("find_nonfinite_", "(Tensor[] grads, Tensor(a!) found_inf) -> ()")
 
 
 @torch.library.register_fake("fastcnn::sgd_", lib=schemas)
@@ -37,6 +38,11 @@ def _(*arguments: Any) -> None:
 
 
 @torch.library.register_fake("fastcnn::adam_", lib=schemas)
+def _(*arguments: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("fastcnn::find_nonfinite_", lib=schemas)
 def _(*arguments: Any) -> None:
     return None
 
@@ -121,3 +127,18 @@ def adam_(
             *(rates, steps, factor, found_inf, decay, decoupled, beta1, beta2, eps),
         )
     _count_versions(params, exp_avgs, exp_avg_sqs, copies, averages)
+
+
+def find_nonfinite_(grads: list[Tensor], found_inf: Tensor) -> None:
+    """Set found_inf to 1 where any value of grads is inf or NaN; else it stays as it is.
+
+    grads: any shapes in memory without gaps, and any mixture of fp32, bf16, fp16, and fp64 on the
+    CPU. found_inf: fp32 (), as the updates take it. All on one device.
+
+    One kernel launch for up to 128 tensors. Raises RuntimeError for what does not fit, BuildError
+    without a library.
+    """
+    ready()
+    with torch.no_grad():
+        _ops.find_nonfinite_(grads, found_inf)
+    _count_versions([found_inf])

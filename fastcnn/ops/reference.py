@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from fastcnn.ops.reference_across import batch_norm_across
 from fastcnn.ops.reference_augment import augment
-from fastcnn.ops.reference_update import adam_, sgd_
+from fastcnn.ops.reference_update import adam_, find_nonfinite_, sgd_
 
 __all__ = [
     "adam_",
@@ -35,6 +35,7 @@ __all__ = [
     "bn_act_pool",
     "conv_bias_act",
     "conv_bn_act",
+    "find_nonfinite_",
     "sgd_",
 ]
 

@@ -1,4 +1,4 @@
-"""The optimisers' updates in plain torch: the oracle of `sgd_` and `adam_`.
+"""The optimisers' updates in plain torch: the oracle of `sgd_`, `adam_` and `find_nonfinite_`.
 
 Whole lists of tensors at once, with no wait for the device.
 """
@@ -150,3 +150,17 @@ def _follow(
         distance = torch._foreach_sub(params, averages)
         torch._foreach_mul_(distance, rates[1].to(params[0].dtype))
         torch._foreach_add_(averages, distance)
+
+
+@torch.no_grad()
+def find_nonfinite_(grads: list[Tensor], found_inf: Tensor) -> None:
+    """Set found_inf, fp32 (), to 1 where any value of grads is inf or NaN; else it stays as it is.
+
+    grads: any mixture of dtypes. By their largest magnitudes, which CUDA has for every dtype, other
+    than torch._amp_foreach_non_finite_check_and_unscale_, which has no bf16 there.
+    """
+    for dtype in {grad.dtype for grad in grads}:
+        own = [grad for grad in grads if grad.dtype == dtype and grad.numel()]
+        if own:
+            largest = torch.stack(torch._foreach_norm(own, math.inf))
+            found_inf.masked_fill_(~largest.isfinite().all(), 1)

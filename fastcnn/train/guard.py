@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcnn.ops.backend import ops_for
 from fastcnn.train.arriving import Arriving
 from fastcnn.train.checkpoint import take_up
 from fastcnn.train.scaling import LossScale
@@ -26,12 +27,18 @@ class Guard:
     """The judge of a run's steps. `found`: fp32 (), not 0 where the present step is to leave
     nothing behind, as the updates of fastcnn.ops take it."""
 
-    def __init__(self, model: nn.Module, scale: LossScale | None, device: torch.device):
+    def __init__(
+        self,
+        model: nn.Module,
+        scale: LossScale | None,
+        device: torch.device,
+        backend: str = "auto",
+    ):
         self.scale = scale
         self.found = torch.zeros((), device=device)
         self.statistics = in_one(model)
         self._before = None if self.statistics is None else self.statistics.clone()
-        self._one = torch.ones((), device=device)
+        self._backend = backend
         # skipped steps of this epoch, those in a row, whether the training is over
         self._counts = torch.zeros(3, device=device)
         self._over = self.found if scale is None else self._counts[2]
@@ -44,13 +51,13 @@ class Guard:
 
     @torch.no_grad()
     def judge(self, gradients: Sequence[Tensor], loss: Tensor) -> Tensor:
-        """Set `found`; return bool (): whether the figures of the step do not count either."""
+        """Set `found`; return bool (): whether the figures of the step do not count either.
+
+        gradients: in memory without gaps.
+        """
         if self.scale is not None:
             self.found.copy_(self._over)
-        for dtype in {gradient.dtype for gradient in gradients}:
-            own = [gradient for gradient in gradients if gradient.dtype == dtype]
-            # multiplies by one, and is a launch or two for all of them
-            torch._amp_foreach_non_finite_check_and_unscale_(own, self.found, self._one)
+        ops_for(self._backend, gradients[0]).find_nonfinite_(list(gradients), self.found)
         if self.scale is None:
             return self.found != 0
         # what overflows is most often a gradient alone; x - x is 0 for finite numbers only

@@ -74,10 +74,15 @@ class Optimizer:
         """
         if self.config.optimizer != "sgd":
             self.steps += 1 if found_inf is None else 1 - found_inf
-        rest = iter(gradients)
+        rest = iter(self.aligned(gradients))
         for group in self.groups:
-            aligned = [_strides_of(leaf, next(rest)) for leaf in group.leaves]
-            self._update(group, aligned, rates, factor, found_inf)
+            own = [next(rest) for _ in group.leaves]
+            self._update(group, own, rates, factor, found_inf)
+
+    @torch.no_grad()
+    def aligned(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients in their leaves' memory layout, copies where they are not."""
+        return [_strides_of(*pair) for pair in zip(self.leaves, gradients, strict=True)]
 
     def _update(self, group: "Group", gradients: list[Tensor], rates: Tensor, *scale: Any) -> None:
         config, params = self.config, [p.detach() for p in group.params]

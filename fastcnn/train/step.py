@@ -63,7 +63,7 @@ class TrainStep:
         self.step = 0
         self.scale = LossScale(device) if precision.scales_loss else None
         # before anything takes a copy of the model, or a reference to its statistics
-        self.guard = Guard(model, self.scale, device)
+        self.guard = Guard(model, self.scale, device, backend)
         self.network, self._halves = half_network(model, precision.dtype)
         self.ema = Ema(model) if config.ema else None
         averages = self.ema.parameters if self.ema else ()
@@ -173,9 +173,10 @@ class TrainStep:
         self.guard.keep()
         loss, logits = self._forward(self._parallel or self.network, images, labels, row)
         gradients = self._gradients(loss * self.scale.scale[0] if self.scale else loss, row[2])
-        uncounted = self.guard.judge(gradients, loss)
+        aligned = self.optimizer.aligned(gradients)
+        uncounted = self.guard.judge(aligned, loss)
         factor = gradient_factor(gradients, self.config.clip_grad, self.scale)
-        self.optimizer.step(gradients, row[:2], factor, self.guard.found)
+        self.optimizer.step(aligned, row[:2], factor, self.guard.found)
         self.guard.settle()
         if self.ema:
             self.ema.update_statistics(row[1])

@@ -1,6 +1,7 @@
 // Runs every CPU op on odd shapes with buffers of exactly the size that it may touch, each in an
 // allocation of its own, so that a sanitizer sees any access beside them.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <random>
 #include <thread>
@@ -13,7 +14,9 @@ namespace {
 
 using namespace fastcnn;
 
-size_t size_of(Dtype dtype) { return dtype == Dtype::bf16 ? 2 : dtype == Dtype::f64 ? 8 : 4; }
+size_t size_of(Dtype dtype) {
+  return dtype == Dtype::bf16 || dtype == Dtype::f16 ? 2 : dtype == Dtype::f64 ? 8 : 4;
+}
 
 struct Buffer {
   std::vector<char> bytes;
@@ -176,6 +179,24 @@ void update(Dtype dtype) {
   cpu::sgd({group, 0, false, 0, false}, threads);
 }
 
+void find_nonfinite() {
+  const int64_t counts[] = {0, 1, 3, 1023, 32768, 32769, 100001};
+  std::vector<Buffer> buffers;
+  std::vector<FlatTensor> tensors;
+  for (int64_t count : counts)
+    for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16, Dtype::f64}) {
+      buffers.emplace_back(count, size_of(dtype));
+      tensors.push_back({count, dtype, buffers.back().data()});
+    }
+  Buffer found_inf(1, sizeof(float), false);
+  auto* found = static_cast<float*>(found_inf.data());
+  cpu::find_nonfinite({tensors.data(), int64_t(tensors.size()), found}, threads);
+  std::vector<float> infinite(100001, INFINITY);  // found by both threads
+  tensors.push_back({int64_t(infinite.size()), Dtype::f32, infinite.data()});
+  if (*found == 0) cpu::find_nonfinite({tensors.data(), int64_t(tensors.size()), found}, threads);
+  if (*found != 1) std::puts("wrong");
+}
+
 }  // namespace
 
 int main() {
@@ -191,11 +212,15 @@ int main() {
       for (const bool gathered : {false, true}) run_augment(dtype, h, w, gathered);
   for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f64}) update(dtype);
   // n, h, w, c, k and, behind what run_conv fills in, top, left, p, q
-  const ConvShape convs[] = {{1, 1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1}, {3, 2, 2, 17, 65, 0, 0, 0, 1, 1, 2, 2},
-                             {2, 7, 9, 3, 33, 0, 0, 0, 1, 1, 7, 9}, {2, 6, 5, 20, 70, 0, 0, 0, 0, 2, 6, 6},
-                             {9, 8, 8, 16, 16, 0, 0, 0, 1, 1, 8, 8}, {2, 4, 4, 190, 200, 0, 0, 0, 1, 1, 4, 4}};
+  const ConvShape convs[] = {{1, 1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1},
+                             {3, 2, 2, 17, 65, 0, 0, 0, 1, 1, 2, 2},
+                             {2, 7, 9, 3, 33, 0, 0, 0, 1, 1, 7, 9},
+                             {2, 6, 5, 20, 70, 0, 0, 0, 0, 2, 6, 6},
+                             {9, 8, 8, 16, 16, 0, 0, 0, 1, 1, 8, 8},
+                             {2, 4, 4, 190, 200, 0, 0, 0, 1, 1, 4, 4}};
   for (Dtype dtype : {Dtype::f32, Dtype::f64})
     for (const ConvShape& shape : convs)
       for (bool norm : {false, true}) run_conv(dtype, shape, norm);
+  find_nonfinite();
   std::puts("clean");
 }

@@ -21,6 +21,13 @@ ConvShape conv_shape_of(const std::vector<int64_t>& s) {
           number(6), number(7), number(8), number(9), s.at(10), s.at(11)};
 }
 
+Dtype dtype_named(const std::string& name) {
+  return name == "float32"    ? Dtype::f32
+         : name == "float16"  ? Dtype::f16
+         : name == "bfloat16" ? Dtype::bf16
+                              : Dtype::f64;
+}
+
 // the value of a field of an argument struct by its name; 0 and null if it is not given
 struct Fields {
   py::kwargs values;
@@ -42,11 +49,7 @@ struct Fields {
     return {std::get<0>(p), std::get<1>(p), std::get<2>(p)};
   }
   Dtype dtype(const char* field = "dtype") const {
-    const auto name = value<std::string>(field);
-    return name == "float32"    ? Dtype::f32
-           : name == "float16"  ? Dtype::f16
-           : name == "bfloat16" ? Dtype::bf16
-                                : Dtype::f64;
+    return dtype_named(value<std::string>(field));
   }
   Part part() const {
     const auto name = values.contains("part") ? value<std::string>("part") : "whole";
@@ -207,6 +210,18 @@ int adam(const py::kwargs& kwargs) {
       nullptr);
 }
 
+// tensors: (count, dtype, data) each
+int find_nonfinite(const py::kwargs& kwargs) {
+  const Fields f{kwargs};
+  std::vector<FlatTensor> tensors;
+  for (const auto& [count, type, data] :
+       f.value<std::vector<std::tuple<int64_t, std::string, uintptr_t>>>("tensors"))
+    tensors.push_back({count, dtype_named(type), reinterpret_cast<void*>(data)});
+  return cuda::launch_find_nonfinite({tensors.data(), int64_t(tensors.size()),
+                                      static_cast<float*>(f.pointer("found_inf"))},
+                                     nullptr);
+}
+
 int mma_product(const py::kwargs& kwargs) {
   const Fields f{kwargs};
   return cuda::test_product(f.dtype(), f.value<int>("rows"), f.value<bool>("transposed"),
@@ -263,6 +278,7 @@ PYBIND11_MODULE(simt_kernels, module) {
   module.def("augment", &augment);
   module.def("sgd_", &sgd);
   module.def("adam_", &adam);
+  module.def("find_nonfinite_", &find_nonfinite);
   module.def("mma_product", &mma_product);
   module.def("mma_copies", &mma_copies);
   module.def("mma_mirror", &mma_mirror);

@@ -203,7 +203,8 @@ def augment(kernels, sizes, dtype):
 
 
 def update(kernels, dtype, shift):
-    """Both updates with everything that may be there; shift: values after a 16-byte boundary."""
+    """Both updates with everything that may be there, and find_nonfinite_; shift: values after a
+    16-byte boundary."""
     heap = Heap(kernels)
 
     def values(dtype, count):
@@ -224,6 +225,8 @@ def update(kernels, dtype, shift):
         assert kernels.adam_(**given, beta1=0.9, beta2=0.99, eps=1e-8) == 0
     bare = [(*tensor[:3], 0, 0, 0, 0) for tensor in tensors]
     assert kernels.sgd_(**common, tensors=bare, decoupled=True, momentum=0, nesterov=False) == 0
+    flat = [(count, dtype, values(dtype, count)) for count in COUNTS]
+    assert kernels.find_nonfinite_(tensors=flat, found_inf=common["found_inf"]) == 0
     heap.release()
 
 
