@@ -265,7 +265,8 @@ void find_nonfinite(Tensors grads, Tensor found_inf) {
     REQUIRE((dtype != Dtype::f32 || type == ScalarType::Float) &&
                 (dtype != Dtype::f64 || !B::on_gpu),
             place, ": expected float32, bfloat16",
-            B::on_gpu ? " or float16" : ", float16 or float64", ", got ", name_of(type), "; use backend torch");
+            B::on_gpu ? " or float16" : ", float16 or float64", ", got ", name_of(type),
+            "; use backend torch");
     REQUIRE(same_device(grads[i], found_inf), place, ": expected the device of found_inf");
     check_dense(grads[i], place);
     table.push_back({grads[i].numel(), dtype, grads[i].const_data_ptr()});

@@ -12,14 +12,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # what reads a value back, or has a size that depends on values
-WAITS = {
-    torch.ops.aten._local_scalar_dense.default,
-    torch.ops.aten.nonzero.default,
-    torch.ops.aten.masked_select.default,
-    torch.ops.aten._unique2.default,
+UNCAPTURED = {
+    f"aten::{name}"
+    for name in (
+        *("_local_scalar_dense", "equal"),
+        *("_unique2", "bincount", "masked_select", "nonzero", "unique_consecutive", "unique_dim"),
+    )
 }
 # writes that the schema does not tell: places of the arguments
 UNTOLD_WRITES = {torch.ops.aten.native_batch_norm.default: (3, 4)}
+
+
+def cannot_be_captured(function, args):
+    """Whether a CUDA graph cannot hold the operation, as far as its name and arguments tell."""
+    name = function._schema.name
+    by_mask = name == "aten::index" and any(t.dtype == torch.bool for t in tensors(args[1]))
+    return by_mask or name in UNCAPTURED
 
 
 class CpuTwin:
@@ -63,7 +71,7 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function in WAITS:
+        if cannot_be_captured(function, args):
             raise RuntimeError(f"operation not permitted when stream is capturing: {function}")
         self._keep(written_by(function, args, kwargs))
         results = function(*args, **kwargs)
