@@ -8,24 +8,11 @@
 
 namespace fastcnn::cpu {
 
-// lanes of the processor's vectors, and how many of them a row of a product's register block has:
-// kRows · kVectors sums, kVectors values of b and one of a must fit into its registers
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kVectors = 4;
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32, kVectors = 2;
-#elif defined(__aarch64__)
-constexpr int kVectorBytes = 16, kVectors = 4;
-#else
-constexpr int kVectorBytes = 16, kVectors = 2;
-#endif
+// A row of a product's register block has so many vectors: kRows · kVectors sums, kVectors values of b
+// and one of a fit into the registers.
+constexpr int kVectors = kRegisters == 32 ? 4 : 2;
 constexpr int kRows = 6;
 
-template <class A>
-constexpr int kLanes = kVectorBytes / int(sizeof(A));
-// the columns of a register block
-template <class A>
-constexpr int kColumns = kVectors* kLanes<A>;
 
 // a: value (i, d) at a[i · row + d · step]; b: row d at b + d · row; c: row i at c + i · row
 template <class A>

@@ -11,6 +11,19 @@
 
 namespace fastcnn::cpu {
 
+// the processor's vectors: bytes, and how many registers hold one
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32, kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kRegisters = 32;
+#else
+constexpr int kVectorBytes = 16, kRegisters = 16;
+#endif
+template <class A>
+constexpr int kLanes = kVectorBytes / int(sizeof(A));
+
 struct bf16 {
   uint16_t bits;
 };
@@ -129,16 +142,18 @@ struct Width {
   static constexpr int W = W_, U = U_, channels = W_ * U_;
 };
 
-// f(Width<W, U>): blocks of U vectors of W channels that divide k
+// f(Width<W, U>): blocks of U vectors of W channels that divide k, as many as the registers take
 template <class A, class F>
 void with_width(int64_t k, F&& f) {
-  constexpr int full = 64 / sizeof(A);
-  if constexpr (full == 16) {
-    if (k % 64 == 0) return f(Width<full, 4>{});
-    if (k % 32 == 0) return f(Width<full, 2>{});
-    if (k % 16 == 0) return f(Width<full, 1>{});
+  constexpr int full = kLanes<A>;
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if constexpr (kRegisters == 32)
+      if (k % (4 * full) == 0) return f(Width<full, 4>{});
+    if (k % (2 * full) == 0) return f(Width<full, 2>{});
   }
-  if (k % 8 == 0) return f(Width<8, 1>{});
+  if (k % full == 0) return f(Width<full, 1>{});
+  if constexpr (full > 8)
+    if (k % 8 == 0) return f(Width<8, 1>{});
   return f(Width<1, 1>{});
 }
 
