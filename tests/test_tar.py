@@ -215,10 +215,22 @@ def test_a_length_below_zero_is_refused(tmp_path):
         load(packed(tmp_path / "x.tar.gz", *data))
 
 
-def test_headers_upon_headers_are_one_line(tmp_path):
-    path = packed(tmp_path / "x.tar.gz", pax(comment="x") * 2000, bytes(1024))
-    with pytest.raises(DataError, match=r"cut, damaged or not a tar \("):
+@pytest.mark.parametrize("count", [tar.MAX_HEADERS, 2000])
+def test_headers_upon_headers_are_refused(tmp_path, count):
+    path = packed(
+        tmp_path / "x.tar.gz",
+        *[pax(comment="x")] * count,
+        header(tarfile.REGTYPE, 0),
+        bytes(1024),
+    )
+    with pytest.raises(DataError, match=r"x\.tar\.gz: a member with over 16 headers; refused"):
         load(path)
+
+
+def test_a_member_may_have_some_headers(root, tmp_path):
+    path = write_tar(tmp_path / "x.tar", members_of(write_folder(root)))
+    path.write_bytes(pax(comment="x") * (tar.MAX_HEADERS - 1) + path.read_bytes())
+    assert len(load(path).train) == len(load(root).train)
 
 
 def test_many_members_of_nothing_are_refused(tmp_path, monkeypatch):

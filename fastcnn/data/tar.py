@@ -38,10 +38,13 @@ HEADERS = (
     tarfile.GNUTYPE_LONGLINK,
 )
 
-# what tarfile and the decompressors raise for it; a header before a header before … recurses
+# a name, a link's name and tables of pax stand before a member; tarfile recurses into each
+MAX_HEADERS = 16
+
+# what tarfile and the decompressors raise for it
 DAMAGE = (
     *(tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError),
-    *(RecursionError, MemoryError, OverflowError),
+    *(MemoryError, OverflowError),
 )
 
 
@@ -124,8 +127,24 @@ class Refused(Exception):
     """A header that would make tarfile take up memory at will."""
 
 
+class Archive(tarfile.TarFile):
+    """A tar that counts the headers which tarfile is reading, each inside the one before it."""
+
+    headers = 0
+
+
 class Member(tarfile.TarInfo):
-    """A member whose headers hold no more than a name needs, and who is as long as its data."""
+    """A member with few headers, which hold no more than a name needs, and as long as its data."""
+
+    @classmethod
+    def fromtarfile(cls, archive: Any) -> "Member":
+        archive.headers += 1
+        try:
+            if archive.headers > MAX_HEADERS:
+                raise Refused(f"a member with over {MAX_HEADERS} headers")
+            return super().fromtarfile(archive)
+        finally:
+            archive.headers -= 1
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Member":
@@ -192,7 +211,7 @@ def _opened(path: Path) -> Iterator[tuple[tarfile.TarFile, Callable[[], None]]]:
     try:
         with (
             _stream(path) as stream,
-            tarfile.open(fileobj=stream, mode="r:", tarinfo=Member) as archive,
+            Archive.open(fileobj=stream, mode="r:", tarinfo=Member) as archive,
         ):
             yield archive, partial(_check_end, path, stream)
     except Refused as error:
