@@ -1,16 +1,23 @@
 """Files that are written whole or not at all, and read only where that comes to an end."""
 
 import errno
+import json
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from fastcnn.errors import DiskError
+
+# levels of lists and mappings in one another; what is written here has fewer than ten
+DEEPEST = 32
+# a text, though its end may be missing, or a bracket outside one; it never goes back
+JSON_MARKS = re.compile(r'"(?:[^"\\]+|\\.)*"?|[\[\]{}]', re.DOTALL)
 
 
 @contextmanager
@@ -82,6 +89,45 @@ def check_regular(path: Path) -> None:
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # reading a folder is refused as such
         raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def check_depth(steps: Iterable[int]) -> None:
+    """Raise ValueError where lists and mappings lie more than DEEPEST deep in one another.
+
+    steps: 1 where one begins, -1 where it ends. Parsers recurse, as does what handles their values:
+    how deep they come depends on the interpreter's limit and on the stack that is left, and beyond
+    it the process may crash.
+    """
+    if any(depth > DEEPEST for depth in accumulate(steps)):
+        raise ValueError(f"lists or mappings lie more than {DEEPEST} deep in one another")
+
+
+def check_depth_of(value: Any) -> None:
+    """The same of a value that was read without recursion, and may hold itself."""
+    check_depth(1 for _ in _levels(value))
+
+
+def _levels(value: Any) -> Iterator[list[Any]]:
+    """The lists and mappings of each depth; those at several places of one stand there once."""
+    level = [value]
+    while level := [one for one in level if isinstance(one, (dict, list, tuple, set))]:
+        yield level
+        inner = (one for outer in level for one in outer)
+        values = (one for outer in level if isinstance(outer, dict) for one in outer.values())
+        level = list({id(one): one for one in (*inner, *values)}.values())
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for what is none or too deep (`check_depth`)."""
+    marks = (mark[0] for mark in JSON_MARKS.finditer(text))
+    check_depth((mark in "[{") - (mark in "]}") for mark in marks)
+    return json.loads(text)
+
+
+def load_json(path: Path) -> Any:
+    """The same of a file in UTF-8; raises OSError as well."""
+    check_regular(path)
+    return parse_json(path.read_text(encoding="utf-8"))
 
 
 def replace_bytes(path: Path, content: bytes | memoryview) -> Path:

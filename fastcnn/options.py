@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastcnn.errors import UsageError, nearest
-from fastcnn.files import check_regular
+from fastcnn.files import check_depth, check_regular
 from fastcnn.text import REASON
 
 SHOWN = 80  # characters of a value in an error
@@ -237,22 +237,31 @@ def _mapping(path: str) -> dict[Any, Any]:
 def read_yaml(text: str) -> tuple[Any, list[str]]:
     """The plain value in a YAML text and, of a mapping, its names as they stand there.
 
-    Raises ValueError, with one line, for what is no YAML or has aliases: a few lines of these can
-    stand for billions of values, or for one that holds itself.
+    Raises ValueError, with one line, for what is no YAML, is too deep (`check_depth`) or has
+    aliases: a few lines of these can stand for billions of values, or for one that holds itself.
     """
     # here, so that what reads no file (a benchmark from a bare source tree) does not need it
     import yaml
 
     try:
+        check_depth(map(_step, yaml.parse(text, Loader=yaml.SafeLoader)))
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if _repeats(node):
             raise ValueError("it has aliases (*name); write their values out")
         found = None if node is None else yaml.SafeLoader("").construct_document(node)
-    except Exception as error:  # dates, tags and depth raise what they like
+    except Exception as error:  # dates and tags raise what they like
         reason = " ".join(str(error).split())[:REASON] or type(error).__name__
         raise ValueError(reason) from error
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     return found, [str(key.value) for key, _ in pairs]
+
+
+def _step(event: Any) -> int:
+    """1 for an event of PyYAML that begins a list or a mapping, -1 for one that ends it."""
+    import yaml
+
+    begins = isinstance(event, yaml.CollectionStartEvent)
+    return begins - isinstance(event, yaml.CollectionEndEvent)
 
 
 def _repeats(root: Any) -> bool:

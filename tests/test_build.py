@@ -181,7 +181,7 @@ def test_a_damaged_library_is_built_again(source, caplog, damage):
     assert value_of(second) == 7
 
 
-@pytest.mark.parametrize("stamp", ["", "[]", '{"key": {"archs": []}, "date": ""}'])
+@pytest.mark.parametrize("stamp", ["", "[]", "[" * 100_000, '{"key": {"archs": []}, "date": ""}'])
 def test_a_damaged_stamp_is_no_build(source, stamp):
     first = build.ensure(source=source)
     (first.path.parent / "stamp.json").write_text(stamp)

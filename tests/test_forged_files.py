@@ -40,7 +40,6 @@ YAML = {
     "a number that is none": ("lr: !!int x", "not YAML|cannot be read"),
     "a time that is none": ("lr: !!timestamp x", "NoneType"),
     "a number of 5000 digits": (f"epochs: {'9' * 5000}", "limit"),
-    "deep lists": (f"milestones: {'[' * 500}", "recursion"),
     "billions of values": (BOMB, "aliases"),
     "billions of names": (MERGES, "aliases"),
     "a list that holds itself": ("milestones: &a [*a]", "aliases"),

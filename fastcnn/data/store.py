@@ -26,6 +26,7 @@ from fastcnn.cache import cache_dir
 from fastcnn.data.files import Files
 from fastcnn.data.progress import progress_bar
 from fastcnn.errors import DataError
+from fastcnn.files import load_json
 from fastcnn.text import first_line
 
 log = logging.getLogger(__name__)
@@ -196,7 +197,7 @@ def remove_stale(cache: Path) -> None:
 def _load(name: str, entry: Path) -> Dataset | None:
     """Map an entry into memory; None, with a warning, if a file is missing, cut or altered."""
     try:
-        meta = json.loads((entry / "meta.json").read_text("utf-8"))
+        meta = load_json(entry / "meta.json")
         found = {
             split: Images(
                 _map(entry / f"{split}.pixels.npy", np.uint8, shape),

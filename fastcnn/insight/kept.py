@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.errors import CheckpointError
-from fastcnn.files import check_regular, inside, replace_text
+from fastcnn.files import inside, load_json, replace_text
 from fastcnn.insight.document import Figure, Section
 from fastcnn.insight.table import Table, pairs, text, texts
 from fastcnn.text import first_line
@@ -37,11 +37,11 @@ def kept_sections(folder: Path, key: str) -> list[Section]:
     if not path.is_file():
         return []
     try:
-        content = json.loads(inside(folder, path.name).read_text(encoding="utf-8"))
+        content = load_json(inside(folder, path.name))
         if content["format"] != FORMAT:
             raise ValueError("another format")
         return [_section(plain, folder) for plain in content["sections"]]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is not what fastcnn wrote ({first_line(error)}); remove it"
         ) from error
@@ -50,9 +50,8 @@ def kept_sections(folder: Path, key: str) -> list[Section]:
 def kept_of(folder: Path, key: str) -> list[str] | None:
     """Which data <key>.json tells of; None where it does not say, or is not there."""
     try:
-        check_regular(folder / f"{key}.json")
-        return json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))["of"] or None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return load_json(folder / f"{key}.json")["of"] or None
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 

@@ -1,13 +1,12 @@
 """What the files of a run's folder say of it, finished or not."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastcnn.errors import CheckpointError
-from fastcnn.files import check_regular
+from fastcnn.files import load_json
 from fastcnn.insight.figures import read_metrics
 from fastcnn.text import first_line
 from fastcnn.train.rundir import COLUMNS, RunFolder, own_file
@@ -129,11 +128,10 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """A file that must be there and hold a mapping; raises CheckpointError otherwise."""
     path = own_file(folder, name)
     try:
-        check_regular(path)
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = load_json(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; resume the run, which writes it") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({first_line(error)}); remove it") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is not what this program wrote; remove it")

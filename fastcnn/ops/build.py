@@ -34,6 +34,7 @@ import torch
 import fastcnn
 from fastcnn.cache import cache_dir
 from fastcnn.errors import BuildError, DataError, FastcnnError, UsageError
+from fastcnn.files import load_json
 from fastcnn.ops import library, toolchain
 from fastcnn.ops.compile import CANNOT, Make, making, publish, temporary
 from fastcnn.ops.gpu_archs import (
@@ -278,7 +279,7 @@ def _find(wanted: Wanted, source: Path, native: Path) -> Built | None:
     stamps = []
     for path in native.glob(f"torch{torch.__version__}-*/stamp.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            stamp = json.loads(path.read_text("utf-8"))
+            stamp = load_json(path)
             archs = tuple(stamp["key"]["archs"])
             if wanted.satisfied_by(archs):
                 stamps.append((len(archs), str(stamp["date"]), path.parent, stamp))

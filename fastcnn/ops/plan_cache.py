@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.cache import LeftBehind, locked
+from fastcnn.files import load_json
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def file_of(folder: Path, key: Mapping[str, Any]) -> Path:
 def read(path: Path) -> dict[str, Entry]:
     """Return the entries of a file by layer; none of a file that is missing or damaged."""
     try:
-        layers = json.loads(path.read_text("utf-8"))["layers"]
+        layers = load_json(path)["layers"]
         return {name: entry for name, entry in layers.items() if isinstance(entry, dict)}
     except FileNotFoundError:
         return {}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.errors import CheckpointError
-from fastcnn.files import check_regular, inside, replace_text
+from fastcnn.files import inside, load_json, replace_text
 from fastcnn.insight.table import Table, as_csv, markdown, pairs, text, texts
 from fastcnn.text import first_line
 
@@ -63,8 +63,7 @@ def write(
 def read(path: Path) -> Record:
     """The record in a JSON file; raises CheckpointError if it is none."""
     try:
-        check_regular(path)
-        found = json.loads(inside(path.parent, path.name).read_text(encoding="utf-8"))
+        found = load_json(inside(path.parent, path.name))
         if found["format"] != FORMAT:
             raise ValueError("another format")
         return Record(
@@ -75,7 +74,7 @@ def read(path: Path) -> Record:
             notes=texts(found["notes"]),
             drawings=tuple(_drawing(path.parent, drawing) for drawing in found["drawings"]),
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is not a record of this program ({first_line(error)}); remove it"
         ) from error

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastcnn.errors import CheckpointError, DiskError
-from fastcnn.files import check_regular, discard, replace_text, replacing
+from fastcnn.files import check_depth_of, discard, load_json, replace_text, replacing
 from fastcnn.text import first_line
 from fastcnn.train.formats import FORMAT, migrate
 
@@ -26,15 +26,7 @@ SUMS = "checkpoints.json"
 REMEMBERED = 16  # sums of a name, so that an older checkpoint may have it again
 CHUNK = 1 << 20  # bytes read at a time
 # what reading and sorting out a JSON file that somebody else wrote may raise
-FORGED = (
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    RecursionError,
-)
+FORGED = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 
 
 def save(state: dict[str, Any], path: Path, keep: int = 1) -> None:
@@ -99,6 +91,10 @@ def _load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # an unpickler may raise anything on a forged file
         raise CheckpointError(f"{path}: not a checkpoint that is safe to load") from error
+    try:
+        check_depth_of(state)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a checkpoint of fastcnn: {error}") from error
     if not isinstance(state, dict) or type(state.get("format")) is not int:
         raise CheckpointError(f"{path}: not a checkpoint of fastcnn")
     if state["format"] < 1:
@@ -164,8 +160,7 @@ def _read_sums(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """{name: sums of what it held, the newest last}; {} where there is no such file."""
     path = folder / SUMS
     try:
-        check_regular(path)
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = load_json(path)
         return {
             str(name): [{"bytes": int(one["bytes"]), "sha256": str(one["sha256"])} for one in own]
             for name, own in found.items()

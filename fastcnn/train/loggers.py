@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from fastcnn.config import Config
 from fastcnn.errors import UsageError
-from fastcnn.files import replace_text
+from fastcnn.files import load_json, replace_text
+from fastcnn.text import first_line
 from fastcnn.train.rundir import config_text
 
 log = logging.getLogger(__name__)
@@ -155,7 +156,10 @@ class Loggers:
 
     def _start(self, name: str, config: Config, history: Sequence[Row]) -> None:
         path = self._run / name / STATE
-        state = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        try:
+            state = load_json(path) if path.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read ({first_line(error)})") from error
         epochs = min(state.get("epochs", 0), len(history))
         self._open[name] = LOGGERS[name](config, self._run, epochs, state)
         self._note(name, epochs)

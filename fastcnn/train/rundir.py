@@ -19,7 +19,7 @@ from fastcnn.cache import locked
 from fastcnn.config import Config, PlaceConfig
 from fastcnn.data.left_out import bad_table
 from fastcnn.errors import CheckpointError, DiskError, UsageError
-from fastcnn.files import check_regular, inside, replace_text
+from fastcnn.files import check_regular, inside, load_json, replace_text
 from fastcnn.options import read_yaml
 from fastcnn.text import first_line
 
@@ -218,8 +218,8 @@ class RunFolder:
         if not path.is_file():
             return None
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            found = load_json(path)
+        except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path} cannot be read ({first_line(error)}); remove it"
             ) from error
