@@ -139,8 +139,24 @@ def root(tmp_path):
 
 @pytest.fixture(autouse=True)
 def _process_settings():
-    # results on the CPU are bit-equal only at a fixed number of threads; a command that a test
-    # calls flushes denormals in this process and sets what is logged
+    # before: a module's fixtures may have trained; after: the next module's are to find them so
+    reset_process()
+    yield
+    reset_process()
+
+
+def reset_process():
+    """Undo what a command or a run sets for its process, which is the next test's too.
+
+    Results on the CPU are bit-equal only at a fixed number of threads.
+    """
+    from fastcnn.ops import plans
+
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "GOMP_SPINCOUNT"):
+        os.environ.pop(name, None)
+    plans.set_mode("auto")
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = False
     logger = logging.getLogger("fastcnn")
     logger.setLevel(logging.NOTSET)
     logger.handlers.clear()

@@ -130,8 +130,7 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def mode():
-    yield lambda: plans._mode
-    plans.set_mode("auto")
+    return plans.mode
 
 
 @pytest.fixture

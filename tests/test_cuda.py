@@ -117,8 +117,6 @@ def test_an_epoch_does_not_wait_for_the_device(number_format, graph, augment, ba
 @pytest.fixture
 def deterministic():
     make_deterministic()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("number_format", [None, torch.bfloat16, torch.float16])
@@ -252,17 +250,14 @@ def test_deterministic_and_resumed_runs_are_bit_equal(tmp_path, monkeypatch):
         if next(looks) == 3:
             raise Interrupted(15)
 
-    try:
-        first = start(tmp_path, "first", **options).folder.last
-        second = start(tmp_path, "second", **options).folder.last
-        with monkeypatch.context() as patch:
-            patch.setattr(StopAtStepEdge, "check", check)
-            with pytest.raises(Interrupted):
-                start(tmp_path, "third", **options)
-        place = PlaceConfig(resume=str(tmp_path / "third"))
-        third = run.resume(place, {}, ["test"], quiet=True).folder.last
-    finally:
-        torch.use_deterministic_algorithms(False)
+    first = start(tmp_path, "first", **options).folder.last
+    second = start(tmp_path, "second", **options).folder.last
+    with monkeypatch.context() as patch:
+        patch.setattr(StopAtStepEdge, "check", check)
+        with pytest.raises(Interrupted):
+            start(tmp_path, "third", **options)
+    place = PlaceConfig(resume=str(tmp_path / "third"))
+    third = run.resume(place, {}, ["test"], quiet=True).folder.last
     weights = [checkpoint.load(path)["model"] for path in (first, second, third)]
     for name, tensor in weights[0].items():
         assert torch.equal(tensor, weights[1][name]), name

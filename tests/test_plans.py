@@ -43,13 +43,6 @@ class Measuring:
         return self.answer
 
 
-@pytest.fixture(autouse=True)
-def _mode():
-    yield
-    plans.set_mode("auto")
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture
 def path(tmp_path):
     return plan_cache.file_of(tmp_path, KEY)

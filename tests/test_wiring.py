@@ -192,14 +192,11 @@ def test_cudnn_chooses_by_timing_unless_deterministic(monkeypatch, deterministic
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     config = resolve({"deterministic": deterministic, "seed": 11})
-    try:
-        configure_torch(config, torch.device("cuda"), ALONE)
-        assert torch.backends.cudnn.benchmark is not deterministic
-        assert torch.are_deterministic_algorithms_enabled() is deterministic
-        assert torch.utils.deterministic.fill_uninitialized_memory is not deterministic
-        assert torch.initial_seed() == 11
-    finally:
-        torch.use_deterministic_algorithms(False)
+    configure_torch(config, torch.device("cuda"), ALONE)
+    assert torch.backends.cudnn.benchmark is not deterministic
+    assert torch.are_deterministic_algorithms_enabled() is deterministic
+    assert torch.utils.deterministic.fill_uninitialized_memory is not deterministic
+    assert torch.initial_seed() == 11
 
 
 def test_threads_are_those_asked_for(tmp_path):
