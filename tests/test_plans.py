@@ -226,7 +226,7 @@ def test_two_processes_and_a_thread_lose_no_entry_of_one_another(path):
     )
     own.start()
     own.join()
-    assert [writer.wait(60) for writer in writers] == [0, 0]
+    assert [writer.wait(600) for writer in writers] == [0, 0]
     assert set(plan_cache.read(path)) == {f"{name}-{i}" for name in "abc" for i in range(20)}
 
 
