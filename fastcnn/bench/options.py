@@ -27,7 +27,7 @@ TORCH = ("eager", "eager-fp32", "compile", "reduce-overhead", "max-autotune")  #
 ENGINES = ("onnxruntime", "openvino")  # of inference on a CPU, where installed
 RIVALS = (*TORCH, *ENGINES)
 CUDA_BACKENDS = (*TORCH, "fused-compile", "fused", "graph")
-CPU_BACKENDS = ("eager", "fused")
+CPU_BACKENDS = ("eager", "compile", "fused")
 LAYER_BACKENDS = ("eager", "compile")  # of --layers, beside what is ours
 LOADERS = ("resident", "dali", "torch")  # of --data-only, where installed, unless it names them
 BATCHES = {"cuda": (1024, 128), "cpu": (256, 64)}
@@ -58,8 +58,8 @@ class BenchOptions:
         "what a step runs under: plain PyTorch eager (in fp32, or as --amp says) or under "
         "torch.compile (compile is its default mode), fastcnn's ops, the whole step as a CUDA "
         "graph, torch.compile of the fused network; on a CPU with --inference also onnxruntime and "
-        "openvino, in fp32, on the exported network; default: all on a GPU, eager and fused on a "
-        "CPU, with --inference also the engines that are installed; with --layers, rivals of the "
+        "openvino, in fp32, on the exported network; default: all on a GPU, eager, compile and "
+        "fused on a CPU, with --inference also the engines that are installed; with --layers, rivals of the "
         "fused convolutions: eager, compile",
     )
     batch_size: list[int] = option([], "images a step; default: 1024 128 on a GPU, 256 64 on a CPU")
