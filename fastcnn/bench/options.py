@@ -59,8 +59,8 @@ class BenchOptions:
         "torch.compile (compile is its default mode), fastcnn's ops, the whole step as a CUDA "
         "graph, torch.compile of the fused network; on a CPU with --inference also onnxruntime and "
         "openvino, in fp32, on the exported network; default: all on a GPU, eager, compile and "
-        "fused on a CPU, with --inference also the engines that are installed; with --layers, rivals of the "
-        "fused convolutions: eager, compile",
+        "fused on a CPU, with --inference also the engines that are installed; with --layers, "
+        "rivals of the fused convolutions: eager, compile",
     )
     batch_size: list[int] = option([], "images a step; default: 1024 128 on a GPU, 256 64 on a CPU")
     loader: list[Literal["resident", "dali", "torch"]] = option(
