@@ -239,7 +239,7 @@ def kept_bytes(model, x):
 
 
 @pytest.mark.parametrize(("name", "share"), [("cnn-b", 1.0), ("vgg13", 0.75), ("resnet18", 0.85)])
-def test_a_chain_keeps_less_for_the_backward(name, share, monkeypatch):
+def test_a_chain_keeps_less_for_the_backward(name, share, torchs_convolutions, monkeypatch):
     (fused, _), x = twins(name, torch.float32)
     vendor = kept_bytes(fused, x)
     monkeypatch.setattr(plans, "plan_for", lambda *a, **k: FUSED)
