@@ -165,6 +165,16 @@ def reset_process():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def torchs_convolutions():
+    """Convolutions are torch's: their rounding is not what is tested, nor may a timing choose."""
+    from fastcnn.ops import plans
+
+    plans.set_mode("vendor")
+    yield
+    plans.set_mode("auto")
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

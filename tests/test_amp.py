@@ -48,6 +48,7 @@ def decided(timing, device=CPU, ranks=ALONE, **options):
     return config.run.amp_dtype, note
 
 
+FUSED = "--amp: --conv fused computes in fp32 on a CPU; training in fp32"
 NO_TIMING = "--amp: with --deterministic no timing may choose its format; training in fp32"
 RATIO = "--amp: bf16 is {}x as fast as fp32 on this CPU; training in {}"
 
@@ -65,6 +66,7 @@ RATIO = "--amp: bf16 is {}x as fast as fp32 on this CPU; training in {}"
         (None, {"amp_dtype": "fp16"}, "fp16", ""),
         (None, {"amp_dtype": "fp32"}, "fp32", ""),
         (None, {"amp_dtype": "bf16", "deterministic": True}, "bf16", ""),
+        (None, {"conv": "fused"}, "fp32", FUSED),
         (None, {"deterministic": True}, "fp32", f"{NO_TIMING} (or name one: --amp-dtype bf16)"),
     ],
 )
@@ -263,7 +265,8 @@ def test_a_step_computes_with_the_layers_of_training(library, few, monkeypatch, 
     original = place.conv_bn_act
 
     def spy(x, *rest, **more):
-        seen.append((x.dtype, x.requires_grad or x.shape[1] == 3))
+        values = getattr(x, "x", x)  # of a pending input
+        seen.append((values.dtype, values.requires_grad or values.shape[1] == 3))
         return original(x, *rest, **more)
 
     monkeypatch.setattr(place, "conv_bn_act", spy)

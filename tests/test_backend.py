@@ -154,7 +154,7 @@ def test_fused_convolutions_where_there_are_kernels(mode, with_kernels):
     ("chosen", "device", "dtype", "says"),
     [
         ("torch", GPU, torch.bfloat16, "needs --backend fused.*; use --conv auto"),
-        ("fused", CPU, torch.bfloat16, "CPU: oneDNN's convolution; use --conv auto"),
+        ("fused", CPU, torch.bfloat16, "bfloat16: .* float32's on the CPU; use --conv auto"),
         ("fused", GPU, None, "float32: .* half precision's; add --amp, or use --conv auto"),
     ],
 )
@@ -176,8 +176,8 @@ def test_fused_convolutions_need_a_gpu_and_a_library_that_have_them(
 
 
 def test_a_run_and_an_evaluation_choose_their_convolutions(tmp_path, mode):
-    with pytest.raises(BuildError, match="--conv fused: CPU"):
-        start(tmp_path, epochs=1, conv="fused")
+    with pytest.raises(BuildError, match="--conv fused: needs --backend fused"):
+        start(tmp_path, epochs=1, conv="fused", backend="torch")
     folder = start(tmp_path, epochs=1, conv="vendor").folder.path
     assert mode() == "vendor"
     assert "conv: vendor" in (folder / "config.yaml").read_text()
@@ -186,15 +186,16 @@ def test_a_run_and_an_evaluation_choose_their_convolutions(tmp_path, mode):
     assert mode() == "vendor"
     run.evaluate_run(str(folder), overrides={"conv": "auto"})
     assert mode() == "auto"
-    with pytest.raises(BuildError, match="--conv fused: CPU"):
-        run.evaluate_run(str(folder), overrides={"conv": "fused"})
-    # of a machine with such kernels
+    torchs = {"backend": "torch"}
+    with pytest.raises(BuildError, match="--conv fused: needs --backend fused"):
+        run.evaluate_run(str(folder), overrides={"conv": "fused"} | torchs)
     state = checkpoint.load(folder / "last.pt")
-    for deterministic, wanted in ((True, "vendor"), (False, "auto")):
+    for deterministic, without in ((True, "vendor"), (False, "auto")):
         state["config"] |= {"conv": "fused", "deterministic": deterministic}
         checkpoint.save(state, folder / "last.pt")
-        run.evaluate_run(str(folder))
-        assert mode() == wanted
+        for options, wanted in ((torchs, without), ({}, "fused")):
+            run.evaluate_run(str(folder), overrides=options)
+            assert mode() == wanted
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,9 @@ def test_an_evaluation_follows_its_run(with_kernels, conv, deterministic, wanted
     here = ("fused", GPU, torch.bfloat16)
     assert backend.convolution_of_run(conv, deterministic, *here) == wanted
     without = "auto" if conv == "fused" else conv
-    for there in (("torch", GPU, torch.bfloat16), ("fused", GPU, None), ("fused", CPU, None)):
+    assert backend.convolution_of_run(conv, deterministic, "fused", CPU, None) == wanted
+    missing = (("torch", GPU, torch.bfloat16), ("fused", GPU, None), ("fused", CPU, torch.bfloat16))
+    for there in missing:
         found = backend.convolution_of_run(conv, deterministic, *there)
         assert found == ("vendor" if without == "auto" and deterministic else without)
 

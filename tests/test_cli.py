@@ -109,11 +109,12 @@ def test_an_error_is_one_line_with_its_exit_code(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fused_convolutions_on_a_cpu_are_refused_in_one_line(library, capsys, tmp_path):
+def test_fused_convolutions_in_plain_torch_are_refused_in_one_line(capsys, tmp_path):
     where = ["--device", "cpu", "--output", str(tmp_path)]
-    code, out, err = run(capsys, *SMALL, *where, "--conv", "fused")
+    code, out, err = run(capsys, *SMALL, *where, "--backend", "torch", "--conv", "fused")
     assert (code, out) == (BuildError.exit_code, "")
-    assert err == "fastcnn: --conv fused: CPU: oneDNN's convolution; use --conv auto\n"
+    assert err.startswith("fastcnn: --conv fused: needs --backend fused, which cannot be had here ")
+    assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -172,6 +172,9 @@ def test_half_precision_copies_err_at_most_twice_as_much_as_torchs(name, chained
     for key, true in truth.items():
         assert found[key].dtype == torchs[key].dtype, key
         error, allowed = ((got[key] - true).double().norm() for got in (found, torchs))
+        if true.is_floating_point() and true.abs().max() < 1e-12:
+            # of a bias that a norm takes out again all is rounding, beside its filter's gradient
+            true = truth[key.replace("bias", "weight")]
         assert error <= 2 * allowed + 1e-2 * true.double().norm(), key
 
 
@@ -239,7 +242,7 @@ def kept_bytes(model, x):
 
 
 @pytest.mark.parametrize(("name", "share"), [("cnn-b", 1.0), ("vgg13", 0.75), ("resnet18", 0.85)])
-def test_a_chain_keeps_less_for_the_backward(name, share, monkeypatch):
+def test_a_chain_keeps_less_for_the_backward(name, share, torchs_convolutions, monkeypatch):
     (fused, _), x = twins(name, torch.float32)
     vendor = kept_bytes(fused, x)
     monkeypatch.setattr(plans, "plan_for", lambda *a, **k: FUSED)

@@ -75,7 +75,8 @@ def decided(
     """Return the configuration with the format of `--amp` in the place of "auto", and a note.
 
     On a GPU it is bf16. On a CPU rank 0 decides for all: bf16 where a training step is faster in it
-    (by more than MARGIN), else fp32; fp32 with `--deterministic`, where no timing may decide.
+    (by more than MARGIN), else fp32; fp32 with `--deterministic`, where no timing may decide, and
+    with `--conv fused`, whose kernels for the CPU are fp32's.
     timing: measures a step under a backend, `step_times` by default.
 
     Raises BuildError where the run's backend or convolutions cannot be had.
@@ -96,6 +97,8 @@ def _decide(run: RunConfig, device: torch.device, timing: Timing) -> Decision:
     if run.deterministic:
         why = "with --deterministic no timing may choose its format"
         return Decision("fp32", f"--amp: {why}; training in fp32 (or name one: --amp-dtype bf16)")
+    if run.conv == "fused":
+        return Decision("fp32", "--amp: --conv fused computes in fp32 on a CPU; training in fp32")
     backend, _ = choose_backend(run.backend, device, None)
     choose_convolution(run.conv, backend, device, None)
     times = known_or_measured(_key(backend, run.conv), lambda: timing(backend))
