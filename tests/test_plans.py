@@ -237,6 +237,18 @@ def test_what_another_process_has_measured_is_taken(path):
     assert here.known(LAYER).plan == FUSED
 
 
+def test_what_another_process_has_measured_meanwhile_decides(path):
+    slow = FAST | {"forward": {"vendor": 1.0, "fused": 9.0}}
+    there = Planner(CPU, path, KEY, Measuring(slow))
+
+    def measuring(layer, device):
+        there.decide(layer)
+        return Measured(FAST)
+
+    assert Planner(CPU, path, KEY, measuring).decide(LAYER).plan == VENDOR
+    assert Planner(CPU, path, KEY).known(LAYER).plan == VENDOR
+
+
 # what is not measured
 
 

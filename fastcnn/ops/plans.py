@@ -304,23 +304,27 @@ class Planner:
         """Measure a layer and keep what comes of it; not on disk if it could not be measured."""
         _say_once()
         measured = self._measuring(layer, self.device)
+        # all processes go by what the first of them has measured
+        if decision := self.known(layer):
+            return decision
         if measured.note:
             log.warning("convolution %s: %s; it is the vendor's", layer, measured.note)
             decision = Decision(VENDOR, reason=measured.note)
         else:
             decision = Decision(plan_of(measured.times), measured.times)
-            if self.path:
-                entry = {
-                    "sizes": [layer.n, layer.h, layer.w],
-                    "times": measured.times,
-                    "plan": list(decision.plan),
-                }
-                written = plan_cache.add(self.path, self.key, {str(layer): entry})
-                self.path = self.path if written else None
-                # another process may have been first: all go by the same decision
-                decision = self.known(layer) or decision
+            self._write(layer, decision)
         self._decisions[layer] = decision
         return decision
+
+    def _write(self, layer: ConvLayer, decision: Decision) -> None:
+        if self.path:
+            entry = {
+                "sizes": [layer.n, layer.h, layer.w],
+                "times": decision.times,
+                "plan": list(decision.plan),
+            }
+            written = plan_cache.add(self.path, self.key, {str(layer): entry})
+            self.path = self.path if written else None
 
 
 def plan_of(times: Mapping[str, Mapping[str, float]]) -> Plan:
