@@ -420,6 +420,7 @@ def test_a_layers_floor_is_the_larger_of_its_two():
 
 def test_a_refused_chain_is_named(library, monkeypatch):
     monkeypatch.setattr(layers, "check", lambda *_: {"fused": "y errs by 1"})
+    monkeypatch.setattr(plans, "why_vendor", lambda *_: NONE)
     rows = layers.rows_of_network("cnn-a", 2, torch.float32, torch.device("cpu"), 7, {})
     refused = [row for row in rows if "why" in row]
     assert [row["layer"] for row in refused] == ["conv1", "conv2", "conv3", "conv4", "fc1"]
