@@ -57,7 +57,13 @@ def _own_cache(tmp_path_factory):
     # the user's cache would make a second run of the tests another one than the first; a script
     # that has built the library just now hands its own over
     given = os.environ.get("FASTCNN_TEST_CACHE")
-    os.environ["FASTCNN_CACHE"] = given or str(_of_all_workers(tmp_path_factory) / "cache")
+    folder = given or str(_of_all_workers(tmp_path_factory) / "cache")
+    os.environ["FASTCNN_CACHE"] = folder
+    # a test that has a cache of its own has it for images: in all tests a process chooses its
+    # convolutions as those do that it starts, whose bits may be compared with its own
+    from fastcnn.ops import plans
+
+    plans.cache_dir = lambda: Path(folder)
 
 
 def _of_all_workers(tmp_path_factory):

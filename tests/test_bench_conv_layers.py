@@ -80,7 +80,7 @@ def test_every_part_of_every_convolution_is_told(quick):
     assert variants["inference"] == {"eager", "vendor", "fused"}
     assert all(len(s) == 1 for row in rows for s in row["seconds"].values())
     assert {(*row["plan"], row["plan_reason"]) for row in rows} == {
-        ("vendor", "vendor", "vendor", "CPU: oneDNN's convolution")
+        ("vendor", "vendor", "vendor", "bfloat16: the fused kernels are float32's on the CPU")
     }
 
 

@@ -2,8 +2,8 @@
 
 A product (convolution or linear layer) of torch is timed once; what follows it is timed under eager
 torch and fused. The parts are timed in turn over inputs larger together than the cache; repeated
-layers are measured once. On a GPU in half precision, where a convolution may be fused with what is
-around it, its implementations are compared as well (conv_layers.py).
+layers are measured once. Where a convolution may be fused with what is around it, its
+implementations are compared as well (conv_layers.py).
 """
 
 import math
