@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from loader_cases import loader_of, numbered
 from small_runs import assert_same, final_state, resume, start, stop_at_check
@@ -383,6 +383,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
         setup.device_of("auto", Ranks(3, 4, 3, 4))
 
 
+@settings(deadline=None)  # of a machine that does other things too
 @given(
     total=st.integers(1, 60),
     world=st.integers(1, 4),
@@ -450,9 +451,11 @@ def test_the_run_is_that_of_one_process_in_its_files(alone):
 NORMS = OPTIONS | {"arch": "murgolo-no-dropout", "train_subset": 57, "epochs": 1}
 
 
-def test_with_synchronised_norms_two_processes_train_as_one(tmp_path, library):
-    wanted = start(tmp_path, "alone", **NORMS | {"backend": "fused"}).folder.path
-    options = NORMS | {"backend": "fused", "sync_norm": True}
+def test_with_synchronised_norms_two_processes_train_as_one(tmp_path, torchs_convolutions, library):
+    # alone a timing might choose other convolutions, which round otherwise
+    options = NORMS | {"backend": "fused", "conv": "vendor"}
+    wanted = start(tmp_path, "alone", **options).folder.path
+    options |= {"sync_norm": True}
     words = words_of(options | {"output": str(tmp_path), "name": "run"})
     code, _, err = ended(launch(2, *words))
     assert code == 0, err
