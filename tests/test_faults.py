@@ -356,7 +356,7 @@ FAULTS: dict[str, tuple[str, dict[str, str]]] = {
             "what_the_disk_cannot_hold_is_refused_at_the_first_images",
             "tar": "tar_that_grows_is_refused a_long_header_is_refused_before_it_is_read "
             "a_header_of_impossible_length_is_refused sparse_files_are_refused "
-            "a_length_below_zero_is_refused headers_upon_headers_are_one_line "
+            "a_length_below_zero_is_refused headers_upon_headers_are_refused "
             "many_members_of_nothing_are_refused too_long_files_are_refused",
             "zip": "zip_that_grows_is_refused members_that_share_their_data_are_refused "
             "a_member_that_says_too_little_is_not_inflated_whole too_long_members_are_named "
