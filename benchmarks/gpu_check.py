@@ -286,6 +286,7 @@ def bench_step(check: Check, budget_s: float) -> Result:
     words += ["--arch", "vgg16", "cnn-a+norm", "--batch-size", "1024"]
     if not check.on_gpu:
         words = ["--arch", "cnn-a", "--batch-size", "8", "--rounds", "7", "--threads", "1"]
+        words += ["--backends", "eager", "fused"]
     return _fastcnn_bench(check, "bench-step", budget_s, words)
 
 
@@ -295,6 +296,7 @@ def bench_small(check: Check, budget_s: float) -> Result:
     words += ["--arch", *SMALL_NETWORKS.split()]
     if not check.on_gpu:
         words = ["--arch", "mao-default", "--batch-size", "8", "--rounds", "7", "--threads", "1"]
+        words += ["--backends", "eager", "fused"]
     return _fastcnn_bench(check, "bench-small", budget_s, words)
 
 
