@@ -110,7 +110,7 @@ void check_counts(const ConvShape& shape, int64_t taps) {
 // filters of k x r x s over x
 template <class B>
 ConvShape geometry_of(const Tensor& x, int64_t k, int64_t r, int64_t s, int64_t stride,
-                   const Pads& pads) {
+                      const Pads& pads) {
   REQUIRE(stride >= 1 && pads.size() == 4 && pads[0] >= 0 && pads[1] >= 0 && pads[2] >= 0 &&
               pads[3] >= 0,
           "conv: expected a stride >= 1 and four pads >= 0, got ", stride, " and ", text_of(pads));

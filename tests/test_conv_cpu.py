@@ -100,6 +100,14 @@ def test_every_layer_of_the_networks_is_within_the_bound():
         require_close(passes(*tensors), truth(*tensors), torch.float32)
 
 
+def test_the_error_of_a_weight_gradient_does_not_grow_with_the_batch():
+    x, filters, dy = drawn((512, 8, 8, 32, 32), torch.float32)
+    x = x.relu()
+    got = torch.ops.fastcnn.conv_weight_gradient(dy, x, *PLAIN, 3, 3, *SAME)
+    want = truth(x, filters, dy)[2]
+    assert (got - want).abs().max() <= BOUND[torch.float32] * want.abs().max()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_same_threads_give_the_same_bits(threads):
     before = torch.get_num_threads()

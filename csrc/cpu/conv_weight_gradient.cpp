@@ -3,7 +3,8 @@
 //
 // Small filters: each core sums its own tiles, and the sums are added up in order. Large ones: both
 // are transformed first, and each core takes a part of the filters over all tiles, whose sums stay
-// in registers.
+// in registers. The sums of a bounded number of tiles are added to a total, since the rounding of
+// one long chain of additions would grow with the batch.
 #include "conv.h"
 
 namespace fastcnn::cpu {
@@ -12,6 +13,7 @@ namespace {
 constexpr int64_t kSumBytes = 4 << 20;    // of the sums of a core, as far as they are small
 constexpr int64_t kSpanBytes = 32 << 20;  // of input and dy that are transformed at once
 constexpr int64_t kFilterRows = 8 * kRows;
+constexpr int64_t kRunBlocks = 16;  // of tiles, that are summed before they are added to the total
 
 template <class Tile, class A>
 struct GradientPlan {
@@ -28,7 +30,7 @@ struct GradientPlan {
     large = kPointCount * k * c_row * size > kSumBytes;
     const int64_t fits = kSpanBytes / (kPointCount * (k_row + c_row) * size);
     block = std::min(tiles, large ? std::max<int64_t>(fits, kRows) : 8 * kRows);
-    slices = large ? std::min<int64_t>(threads, parts()) : std::min<int64_t>(threads, ceil_div(tiles, block));
+    slices = std::min<int64_t>(threads, large ? parts() : ceil_div(tiles, block));
     input_point = point_of<A>(block * c_row);
     gradient_point = point_of<A>(block * k_row);
     sum_point = point_of<A>(large ? kFilterRows * kBlock : k * c_row);
@@ -39,11 +41,12 @@ struct GradientPlan {
   int64_t sum_row() const { return large ? kBlock : c_row; }
   int64_t block_values() const { return kPointCount * (input_point + gradient_point); }
   int64_t sum_values() const { return kPointCount * sum_point; }
-  // Σ: a block of input and dy (small filters: a slice), and sums a slice
+  // a slice: the sums, and of small filters their total before them
+  int64_t slice_values() const { return (large ? 1 : 2) * sum_values(); }
+  // Σ: a block of input and dy (small filters: a slice), and what a slice sums
   int64_t bytes() const {
-    return ((large ? 1 : slices) * block_values() + slices * sum_values()) * int64_t(sizeof(A));
+    return ((large ? 1 : slices) * block_values() + slices * slice_values()) * int64_t(sizeof(A));
   }
-
 };
 
 // v[(i · kPoints + j) · point] ← A dy A' for the tiles [first, first + n): rows of v
@@ -83,6 +86,16 @@ void sum_products(const GradientPlan<Tile, A>& plan, const A* v, const A* w, int
                  {sums + p * plan.sum_point + j * W, plan.sum_row()}, add);
 }
 
+// total (+)= sums, of all points
+template <class Tile, class A>
+void add_sums(const GradientPlan<Tile, A>& plan, const A* sums, A* total, bool add) {
+  for (int64_t p = 0; p < plan.kPointCount; ++p)
+    for (int64_t i = 0; i < plan.k * plan.c_row; ++i) {
+      const int64_t at = p * plan.sum_point + i;
+      total[at] = add ? total[at] + sums[at] : sums[at];
+    }
+}
+
 // dfilter of one k, from `first` on `columns` of C, (+)= G' (Σ of the slices' sums) G
 template <class Tile, class A>
 void write_filter(const GradientPlan<Tile, A>& plan, const A* sums, int64_t slices,
@@ -95,7 +108,7 @@ void write_filter(const GradientPlan<Tile, A>& plan, const A* sums, int64_t slic
                          const A* from = sums + (i * P + j) * plan.sum_point + c;
                          V sum = load<W>(from);
                          for (int64_t s = 1; s < slices; ++s)
-                           sum += load<W>(from + s * plan.sum_values());
+                           sum += load<W>(from + s * plan.slice_values());
                          return sum;
                        },
                        [&](int r, int s, V value) {
@@ -108,24 +121,28 @@ void write_filter(const GradientPlan<Tile, A>& plan, const A* sums, int64_t slic
 
 template <class Tile, class A>
 void gradient_small(const GradientPlan<Tile, A>& plan, const Tiling<Tile>& tiling,
-                    const Source<A>& source, const A* dy, A* dfilter, A* sums,
+                    const Source<A>& source, const A* dy, A* dfilter, A* totals,
                     const Parallel& parallel) {
-  A* own = sums + plan.slices * plan.sum_values();
+  A* own = totals + plan.slices * plan.slice_values();
   for_slices(parallel, plan.slices, [&](int64_t slice) {
     A* v = own + slice * plan.block_values();
     A* w = v + plan.kPointCount * plan.input_point;
+    A* total = totals + slice * plan.slice_values();
+    A* sums = total + plan.sum_values();
     const Slice blocks(ceil_div(plan.tiles, plan.block), slice, plan.slices);
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
       const int64_t first = b * plan.block, n = std::min(plan.block, plan.tiles - first);
       input_tiles(tiling, first, n, source, Rows<A>{v, plan.c_row}, plan.input_point);
       gradient_tiles(tiling, first, n, dy, Rows<A>{w, plan.k_row}, plan.gradient_point);
-      sum_products(plan, v, w, n, plan.k, plan.c, sums + slice * plan.sum_values(),
-                   b > blocks.begin);
+      const int64_t done = b - blocks.begin, in_run = done % kRunBlocks;
+      sum_products(plan, v, w, n, plan.k, plan.c, sums, in_run > 0);
+      if (in_run + 1 == kRunBlocks || b + 1 == blocks.end)
+        add_sums(plan, sums, total, done >= kRunBlocks);
     }
   });
   parallel(plan.k, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k)
-      write_filter(plan, sums + k * plan.c_row, plan.slices, plan.c, dfilter + k * 9 * plan.c,
+      write_filter(plan, totals + k * plan.c_row, plan.slices, plan.c, dfilter + k * 9 * plan.c,
                    false);
   });
 }
@@ -135,7 +152,7 @@ void gradient_large(const GradientPlan<Tile, A>& plan, const Tiling<Tile>& tilin
                     const Source<A>& source, const A* dy, A* dfilter, A* v,
                     const Parallel& parallel) {
   A* w = v + plan.kPointCount * plan.input_point;
-  A* own = v + plan.block_values();
+  A* own = v + plan.block_values();  // of the slices
   const int64_t columns = ceil_div(plan.c, kBlock);
   for (int64_t start = 0; start < plan.tiles; start += plan.block) {
     const int64_t n = std::min(plan.block, plan.tiles - start);

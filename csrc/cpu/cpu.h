@@ -1,7 +1,7 @@
 // The ops on CPU tensors, with the arguments of the CUDA half. dtype: f32, bf16, f64.
 //
 // Work is cut into tasks by the sizes alone and their results are joined in order, so that the bits
-// do not depend on the number of threads.
+// do not depend on the number of threads; but for those of a convolution's weight gradient.
 #pragma once
 
 #include <functional>
@@ -19,8 +19,8 @@ int64_t bn_stats_workspace(const Sizes& sizes);
 int64_t bn_act_backward_workspace(const Sizes& sizes);
 
 // bytes of a convolution's workspace for so many threads. Convolutions are 3x3, stride 1, with pads
-// of 0 to 2, f32 or f64; an image of at least one pixel. With more threads some are the sums of more
-// parts: their bits depend on `threads`.
+// of 0 to 2, f32 or f64; an image of at least one pixel. A weight gradient is the sum of `threads`
+// parts.
 int64_t conv_workspace(const ConvShape& shape, Dtype dtype, int threads);
 int64_t conv_data_gradient_workspace(const ConvShape& shape, Dtype dtype, int threads);
 int64_t conv_weight_gradient_workspace(const ConvShape& shape, Dtype dtype, int threads);

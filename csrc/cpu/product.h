@@ -8,11 +8,10 @@
 
 namespace fastcnn::cpu {
 
-// A row of a product's register block has so many vectors: kRows · kVectors sums, kVectors values of b
-// and one of a fit into the registers.
+// A row of a product's register block has so many vectors: kRows · kVectors sums, kVectors values of
+// b and one of a fit into the registers.
 constexpr int kVectors = kRegisters == 32 ? 4 : 2;
 constexpr int kRows = 6;
-
 
 // a: value (i, d) at a[i · row + d · step]; b: row d at b + d · row; c: row i at c + i · row
 template <class A>

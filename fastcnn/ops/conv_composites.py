@@ -106,6 +106,7 @@ def _conv_data_gradient(dy, filter, x, *rest):  # type: ignore[no-untyped-def]
 
 def _conv_weight_gradient(dy, x, *rest):  # type: ignore[no-untyped-def]
     *block, r, s, stride, pads = rest
+    _require(dy.dim() == 4, f"dy: expected (N, K, P, Q), got {list(dy.shape)}")
     pending = Pending(x, *block)
     # its values are not read
     shape = (dy.shape[1], x.shape[1], r, s)

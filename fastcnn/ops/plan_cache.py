@@ -1,4 +1,5 @@
-"""The measurements of convolution layers on disk: one JSON file a GPU, library and torch.
+"""Measurements on disk, those of convolution layers and of `--amp`: one JSON file for each machine,
+library and torch.
 
 A file is named after everything that its figures depend on beside the layer, so that a stale one is
 never read. A file that is damaged, or that cannot be read or written, costs the measurements and
@@ -42,7 +43,7 @@ def read(path: Path) -> dict[str, Entry]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("%s: cannot be read (%s); convolutions are measured again", path, error)
+        log.warning("%s: is no file of measurements (%s); they are made again", path, error)
         return {}
 
 
@@ -59,7 +60,7 @@ def add(path: Path, key: Mapping[str, Any], entries: Mapping[str, Entry]) -> boo
             _replace(path, json.dumps(content, indent=1, sort_keys=True))
         return True
     except (OSError, LeftBehind) as error:
-        log.warning("%s: cannot be written (%s); each run measures convolutions anew", path, error)
+        log.warning("%s: cannot be written (%s); each run measures anew", path, error)
         return False
 
 
