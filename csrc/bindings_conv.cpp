@@ -14,12 +14,9 @@ using namespace fastcnn;
 using Pads = std::vector<int64_t>;
 
 constexpr int kPool = 2;  // window and stride of the only pool
-constexpr int64_t kUnlimited = INT64_MAX;
 
 // where an op runs: the same calls for both devices
 struct Cpu {
-  static constexpr int64_t kPendingChannels = kUnlimited, kMostPixels = kUnlimited;
-
   static int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
   static int64_t partial_rows(const ConvShape&) { return 1; }
   static int64_t data_gradient_workspace(const ConvShape& shape, Dtype dtype) {
@@ -40,6 +37,7 @@ struct Cpu {
     REQUIRE(shape.n && shape.h && shape.w && shape.c && shape.k,
             "conv3x3: expected an image of at least one pixel and channel");
   }
+  static void check_room(const ConvInput&, const ConvShape&) {}
   static void run(const Conv& args, const Tensor& x) {
     Tensor workspace = bytes(x, cpu::conv_workspace(args.shape, args.dtype, threads()));
     cpu::conv(args, pointer(workspace), threads(), parallel);
@@ -57,8 +55,6 @@ struct Cpu {
 
 #ifdef FASTCNN_CUDA
 struct Cuda {
-  static constexpr int64_t kPendingChannels = cuda::kPendingChannels;
-  static constexpr int64_t kMostPixels = INT_MAX / 2 - 1;  // counted in 32 bits
   static constexpr auto partial_rows = cuda::conv_partial_rows;
   static constexpr auto data_gradient_workspace = cuda::conv_data_gradient_workspace;
   static constexpr auto weight_gradient_workspace = cuda::conv_weight_gradient_workspace;
@@ -67,7 +63,18 @@ struct Cuda {
     REQUIRE(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16,
             "x: expected float16 or bfloat16 on a GPU, got another dtype; use torch.conv2d");
   }
-  static void check_shape(const ConvShape&, const Pads&) {}
+  // what the kernels count in 32 bits
+  static void check_shape(const ConvShape& shape, const Pads&) {
+    constexpr int64_t most = INT_MAX / 2 - 1;
+    const int64_t input = shape.n * shape.h * shape.w, filters = shape.k * shape.taps();
+    REQUIRE(input <= most && filters <= most, "conv: expected at most ", most, " pixels and ",
+            most, " values of filters, got ", input, " and ", filters, "; use smaller batches");
+  }
+  // what the forward pass keeps in shared memory, a few values a channel
+  static void check_room(const ConvInput& input, const ConvShape& shape) {
+    REQUIRE(input.is_plain() || shape.c <= cuda::kPendingChannels, "x: expected at most ",
+            cuda::kPendingChannels, " channels of a pending input, got ", shape.c);
+  }
   static void run(const Conv& args, const Tensor& x) { enqueue(cuda::launch_conv, args, x); }
   static void run(const ConvDataGradient& args, const Tensor& x) {
     enqueue(cuda::launch_conv_data_gradient, args, x);
@@ -99,14 +106,6 @@ int small(int64_t number, const char* name) {
   return static_cast<int>(number);
 }
 
-template <class B>
-void check_counts(const ConvShape& shape, int64_t taps) {
-  constexpr int64_t most = B::kMostPixels;
-  const int64_t input = shape.n * shape.h * shape.w, filters = shape.c * shape.k * taps;
-  REQUIRE(input <= most && filters <= most, "conv: expected at most ", most, " pixels and ", most,
-          " values of filters, got ", input, " and ", filters, "; use smaller batches");
-}
-
 // filters of k x r x s over x
 template <class B>
 ConvShape geometry_of(const Tensor& x, int64_t k, int64_t r, int64_t s, int64_t stride,
@@ -118,7 +117,6 @@ ConvShape geometry_of(const Tensor& x, int64_t k, int64_t r, int64_t s, int64_t 
   const int64_t height = shape.h + pads[0] + pads[1], width = shape.w + pads[2] + pads[3];
   REQUIRE(r >= 1 && s >= 1 && r <= height && s <= width, "filter: expected at most ", height,
           " x ", width, ", the padded image, got ", r, " x ", s);
-  check_counts<B>(shape, r * s);
   shape.r = small(r, "filter");
   shape.s = small(s, "filter");
   shape.stride = small(stride, "stride");
@@ -151,13 +149,6 @@ std::vector<int64_t> pooled_sizes(const ConvShape& shape) {
 
 const void* optional_vector(const Optional& t, int64_t length, const Tensor& x, const char* name) {
   return t ? vector_of(*t, length, x, name) : nullptr;
-}
-
-// which the forward pass keeps in shared memory, a few values a channel
-template <class B>
-void check_room(const ConvInput& input, const ConvShape& shape) {
-  REQUIRE(input.is_plain() || shape.c <= B::kPendingChannels, "x: expected at most ",
-          B::kPendingChannels, " channels of a pending input, got ", shape.c);
 }
 
 // what is pending of x
@@ -197,7 +188,7 @@ std::tuple<Tensor, Tensor> conv(const Tensor& x, const Tensor& filter, const Opt
   Conv args{dtype_of(x), shape};
   args.input = input_of(x, {in_mean, in_rstd, in_weight, in_bias, in_batch_stats, in_pre_slope,
                             in_post_slope});
-  check_room<B>(args.input, shape);
+  B::check_room(args.input, shape);
   args.filter = filter.const_data_ptr();
   args.bias = optional_vector(bias, shape.k, x, "bias");
   args.pre_slope = args.post_slope = 1;
@@ -221,7 +212,7 @@ std::tuple<Tensor, Tensor> conv_bias_act_pool(
   Conv args{dtype_of(x), shape};
   args.input = input_of(x, {in_mean, in_rstd, in_weight, in_bias, in_batch_stats, in_pre_slope,
                             in_post_slope});
-  check_room<B>(args.input, shape);
+  B::check_room(args.input, shape);
   args.filter = filter.const_data_ptr();
   args.bias = optional_vector(bias, shape.k, x, "bias");
   args.pre_slope = 1;

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "cpu.h"
+#include "moments.h"
 #include "walk.h"
 
 namespace fastcnn::cpu {
@@ -87,32 +88,15 @@ void tile_moments(const T* x, int64_t k, int64_t n, double pre_slope, int64_t co
   }
 }
 
-// joins the tasks' moments in their order, all channels of a task at a time
 template <class A>
 void finish(const BnStats& args, const Parts& parts) {
   const int64_t k = args.sizes.k;
-  const double pixels = double(args.sizes.pixels());
-  std::vector<double> mean(k), m2(k);
-  auto count = [&](int64_t task) { return double(parts.end(task) - parts.begin(task)); };
-  auto moments = [&](int64_t task) { return Moments(args.workspace, task, k); };
-  for (int64_t task = 0; task < parts.tasks; ++task)
-    for (int64_t c = 0; c < k; ++c) mean[c] += count(task) * moments(task).mean[c];
-  for (int64_t c = 0; c < k; ++c) mean[c] /= pixels;
-  for (int64_t task = 0; task < parts.tasks; ++task)
-    for (int64_t c = 0; c < k; ++c) {
-      const double delta = moments(task).mean[c] - mean[c];
-      m2[c] += moments(task).m2[c] + count(task) * delta * delta;
-    }
-  auto move = [&](void* running, int64_t c, double to) {
-    A& value = static_cast<A*>(running)[c];
-    value = A((1 - args.momentum) * value + args.momentum * to);
-  };
-  for (int64_t c = 0; c < k; ++c) {
-    static_cast<A*>(args.mean)[c] = A(mean[c]);
-    static_cast<A*>(args.rstd)[c] = A(1 / std::sqrt(m2[c] / pixels + args.eps));
-    move(args.running_mean, c, mean[c]);
-    move(args.running_var, c, m2[c] / (pixels - 1));
-  }
+  const JoinedMoments all(parts.tasks, k, [&](int64_t task, int64_t c) {
+    const Moments moments(args.workspace, task, k);
+    return Moment{double(parts.end(task) - parts.begin(task)), moments.mean[c], moments.m2[c]};
+  });
+  for (int64_t c = 0; c < k; ++c)
+    write_statistics<A>(args, c, {all.count[c], all.mean[c], all.squares[c]});
 }
 
 template <class A>

@@ -4,9 +4,8 @@
 //
 // torch's chain writes and reads the whole tensor for each of these; and F(4x4, 3x3) takes a quarter
 // of the products (winograd.h).
-#include <cmath>
-
 #include "conv_product.h"
+#include "moments.h"
 
 namespace fastcnn::cpu {
 namespace {
@@ -137,27 +136,15 @@ struct Result {
   }
 };
 
-// mean, squared deviations from it and count of each channel: those of parts (3, parts, K), joined
-// in order
-struct Joined {
-  std::vector<double> mean, squares, count;
-
-  template <class A>
-  Joined(const A* moments, int64_t parts, int64_t k) : mean(k), squares(k), count(k) {
-    const A *means = moments, *deviations = means + parts * k, *counts = deviations + parts * k;
-    for (int64_t at = 0; at < parts * k; at += k)
-      for (int64_t c = 0; c < k; ++c) {
-        mean[c] += double(counts[at + c]) * double(means[at + c]);
-        count[c] += double(counts[at + c]);
-      }
-    for (int64_t c = 0; c < k; ++c) mean[c] /= std::max(count[c], 1.0);
-    for (int64_t at = 0; at < parts * k; at += k)
-      for (int64_t c = 0; c < k; ++c) {
-        const double delta = double(means[at + c]) - mean[c];
-        squares[c] += double(deviations[at + c]) + double(counts[at + c]) * delta * delta;
-      }
-  }
-};
+// of parts (3, parts, K): mean, squared deviations from it and count
+template <class A>
+JoinedMoments joined(const A* moments, int64_t parts, int64_t k) {
+  const A *mean = moments, *squares = mean + parts * k, *count = squares + parts * k;
+  return {parts, k, [=](int64_t part, int64_t c) {
+            const int64_t at = part * k + c;
+            return Moment{double(count[at]), double(mean[at]), double(squares[at])};
+          }};
+}
 
 template <class Tile, class A>
 ProductPlan<Tile, A> plan_of(const ConvShape& shape, int threads) {
@@ -166,19 +153,10 @@ ProductPlan<Tile, A> plan_of(const ConvShape& shape, int threads) {
 
 template <class A>
 void merge(const BnMerge& args) {
-  const Joined all(static_cast<const A*>(args.partials), args.rows, args.k);
-  auto move = [&](void* running, int64_t c, double to) {
-    A& value = static_cast<A*>(running)[c];
-    value = A((1 - args.momentum) * value + args.momentum * to);
-  };
+  const JoinedMoments all = joined(static_cast<const A*>(args.partials), args.rows, args.k);
   for (int64_t c = 0; c < args.k; ++c) {
     const double count = args.count < 0 ? all.count[c] : double(args.count);
-    const double var = all.squares[c] / std::max(count, 1.0);
-    static_cast<A*>(args.mean)[c] = A(all.mean[c]);
-    static_cast<A*>(args.rstd)[c] = count > 0 ? A(1 / std::sqrt(var + args.eps)) : A(1);
-    if (count == 0) continue;
-    move(args.running_mean, c, all.mean[c]);
-    move(args.running_var, c, all.squares[c] / std::max(count - 1, 1.0));
+    write_statistics<A>(args, c, {count, all.mean[c], all.squares[c]});
   }
 }
 
@@ -193,7 +171,7 @@ int64_t conv_workspace(const ConvShape& shape, Dtype dtype, int threads) {
 }
 
 void conv(const Conv& args, void* workspace, int threads, const Parallel& parallel) {
-  with_tile(args.dtype, args.shape, [&](auto type, auto tile) -> int64_t {
+  with_tile(args.dtype, args.shape, [&](auto type, auto tile) {
     using A = decltype(type);
     using Tile = decltype(tile);
     const ConvShape& shape = args.shape;
@@ -205,12 +183,11 @@ void conv(const Conv& args, void* workspace, int threads, const Parallel& parall
                       args.pre_slope == 1 && args.post_slope == 1;
     multiply(plan, tiling, Source<A>(args.input, shape.c), filters, workspace, parallel,
              Result<Tile, A>{args, tiling, bare, moments, plan.blocks()});
-    if (!moments) return 0;
-    const Joined all(moments, plan.blocks(), shape.k);
+    if (!moments) return;
+    const JoinedMoments all = joined(moments, plan.blocks(), shape.k);
     A* to = static_cast<A*>(args.partials);
     for (const auto* part : {&all.mean, &all.squares, &all.count})
       to = std::copy(part->begin(), part->end(), to);
-    return 0;
   });
 }
 

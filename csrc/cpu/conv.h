@@ -36,19 +36,6 @@ int64_t point_of(int64_t values) {
 template <class Tile>
 constexpr int64_t kAllPoints = Tile::kPoints* Tile::kPoints;
 
-// the first n lanes, 0 in the others
-template <int W, class A>
-inline Values<A, W> load_some(const A* from, int64_t n) {
-  Values<A, W> v{};
-  std::memcpy(&v, from, n * sizeof(A));
-  return v;
-}
-
-template <int W, class A>
-inline void store_some(A* to, Values<A, W> v, int64_t n) {
-  std::memcpy(to, &v, n * sizeof(A));
-}
-
 // f(c, lanes) for the vectors of `channels`, the last of which may have fewer lanes
 template <class A, class F>
 inline void for_vectors(int64_t channels, F&& f) {
@@ -58,13 +45,16 @@ inline void for_vectors(int64_t channels, F&& f) {
   if (c < channels) f(c, channels - c);
 }
 
+// the first lanes of a vector, as for_vectors has them; 0 in the others
 template <int W, class A>
 inline Values<A, W> load_lanes(const A* from, std::integral_constant<int64_t, W>) {
   return load<W>(from);
 }
 template <int W, class A>
 inline Values<A, W> load_lanes(const A* from, int64_t n) {
-  return load_some<W>(from, n);
+  Values<A, W> v{};
+  std::memcpy(&v, from, n * sizeof(A));
+  return v;
 }
 template <int W, class A>
 inline void store_lanes(A* to, Values<A, W> v, std::integral_constant<int64_t, W>) {
@@ -72,12 +62,12 @@ inline void store_lanes(A* to, Values<A, W> v, std::integral_constant<int64_t, W
 }
 template <int W, class A>
 inline void store_lanes(A* to, Values<A, W> v, int64_t n) {
-  store_some<W>(to, v, n);
+  std::memcpy(to, &v, n * sizeof(A));
 }
 
 // f(A{}, Tile{}): the type of the values, and the tiles for the image
 template <class F>
-int64_t with_tile(Dtype dtype, const ConvShape& shape, F&& f) {
+auto with_tile(Dtype dtype, const ConvShape& shape, F&& f) {
   auto typed = [&](auto type) {
     const bool same = shape.h == shape.p && shape.w == shape.q && shape.h == shape.w &&
                       shape.top == 1 && shape.left == 1;

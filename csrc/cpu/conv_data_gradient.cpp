@@ -107,7 +107,7 @@ int64_t conv_data_gradient_workspace(const ConvShape& shape, Dtype dtype, int th
 
 void conv_data_gradient(const ConvDataGradient& args, int threads, const Parallel& parallel) {
   const ConvShape back = turned(args.shape);
-  with_tile(args.dtype, back, [&](auto type, auto tile) -> int64_t {
+  with_tile(args.dtype, back, [&](auto type, auto tile) {
     using A = decltype(type);
     using Tile = decltype(tile);
     const Tiling<Tile> tiling(back);
@@ -119,10 +119,9 @@ void conv_data_gradient(const ConvDataGradient& args, int threads, const Paralle
       multiply(plan, tiling, Source<A>(args.dy), filters, args.workspace, parallel,
                InputResult<Tile, A, form()>{args, tiling, source, partials});
     });
-    if (source.form == Form::plain) return 0;
+    if (source.form == Form::plain) return;
     finish_sums(source.channels, partials, plan.blocks(), args.dweight, args.dbias);
     if (args.batch_stats) apply_norm(args, parallel);
-    return 0;
   });
 }
 

@@ -188,7 +188,7 @@ int64_t conv_weight_gradient_workspace(const ConvShape& shape, Dtype dtype, int 
 }
 
 void conv_weight_gradient(const ConvWeightGradient& args, int threads, const Parallel& parallel) {
-  with_tile(args.dtype, args.shape, [&](auto type, auto tile) -> int64_t {
+  with_tile(args.dtype, args.shape, [&](auto type, auto tile) {
     using A = decltype(type);
     using Tile = decltype(tile);
     const Tiling<Tile> tiling(args.shape);
@@ -201,7 +201,6 @@ void conv_weight_gradient(const ConvWeightGradient& args, int threads, const Par
       gradient_large(plan, tiling, source, dy, dfilter, workspace, parallel);
     else
       gradient_small(plan, tiling, source, dy, dfilter, workspace, parallel);
-    return 0;
   });
 }
 

@@ -75,14 +75,7 @@ __device__ inline bool check_values(const unsigned char* data, int count,
 
 __global__ void __launch_bounds__(kThreads)
     find_nonfinite_kernel(const __grid_constant__ CheckTable table) {
-  int index = 0;  // the last tensor that begins at this block or before
-  for (int after = table.count; after - index > 1;) {
-    const int middle = (index + after) / 2;
-    if (table.first_block[middle] <= blockIdx.x)
-      index = middle;
-    else
-      after = middle;
-  }
+  const int index = tensor_of_block(table, blockIdx.x);
   const int64_t begin = static_cast<int64_t>(blockIdx.x - table.first_block[index]) * kCheckBytes;
   const unsigned char* data = table.data[index] + begin;
   const int bytes = static_cast<int>(min(kCheckBytes, table.bytes[index] - begin));

@@ -222,14 +222,7 @@ __device__ inline void update_values(const Chunk<G>& chunk, int begin, int end,
 template <typename G, typename Rule>
 __global__ void __launch_bounds__(kThreads, kResident)
     update_kernel(const __grid_constant__ UpdateTable table, const __grid_constant__ Rule rule) {
-  int index = 0;  // the last tensor that begins at this block or before
-  for (int after = table.count; after - index > 1;) {
-    const int middle = (index + after) / 2;
-    if (table.first_block[middle] <= blockIdx.x)
-      index = middle;
-    else
-      after = middle;
-  }
+  const int index = tensor_of_block(table, blockIdx.x);
   const UpdateTensor& tensor = table.tensors[index];
   const int64_t begin = static_cast<int64_t>(blockIdx.x - table.first_block[index]) * kChunk;
   const int count = static_cast<int>(min(static_cast<int64_t>(kChunk), tensor.count - begin));

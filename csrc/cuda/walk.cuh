@@ -279,4 +279,18 @@ struct Position {
   }
 };
 
+// of a table of tensors (count, first_block): the last one that begins at this block or before
+template <typename Table>
+__device__ inline int tensor_of_block(const Table& table, unsigned block) {
+  int index = 0;
+  for (int after = table.count; after - index > 1;) {
+    const int middle = (index + after) / 2;
+    if (table.first_block[middle] <= block)
+      index = middle;
+    else
+      after = middle;
+  }
+  return index;
+}
+
 }  // namespace fastcnn::cuda

@@ -32,11 +32,12 @@ class ConvNormAct(nn.Module):
 
     `conv`: nn.Conv2d. `norm`: nn.BatchNorm2d or None. `l2`: λ of the penalty λ·Σw² on conv.weight,
     which the training loss adds. `defers`: whether the next module is a convolution that takes the
-    result alone, so that normalisation and activation may be left to it. Where they are (on a GPU
-    in half precision with the library's convolutions, in training and wherever gradients are
-    wanted; never with backend "torch") the result is an `ops.Pending`, for a forward hook as well;
-    `.applied()` makes a tensor of it. `across`: the processes over which the norm takes its
-    statistics in training (`synchronise`), or None; then nothing is left to the next module.
+    result alone, so that normalisation and activation may be left to it. Where they are (with the
+    library's convolutions, on a CPU in fp32 and on a GPU in half precision, in training and
+    wherever gradients are wanted; never with backend "torch") the result is an `ops.Pending`, for a
+    forward hook as well; `.applied()` makes a tensor of it. `across`: the processes over which the
+    norm takes its statistics in training (`synchronise`), or None; then nothing is left to the next
+    module.
     """
 
     def __init__(self, channels: int, record: spec.Conv, backend: str = "auto") -> None:

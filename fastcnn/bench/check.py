@@ -17,8 +17,9 @@ from fastcnn.bench.variants import RECIPE, Variant, Workbench
 
 STEPS = 2
 # mean error over mean value that a variant may have beyond twice eager's: roundings, and a few
-# windows and masks that fall the other way and change the gradients of all layers before them; in
-# fp32 ten times as many fall behind F(4x4, 3x3) as behind torch's direct convolution
+# windows and masks that fall the other way and change the gradients of all layers before them. In
+# fp32 F(4x4, 3x3) rounds more than torch's convolution: 0.031 was seen by test_bench_check.py
+# (cnn-a+norm, 8 images, CPU, 2026-12-01)
 SLACK = {"fp32": 0.05, "bf16": 0.1, "fp16": 0.05}
 FIRST_LOSS = "loss of step 1"  # the forward pass alone: nothing has been updated
 FIRST_LOSS_SLACK = {"fp32": 1e-5, "bf16": 2**-8, "fp16": 2**-10}

@@ -1,10 +1,10 @@
 """A convolution with what follows it, by the implementation that is the fastest for its shapes.
 
 The vendor's way is torch's convolution and one op for the rest (norm_act.py). The fused way, for
-half precision on a GPU, is the library's own convolution: what the layer before left pending is
-applied while its input is loaded, the statistics of batch norm and a max-pool come out of the
-product, and inference is one kernel. plans.py chooses, for each layer and gradient. Both ways
-compute the same, up to rounding.
+half precision on a GPU and 3x3 filters in fp32 on a CPU, is the library's own convolution: what the
+layer before left pending is applied while its input is loaded, the statistics of batch norm and a
+max-pool come out of the product, and inference is one kernel. plans.py chooses, for each layer and
+gradient. Both ways compute the same, up to rounding.
 """
 
 from __future__ import annotations
