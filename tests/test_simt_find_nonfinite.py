@@ -107,7 +107,10 @@ print(seen())
         ("(word & low) == low || ", ""),
         ("threadIdx.x) + u * kThreads", "threadIdx.x) + kThreads"),
         ("rest / 2, masks", "rest / 2 - 1, masks"),
-        ("first_block[middle] <= blockIdx.x", "first_block[middle] < blockIdx.x"),
+        (
+            "tensor_of_block(table, blockIdx.x)",
+            "tensor_of_block(table, blockIdx.x ? blockIdx.x - 1 : 0)",
+        ),
         ("if (found) *table.found_inf = 1", "*table.found_inf = found"),
         ("i + 1 < args.count", "i < args.count"),
     ],

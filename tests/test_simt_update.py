@@ -172,7 +172,10 @@ print("nothing wrong")
     ("old", "new"),
     [
         ("fits(weight, 4)", "fits(weight, 4)"),  # no error
-        ("first_block[middle] <= blockIdx.x", "first_block[middle] < blockIdx.x"),
+        (
+            "tensor_of_block(table, blockIdx.x)",
+            "tensor_of_block(table, blockIdx.x ? blockIdx.x - 1 : 0)",
+        ),
         ("static_cast<int64_t>(blockIdx.x - table.first_block[index])", "int64_t(blockIdx.x)"),
         ("fits(weight, 4)", "true"),
         ("fits(grad, sizeof(G))", "true"),
