@@ -162,8 +162,7 @@ def reset_process():
         os.environ.pop(name, None)
     plans.set_mode("auto")
     torch.use_deterministic_algorithms(False)
-    # past torch.backends, whose flags torch.testing._internal locks when test_opinfo imports it
-    torch._C._set_cudnn_benchmark(False)
+    torch.backends.cudnn.benchmark = False  # an error after an import that froze these settings
     logger = logging.getLogger("fastcnn")
     logger.setLevel(logging.NOTSET)
     logger.handlers.clear()

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from graph_twin import cannot_be_captured, tensors
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch_tables import import_tables
 
 from fastcnn import ops
 
@@ -87,8 +88,7 @@ class Recorder(TorchDispatchMode):
 @cache
 def operators():
     """Torch's tables by the names of their operations."""
-    from torch.testing._internal import common_methods_invocations as tables
-
+    tables = import_tables()
     found: dict[str, list] = {}
     every = [tables.op_db, tables.foreach_unary_op_db, tables.foreach_binary_op_db]
     every += [tables.foreach_pointwise_op_db, tables.foreach_reduce_op_db]

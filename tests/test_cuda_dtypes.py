@@ -49,6 +49,8 @@ def recorded_step(name, number_format, options, backend="torch"):
     config = OptimConfig(schedule="constant", **options)
     step = TrainStep(model, config, Precision(number_format), 3, 0, CPU, backend=backend)
     step._prepare()
+    if backend == "fused":
+        step._work(*batch())  # the warm-up before a capture, which may time convolutions
     with Recorder() as recorder:
         step._work(*batch())
     return recorder

@@ -5,6 +5,7 @@ import pytest
 import torch
 from simt.conv_ops import as_ops
 from torch.nn import functional as F
+from torch_tables import import_tables
 
 from fastcnn import ops
 from fastcnn.ops.plans import FUSED, VENDOR
@@ -21,13 +22,7 @@ def _library(library):
 
 @pytest.fixture(scope="module")
 def operators():
-    """torch's table of operators; its import freezes the settings of torch.backends, for ever."""
-    from torch.testing._internal.common_methods_invocations import op_db
-
-    settings = torch.backends.flags_frozen.__globals__
-    settings["__allow_nonbracketed_mutation_flag"] = True
-    assert not torch.backends.flags_frozen()
-    return op_db
+    return import_tables().op_db
 
 
 def samples(operators, name, dtype):
