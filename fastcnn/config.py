@@ -183,6 +183,11 @@ class OptimConfig:
         high=1,
         open_high=True,
     )
+    precise_bn: Literal["auto", "on", "off"] = option(
+        "auto",
+        "batch norm's running statistics taken anew from 2,048 training images before each "
+        "evaluation; auto: where an epoch has fewer than 200 steps",
+    )
     test_flip: bool = option(
         False, "evaluation takes the mean of the logits of an image and of its mirror image"
     )

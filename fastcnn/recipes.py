@@ -69,6 +69,7 @@ PLAIN: dict[str, Any] = {
     "schedule": "constant",
     "nesterov": False,
     "exempt_norm_bias": False,
+    "precise_bn": "off",
 }
 
 # marie2019, section 3.2: Adam, 0.001, weight decay 5e-4 as an L2 penalty, batches of 100, 50 epochs

@@ -49,6 +49,8 @@ COMMON = {
     "ema": 0.0,
     "best_metric": "val_top1",
     "restore_best": False,
+    "precise_bn": "off",
+    "conv": "vendor",  # the library's round by more than the perturbations above
     "device": "cpu",
     "threads": 1,
 }

@@ -5,6 +5,7 @@ test_resident.py has what it alone promises, test_file_loaders.py what images in
 """
 
 import builtins
+import itertools
 import os
 import re
 import signal
@@ -169,6 +170,24 @@ def test_resume_at_every_position(kind, workers, place, augment, tmp_path):
         if len(batches) - done - len(rest) > 0:
             rest += list(resumed)
         assert_same_batches(rest, batches[done:])
+
+
+@pytest.mark.parametrize(("kind", "workers", "place"), CASES)
+@pytest.mark.parametrize("done", [0, 2, 6])
+def test_batches_ahead_move_nothing(kind, workers, place, done, tmp_path):
+    images = placed(make_images(22), place, tmp_path)
+    whole = loader_of(images, kind, EVERYTHING)
+    batches = list(whole) + list(whole)
+    loader = loader_of(images, kind, EVERYTHING, workers=workers)
+    for _ in itertools.islice(loader, done):
+        pass
+    state = loader.state_dict()
+    for count in (2, 6):
+        left = 6 - done % 6
+        assert_same_batches(list(loader.ahead(count)), batches[done:][: min(count, left)])
+        assert loader.state_dict() == state
+    rest = list(loader) + list(loader)
+    assert_same_batches(rest[: 12 - done], batches[done:])
 
 
 @pytest.mark.parametrize(("kind", "workers", "place"), CASES)

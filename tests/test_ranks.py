@@ -30,6 +30,7 @@ from fastcnn.ops import plan_cache
 from fastcnn.recipes import resolve
 from fastcnn.train import amp, checkpoint, loop, ranks, setup
 from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
+from fastcnn.train.precise_bn import PreciseBatchNorm, batches_of
 from fastcnn.train.ranks import ALONE, Ranks
 from fastcnn.train.run import evaluate_run
 
@@ -448,7 +449,12 @@ def test_the_run_is_that_of_one_process_in_its_files(alone):
 
 
 # batch norm and no dropout; every image of the last, uneven batch counts
-NORMS = OPTIONS | {"arch": "murgolo-no-dropout", "train_subset": 57, "epochs": 1}
+NORMS = OPTIONS | {
+    "arch": "murgolo-no-dropout",
+    "train_subset": 57,
+    "epochs": 1,
+    "precise_bn": "on",
+}
 
 
 def test_with_synchronised_norms_two_processes_train_as_one(tmp_path, torchs_convolutions, library):
@@ -464,7 +470,8 @@ def test_with_synchronised_norms_two_processes_train_as_one(tmp_path, torchs_con
 
 def trained_in_parts(config, world):
     """The weights that `world` processes come to without --sync-norm, by one process: each part
-    of a batch goes through the network by itself, and the statistics are those of the first."""
+    of a batch goes through the network by itself, and the statistics are those of the first, or
+    with --precise-bn the means of those that each takes."""
     setups = [setup.prepare(config, Ranks(r, world, r, world)) for r in range(world)]
     whole = loop.new_step(dataclasses.replace(setups[0], ranks=ALONE))
     model, statistics = whole.network.train(), whole.guard.statistics
@@ -483,17 +490,26 @@ def trained_in_parts(config, world):
         total = [sum(each) for each in zip(*gradients, strict=True)]
         whole.optimizer.step(total, rates, None, none)
         whole.step += 1
+    if config.optim.precise_bn == "on":
+        found = []
+        for one in setups:
+            loader = one.train_loader
+            PreciseBatchNorm(whole.model)(loader.ahead(batches_of(loader)))
+            found.append(statistics.clone())
+        statistics.copy_(torch.stack(found).mean(0))
     return whole.model.state_dict()
 
 
-def test_without_them_each_process_norms_its_own_part(tmp_path):
-    options = NORMS | {"output": str(tmp_path), "name": "run"}
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_without_them_each_process_norms_its_own_part(tmp_path, mode):
+    own = NORMS | {"precise_bn": mode}
+    options = own | {"output": str(tmp_path), "name": "run"}
     code, _, err = ended(launch(2, *words_of(options)))
     assert code == 0, err
     found = checkpoint.load(tmp_path / "run" / "last.pt")["model"]
-    for name, tensor in trained_in_parts(resolve(NORMS), 2).items():
+    for name, tensor in trained_in_parts(resolve(own), 2).items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
-    # both have evaluated with the statistics that are saved, those of the first
+    # both have evaluated with the statistics that are saved
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     alone = evaluate_run(str(tmp_path / "run"))
     assert summary["test_loss"] == pytest.approx(alone["loss"], rel=1e-5)

@@ -7,12 +7,13 @@ torch.nn network, and between the backends of the ops: "fused" (the native libra
 torch), "auto" (fused where it can be).
 
 `norm.num_batches_tracked` stays in the state dict for that exchange but does not count: batch norm
-here has a fixed momentum (0.1), which never reads it, and counting costs a kernel a layer and step.
+here has a fixed momentum (`norm.momentum`, torch's 0.1), which never reads it, and counting costs a
+kernel a layer and step.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,8 +24,6 @@ from fastcnn.ops.backend import BACKENDS, ops_for
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-MOMENTUM = 0.1
 
 
 class ConvNormAct(nn.Module):
@@ -80,7 +79,7 @@ class ConvNormAct(nn.Module):
         rest = (self.stride, self.pads, self.pool, residual, defer)
         if norm is None:
             return ops.conv_bias_act(x, conv.weight, conv.bias, self.post_slope, *rest)
-        arguments = (*_tensors(norm), self.training, MOMENTUM, norm.eps)
+        arguments = (*_tensors(norm), self.training, _momentum(norm), norm.eps)
         slopes = (self.pre_slope, self.post_slope)
         return ops.conv_bn_act(x, conv.weight, conv.bias, *arguments, *slopes, *rest, across=across)
 
@@ -112,7 +111,7 @@ class LinearNormAct(nn.Module):
         if self.norm is None:
             y = ops.bias_act(y, None, self.post_slope)
         else:
-            arguments = (*_tensors(self.norm), self.training, MOMENTUM, self.norm.eps)
+            arguments = (*_tensors(self.norm), self.training, _momentum(self.norm), self.norm.eps)
             y = ops.bn_act(y, *arguments, self.pre_slope, self.post_slope, across=_group(self))
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
@@ -225,3 +224,7 @@ def _group(layer: ConvNormAct | LinearNormAct) -> ProcessGroup | None:
 
 def _tensors(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return norm.weight, norm.bias, norm.running_mean, norm.running_var  # type: ignore[return-value]
+
+
+def _momentum(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> float:
+    return cast(float, norm.momentum)  # None would ask for the mean of all batches so far

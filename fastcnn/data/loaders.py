@@ -14,7 +14,8 @@ loader.finish()
 """
 
 import abc
-from collections.abc import Iterator
+import itertools
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -141,6 +142,17 @@ class Loader(abc.ABC):
     def finish(self) -> None:
         """Go on to the next epoch."""
         self.epoch, self.position = self.epoch + 1, 0
+
+    def ahead(self, batches: int) -> Generator[Batch]:
+        """Yield the next `batches` batches, at most the rest of the epoch, or of the next one where
+        nothing is left; once closed, the loader stands again where it stood."""
+        epoch, position = self.epoch, self.position
+        if not self.remaining():
+            self.epoch, self.position = epoch + 1, 0
+        try:
+            yield from itertools.islice(self, batches)
+        finally:
+            self.epoch, self.position = epoch, position
 
     def state_dict(self) -> dict[str, int]:
         """Return {"epoch", "position"}: what all processes together have handed out, whatever was

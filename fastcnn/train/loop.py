@@ -27,6 +27,7 @@ from fastcnn.train.guard import LIMIT
 from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
 from fastcnn.train.loggers import Loggers
 from fastcnn.train.metrics import Figures
+from fastcnn.train.precise_bn import PreciseBatchNorm, batches_of, wanted
 from fastcnn.train.progress import Progress, format_seconds
 from fastcnn.train.ranks import AGREE_STEPS
 from fastcnn.train.rundir import RunFolder, versions
@@ -83,6 +84,14 @@ def graph_mode(setup: Setup) -> GraphMode:
     return "off" if mode == "auto" and setup.ranks.world > 1 else mode
 
 
+def new_precise_bn(setup: Setup, step: TrainStep) -> PreciseBatchNorm | None:
+    """What takes the statistics of the evaluated model anew, where --precise-bn applies."""
+    few = wanted(setup.config.optim.precise_bn, step.steps_per_epoch)
+    if not few or not setup.network.has_norm:
+        return None
+    return PreciseBatchNorm(step.evaluated_model, setup.precision.dtype, setup.ranks)
+
+
 def new_evaluator(setup: Setup, step: TrainStep, loader: Any) -> Evaluator:
     """What evaluates the model of `step` whose accuracy counts, on `loader`."""
     return Evaluator(
@@ -110,6 +119,7 @@ class Training:
         steps = len(setup.train_loader)
         self.progress = Progress(self.epochs, steps, quiet or not ranks.first, ranks.world)
         self.step = new_step(setup)
+        self.precise = new_precise_bn(setup, self.step)
         self._rngs: list[dict[str, Any]] = []
         self._evaluators: dict[int, Evaluator] = {}
         self._told_plans = False
@@ -229,9 +239,12 @@ class Training:
         """Evaluate the epoch just trained, record it, save."""
         trained = self._gather()
         self._require_finite(trained.loss, "training loss")
+        start = time.perf_counter()
+        self._take_statistics(stop)
         evaluation = self._evaluate(self.setup.val_loader, stop)
+        seconds = time.perf_counter() - start
         self._require_finite(evaluation.figures.loss, "validation loss")
-        self._record(trained, evaluation)
+        self._record(trained, evaluation.figures, seconds)
         self.at.epoch += 1
         self.at.trained, self.at.seconds = False, 0.0
         self.step.metrics.reset()
@@ -242,6 +255,18 @@ class Training:
         self._save()
         self.loggers.epoch(self.at.history[-1])
         return evaluation
+
+    def _take_statistics(self, stop: StopAtStepEdge) -> None:
+        """Take the evaluated model's running statistics anew, where --precise-bn applies."""
+        if self.precise:
+            loader, config = self.setup.train_loader, self.setup.config
+            batches = 1 if config.run.fast_dev_run else batches_of(loader)
+            # closed at once, or an interruption would save the position inside
+            with (
+                self._advising("--batch-size", config.data.batch_size),
+                closing(loader.ahead(batches)) as ahead,
+            ):
+                self.precise(ahead, self._agreeing(loader, stop))
 
     def _evaluate(self, loader: Loader, stop: StopAtStepEdge) -> Evaluation:
         """Evaluate the model whose accuracy counts; the graphs are kept for the next epoch."""
@@ -258,8 +283,9 @@ class Training:
     def _advising(self, option: str, batch_size: int) -> AbstractContextManager[None]:
         return memory.advising(option, batch_size, self.setup.device, self._kept)
 
-    def _record(self, trained: Figures, evaluation: Evaluation) -> None:
-        figures, last_step = evaluation.figures, self.step.step - 1
+    def _record(self, trained: Figures, figures: Figures, seconds: float) -> None:
+        """Note an epoch; `seconds`: of its evaluation."""
+        last_step = self.step.step - 1
         row: dict[str, Any] = {
             "epoch": self.at.epoch + 1,
             "train_loss": trained.loss,
@@ -270,7 +296,7 @@ class Training:
             "lr": self.step.lr_of(last_step),
             "skipped_steps": self.step.guard.skipped(),
             "images_per_s": trained.images / max(self.at.seconds, 1e-9),
-            "seconds": self.at.seconds + evaluation.seconds,
+            "seconds": self.at.seconds + seconds,
         }
         self.at.history.append(row)
         metric = self.setup.config.optim.best_metric

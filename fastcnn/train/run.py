@@ -60,6 +60,7 @@ CHANGEABLE_ON_RESUME = {
     "final_lr",
     "time_decay",
     "label_smoothing",
+    "precise_bn",
     "test_flip",
     "mixup",
     "cutmix",
@@ -306,6 +307,11 @@ def announce(training: Training) -> None:
         progress.say(setup.dataset.why)
     for note in setup.notes:
         progress.say(f"note: {note}")
+    if training.precise:
+        progress.say(
+            f"note: {training.step.steps_per_epoch} steps an epoch: batch norm's running "
+            "statistics are taken anew before each evaluation (--precise-bn)"
+        )
     where = f"run folder {training.folder.path}"
     if training.step.step:
         where += f", continued at epoch {training.at.epoch + 1}, step {training.step.step}"
