@@ -87,13 +87,15 @@ def _simt_module(tmp_path_factory, name, flags):
 
 
 @pytest.fixture(scope="session")
-def library():
-    """The native library, built once a session, with CUDA kernels wherever there is an nvcc."""
+def library(request):
+    """The native library, built once a session; with --full or a GPU its CUDA kernels too, wherever
+    there is an nvcc."""
     from fastcnn import ops
     from fastcnn.ops import build, toolchain
 
     handed_over = "FASTCNN_TEST_CACHE" in os.environ
-    if torch.version.cuda and toolchain.find_cuda() and not handed_over:
+    wanted = request.config.getoption("--full") or torch.cuda.is_available()
+    if wanted and torch.version.cuda and toolchain.find_cuda() and not handed_over:
         build.ensure(CUDA_ARCHS)  # what ops.load() then finds
     return ops.load()
 
@@ -181,10 +183,16 @@ def torchs_convolutions():
     plans.set_mode("auto")
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also run the tests that take long")
+
+
+def pytest_collection_modifyitems(config, items):
+    # a test that is named on the command line runs, however long it takes
+    full = config.getoption("--full") or any("::" in argument for argument in config.args)
     for item in items:
         # not by keyword: parameters are keywords too
-        if item.get_closest_marker("cuda"):
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if item.get_closest_marker("full") and not full:
+            item.add_marker(pytest.mark.skip(reason="takes long: --full runs it"))

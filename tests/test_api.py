@@ -70,6 +70,7 @@ def test_the_package_is_called_as_the_function_is():
         fastcnn.trian  # noqa: B018
 
 
+@pytest.mark.full
 def test_the_readmes_example_runs(tmp_path):
     text = README.read_text(encoding="utf-8")
     code = re.search(r"<!-- python example -->\n```python\n(.*?)```", text, re.DOTALL)[1]

@@ -78,6 +78,7 @@ class NoCompiler:
         os.environ.pop("CXX", None)
 
 
+@pytest.mark.full
 def test_without_a_compiler_a_run_says_so_and_trains_in_plain_torch(tmp_path):
     reason = "no C++ compiler: install g++"
     for name, code in (("auto", 0), ("fused", BuildError.exit_code)):
@@ -253,6 +254,7 @@ def test_unknown_backend():
         ConvNormAct(3, Conv(8), "cuda")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_computes_the_same_with_both(name):
     network = NETWORKS[name]
@@ -308,6 +310,7 @@ def loss_curve(backend_name, arch, dtype, batch_size, steps=50, **options):
 GENTLE = {"optimizer": "sgd", "schedule": "constant", "lr": 1e-4, "label_smoothing": 0.0}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("arch", "dtype", "batch_size", "options"),
     [
@@ -335,6 +338,7 @@ def test_a_checkpoint_moves_between_backends(tmp_path):
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)
 
 
+@pytest.mark.full
 def test_same_accuracy_within_noise(tmp_path):
     options = {"arch": "mao-batchnorm", "epochs": 3, "train_subset": 700, "test_subset": 300}
     found = {

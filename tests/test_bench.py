@@ -278,6 +278,7 @@ def test_the_chart_of_a_cpu_shows_ratios(tmp_path):
 # whole runs
 
 
+@pytest.mark.full
 def test_a_worker_times_what_it_is_told(library):
     task = Task("cnn-a", 4, "resident", ("eager", "graph"), threads=1, images=16, check=False)
     with Worker("plain", task) as worker:
@@ -314,6 +315,7 @@ def test_what_the_budget_does_not_reach_is_named(library, monkeypatch, capsys, t
     assert "left out, no time left: cnn-a batch 4 resident" in out
 
 
+@pytest.mark.full
 def test_without_what_a_bare_machine_lacks(library, tmp_path):
     missing = ("jsonargparse", "yaml", "rich", "matplotlib", "sklearn", "jinja2", "torchvision")
     path = tmp_path / "x.json"
@@ -362,6 +364,7 @@ def _table(name):
     return layer_table(network, network.image_sizes[0], network.classes)
 
 
+@pytest.mark.full
 def test_every_part_of_every_layer_is_told(library, capsys, tmp_path):
     words = [*SMALL, "--layers", "--rounds", "7", "--json", str(tmp_path / "x.json")]
     words += ["--backends", "eager"]
@@ -385,6 +388,7 @@ def test_every_part_of_every_layer_is_told(library, capsys, tmp_path):
     assert {r["plan_reason"] for r in planned} == {"measured"}
 
 
+@pytest.mark.full
 def test_without_fused_convolutions_products_tell_why(library, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(plans, "why_vendor", lambda *_: NONE)
     words = [*SMALL, "--layers", "--rounds", "7", "--json", str(tmp_path / "x.json")]
@@ -418,6 +422,7 @@ def test_a_layers_floor_is_the_larger_of_its_two():
     assert dict(zip(heads, cells[0], strict=True))["us fused"] == "100.0"
 
 
+@pytest.mark.full
 def test_a_refused_chain_is_named(library, monkeypatch):
     monkeypatch.setattr(layers, "check", lambda *_: {"fused": "y errs by 1"})
     monkeypatch.setattr(plans, "why_vendor", lambda *_: NONE)
@@ -587,6 +592,7 @@ def test_a_gpu_is_warmed_up_by_a_whole_epoch(monkeypatch):
     assert steps == [None, accuracy.WARM_UP_STEPS]
 
 
+@pytest.mark.full
 def test_nothing_measured_is_an_error(library, monkeypatch, capsys):
     words = "--arch mao-default --batch-size 4 --backends graph --rounds 7 --device cpu"
     code, _, err = command(capsys, *words.split())

@@ -132,6 +132,7 @@ def test_a_check_that_fails_stops_all(library, monkeypatch):
     assert "the check of the variants failed: KeyError: 'gone'" in found.wrong["fused"]
 
 
+@pytest.mark.full
 def test_the_backward_keeps_less_when_fused(library):
     found = Steps(Task("cnn-a+norm", 4, "resident", ("eager", "fused"), images=16, check=False))
     kept = {name: facts["kept_bytes"] for name, facts in found.facts.items()}

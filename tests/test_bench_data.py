@@ -15,6 +15,8 @@ import bench_data
 
 from fastcnn.errors import UsageError
 
+pytestmark = pytest.mark.full
+
 RIVALS = {"folder 0", "folder 1", "folder 2", "memory 0", "memory 2"}
 OURS = {"torch 2", "resident"}
 DALI = {"dali store", "dali files"}

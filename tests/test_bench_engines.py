@@ -17,6 +17,8 @@ from fastcnn.bench.variants import Task
 from fastcnn.errors import FastcnnError
 from fastcnn.export import onnx_file
 
+pytestmark = pytest.mark.full
+
 CPU = torch.device("cpu")
 TASK = Task("murgolo-improved", 4, "resident", ENGINES, images=24, inference=True)
 SMALL = ["--arch", "mao-batchnorm", "--batch-size", "4", "--threads", "1"]

@@ -134,6 +134,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("planted", PLANTED)
 def test_a_wrong_fold_is_seen(bench, monkeypatch, planted):
     monkeypatch.setattr(Unfolded, "plant", staticmethod(PLANTED[planted]), raising=False)
@@ -241,6 +242,7 @@ def test_table_and_chart_of_a_gpu_have_rates_and_no_share(tmp_path):
     assert [row[column] for row in cells] == ["", "", "62%"]
 
 
+@pytest.mark.full
 def test_a_comparison_from_end_to_end(library, capsys, tmp_path):
     path = tmp_path / "x.json"
     words = "--inference --arch mao-batchnorm --batch-size 4 --threads 1 --device cpu --rounds 7"

@@ -263,6 +263,7 @@ def test_the_file_is_written_at_every_addition(tmp_path, monkeypatch):
     assert found.pytest_benchmark_group_stats([ours, other]) is None
 
 
+@pytest.mark.full
 def test_a_run_from_end_to_end(library, tmp_path):
     path = tmp_path / "ops.json"
     options = {"NETWORKS": "murgolo-improved", "BATCH": "2", "COMPILE": "0", "DEVICE": "cpu"}

@@ -529,6 +529,7 @@ PYBIND11_MODULE(_native, m) { m.def("value", &fake_value); }
 """
 
 
+@pytest.mark.full
 def test_the_python_module_is_linked_to_the_library(source, cache):
     assert build.native_module(source=source) == (None, f"{source} holds no native.cpp")
     (source / "native.cpp").write_text(NATIVE)

@@ -48,6 +48,7 @@ def broken(cuda, where):
     return recorder, before, stream, pool
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("where", ["begin", "work", "instantiation"])
 def test_a_capture_that_was_broken_off_leaves_nothing_in_the_allocator(cuda, where):
     _, before, _, pool = broken(cuda, where)
@@ -60,6 +61,7 @@ def test_a_capture_that_was_broken_off_leaves_nothing_in_the_allocator(cuda, whe
     assert cuda.uses[pool] == 0
 
 
+@pytest.mark.full
 def test_the_next_capture_has_another_stream_and_pool(cuda):
     recorder, _, stream, pool = broken(cuda, "work")
     assert recorder.stream is not stream
@@ -69,6 +71,7 @@ def test_the_next_capture_has_another_stream_and_pool(cuda):
     assert cuda.underway == {}
 
 
+@pytest.mark.full
 def test_a_broken_graph_stays_for_the_allocator_of_pinned_memory(cuda, monkeypatch):
     made = []
     original = torch.cuda.CUDAGraph
@@ -89,6 +92,7 @@ class Cycle:
         self.told.append("collected")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("enabled", [False, True])
 def test_garbage_is_collected_before_a_capture_and_none_in_it(cuda, enabled, fails):

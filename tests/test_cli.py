@@ -221,6 +221,7 @@ def test_a_damaged_analysis_ends_no_resumed_run(capsys, tmp_path):
     assert "Test top-1" in out
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])
 def test_training_goes_on_without_what_draws(tmp_path, missing):
     code = (
@@ -328,6 +329,7 @@ def test_build_errors_are_one_line(capsys, native, tmp_path, words, code, expect
     assert err.count("\n") == 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_build_that_is_stopped_leaves_nothing(native, tmp_path, signum, exit_code):
     calls = fake_build.write_compiler(tmp_path / "cxx", delay=600)

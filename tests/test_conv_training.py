@@ -131,6 +131,7 @@ def chained(kernels):
         yield calls
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 @pytest.mark.parametrize("name", NARROWER)
 def test_the_steps_leave_fp32_by_what_rounding_to_bf16_does(name, library, chained):

@@ -7,6 +7,8 @@ import pytest
 
 from fastcnn.ops import toolchain
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[1]
 CPU = ROOT / "csrc" / "cpu"
 FLAGS = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=fast", "-Wno-psabi", "-pthread"]

@@ -68,6 +68,7 @@ def test_a_step_of_every_network(name, options):
     assert recorder.uncaptured == set()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number_format", FORMATS, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: o["optimizer"])
 def test_a_step_with_every_option(options, number_format):

@@ -452,6 +452,7 @@ def test_memory_stays_flat(kind, root):
     assert threads() == running
 
 
+@pytest.mark.full
 def test_dali_comes_before_torchvision_and_only_with_its_loader():
     code = """
 import sys, numpy as np, torch

@@ -171,6 +171,7 @@ for form in ("jpeg", "png", "bmp"):
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("batch", [64, 128])
 def test_a_damaged_file_early_in_a_large_batch_kills_nothing(root, batch):
     """In a process of its own: DALI 2.4 dies of a batch of which it cannot parse one image."""
@@ -187,6 +188,7 @@ def test_a_damaged_file_early_in_a_large_batch_kills_nothing(root, batch):
     assert all(line.startswith(name) for line, name in zip(lines, named, strict=True))
 
 
+@pytest.mark.full
 def test_a_store_that_is_cut_is_an_error_not_a_signal(tmp_path):
     code = f"""
 import sys; sys.path[:0] = {sys.path!r}

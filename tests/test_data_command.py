@@ -389,6 +389,7 @@ def test_show_of_different_sizes_names_the_option(capsys, root, tmp_path):
     assert list((tmp_path / "here").iterdir()) == []
 
 
+@pytest.mark.full
 def test_show_without_matplotlib_still_measures(tmp_path):
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
@@ -453,6 +454,7 @@ def test_histogram_of_many_classes_is_sorted(tmp_path, monkeypatch):
     assert axis.get_xlabel() == expected
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("classes", [2, 60, 300])
 def test_long_names_leave_room_for_bars_and_images(tmp_path, classes):
     names = [f"{i:03}{'W' * 200}" for i in range(classes)]

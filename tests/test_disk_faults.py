@@ -113,6 +113,7 @@ def numbers(told):
     return memoryview(told.read_bytes()).cast("i").tolist() if told.exists() else []
 
 
+@pytest.mark.full
 def test_a_save_killed_at_any_moment_leaves_the_last_good_checkpoint(tmp_path):
     folder, told = tmp_path / "run", tmp_path / "told"
     folder.mkdir()

@@ -116,6 +116,7 @@ print(json.dumps([told, [name for name in sys.modules if name.startswith("fastcn
 """
 
 
+@pytest.mark.full
 def test_the_lines_in_readme_work_without_fastcnn(files, digits, wanted):
     np.save(files / "pixels.npy", digits)
     code = WITHOUT.format(onnx=snippet("onnx in use"), torch=snippet("torch in use"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_fold import RARE, draw_norms
 
-from fastcnn.archs import NETWORKS, get_network
+from fastcnn.archs import get_network
 from fastcnn.archs.init import initialise
 from fastcnn.archs.spec import build
 from fastcnn.config import Config, ModelConfig
@@ -17,11 +17,12 @@ from fastcnn.export import check, onnx_file
 from fastcnn.export.network import exported_network
 from fastcnn.train.trained import TrainedModel
 
+pytestmark = pytest.mark.full
+
 # one of each structure: a bias before the activation; even kernels that pad on one side alone, of
 # 64x64 images; 3x3 pools of stride 2; a norm behind a leaky ReLU; a norm in the classifier;
 # residuals and a mean over pixels; all of it at once
 DISTINCT = ["cnn-a", "tiny-b", "murgolo-improved", "mao-batchnorm", "vgg11", "resnet18", RARE]
-REST = [name for name in [*NETWORKS, "cnn-a+norm"] if name not in DISTINCT]
 NORMALIZATION = Normalization("zscore", (0.5, 0.45, 0.4), (0.25, 0.24, 0.26))
 
 
@@ -85,10 +86,4 @@ def judge(network, folder):
 
 @pytest.mark.parametrize("network", DISTINCT, ids=named)
 def test_each_structure_computes_the_same(network, tmp_path):
-    judge(network, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("network", REST)
-def test_every_other_network_too(network, tmp_path):
     judge(network, tmp_path)

@@ -45,6 +45,7 @@ def _library(library):
     return library
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("kind", "workers"), FILE_CASES)
 @pytest.mark.parametrize("resize", ["stretch", "crop"])
 @pytest.mark.parametrize("augment", [None, FUSED, EVERYTHING], ids=["none", "fused", "everything"])
@@ -159,6 +160,7 @@ def failure(batches, seen=None):
     return message
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("augment", [None, BOX], ids=["evaluation", "training"])
 @pytest.mark.parametrize(("kind", "workers"), FILE_CASES)
@@ -181,6 +183,7 @@ def test_a_file_taken_away_is_named(tmp_path, capfd, kind, workers, fault, augme
     assert [label for _, labels in loader for label in labels.tolist()] == list(range(40, 60))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("place", sorted({place for _, n, place in CASES if n}))
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_worker_is_named(tmp_path, capfd, place, killed):

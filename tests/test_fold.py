@@ -97,6 +97,7 @@ def test_each_norms_own_eps_counts():
     assert relative(logits_of(fold(model), images), logits_of(model, images)) < 1e-12
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("name", [*WITH_NORM, RARE], ids=[*WITH_NORM, "rare"])
 def test_rounding_is_that_of_the_unfolded_network(name, dtype):

@@ -78,6 +78,7 @@ FAULTY = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", FAULTY)
 def test_a_faulty_reader_is_found_and_its_input_kept(tmp_path, monkeypatch, capsys, kind):
     def prepare(random, folder):

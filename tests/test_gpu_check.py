@@ -44,6 +44,7 @@ def check(tmp_path):
     return gpu_check.Check("cpu", tmp_path, scratch, time.monotonic() + 60)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "gpu_check.py")]
@@ -53,6 +54,7 @@ def test_without_a_gpu_it_says_so():
     assert "no GPU" in done.stdout
 
 
+@pytest.mark.full
 def test_the_tree_that_it_lies_in_is_checked(tmp_path):
     code = "import gpu_check, fastcnn; print(fastcnn.__file__)"
     code = f"import sys; sys.path.insert(0, {str(REPOSITORY / 'benchmarks')!r}); {code}"
@@ -349,6 +351,7 @@ def test_the_convolutions_steps_are_few_enough():
         assert "--backends eager graph --" in text
 
 
+@pytest.mark.full
 def test_layers_are_told_without_a_gpu(check, library):
     result = gpu_check.conv_layers(check, 60)
     assert result["state"] == "passed"
@@ -376,6 +379,7 @@ def test_a_group_of_stages_is_named_by_one_word(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.full
 def test_steps_are_compared_without_a_gpu(check, library):
     result = gpu_check.bench_step(check, 60)
     assert result["state"] == "passed"

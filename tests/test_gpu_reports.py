@@ -13,6 +13,8 @@ import gpu_reports
 
 from fastcnn.reports.catalogue import REPORTS
 
+pytestmark = pytest.mark.full
+
 SCRIPT = Path(gpu_reports.__file__)
 SMALL = ["--device", "cpu", "--scale", "0.01", "--cifar10", "digits", "--no-modern"]
 

@@ -48,6 +48,7 @@ def _library(library):
     return library
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backend", ["torch", "fused"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_runs_with_and_without_graphs_are_bit_equal(tmp_path, monkeypatch, options, backend):
@@ -233,6 +234,7 @@ def test_a_capture_leaves_no_effect_behind():
     assert buffer.tolist() == [4, 4, 4]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("graphed", [False, True])
 def test_a_long_run_does_not_grow(tmp_path, monkeypatch, graphed):
     found = CpuTwin() if graphed else None

@@ -249,6 +249,7 @@ def command(tmp_path, *options):
     return done.returncode, done.stderr.splitlines()
 
 
+@pytest.mark.full
 def test_a_run_that_diverges_names_step_and_place_and_keeps_its_checkpoint(tmp_path):
     options = ["--recipe", "report", "--optimizer", "sgd", "--lr", "1e18", "--schedule", "constant"]
     code, lines = command(tmp_path, *options, "--checkpoint-steps", "1", "--image-size", "64")
@@ -281,6 +282,7 @@ def overflowing(monkeypatch, steps):
     monkeypatch.setattr(loop.TrainStep, "_work", work)
 
 
+@pytest.mark.full
 def test_skipped_steps_are_counted_in_the_log_also_of_a_resumed_run(tmp_path, monkeypatch, capsys):
     fp16(monkeypatch)
     overflowing(monkeypatch, {0, 1, 4})

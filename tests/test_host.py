@@ -40,6 +40,7 @@ def output_of(code):
     return found.stdout.strip()
 
 
+@pytest.mark.full
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's")
 def test_freed_tensors_are_not_faulted_in_again():
     # 4 tensors of 64 MiB are 65,536 pages of 4 KiB
@@ -62,11 +63,13 @@ def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(monkeypatch):
     assert output_of(code).endswith("None")
 
 
+@pytest.mark.full
 def test_denormals_are_flushed():
     assert output_of(DENORMAL.format(tune="")) == "False"
     assert output_of(DENORMAL.format(tune="tune_process(2)")) == "True"
 
 
+@pytest.mark.full
 def test_threads_are_those_asked_for():
     assert output_of(THREADS.format(given=3, wanted=3)) == "True"
     assert output_of(THREADS.format(given="", wanted="usable_cores()")) == "True"

@@ -55,6 +55,7 @@ def test_a_page_takes_no_file_from_outside(tmp_path, sections, name):
         kept_sections(folder, "analysis")
 
 
+@pytest.mark.full
 def test_a_value_of_another_kind_is_refused_or_shown(tmp_path, sections):
     """A page is drawn at the end of a run, which no file of an analysis shall end."""
     path = keep_sections(tmp_path, "analysis", sections)

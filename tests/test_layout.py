@@ -57,6 +57,7 @@ def loaded_by(statement):
     return set(out.stdout.split())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("statement", "untouched"),
     [
@@ -70,6 +71,7 @@ def test_importing_loads_only_what_it_needs(statement, untouched):
     assert not untouched & loaded_by(statement)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("missing", ["torchvision", "matplotlib", "sklearn", "PIL"])
 def test_commands_work_without_an_optional_package(missing, tmp_path):
     code = (

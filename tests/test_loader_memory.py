@@ -8,6 +8,8 @@ from loader_cases import CASES, loader_of, placed, resident_bytes, worker_pids
 
 from fastcnn.config import AugmentConfig
 
+pytestmark = pytest.mark.full
+
 EPOCHS = 20
 FIRST = 3  # epoch whose memory is that of a loader at work
 MOST = 2 * 2**20  # bytes more; a leak of an epoch's batches would be 17 times an epoch's bytes

@@ -309,6 +309,7 @@ MOMENT_CASES = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("augment", MOMENT_CASES)
 def test_pixel_moments_agree(augment):
     images = coordinates(1500)

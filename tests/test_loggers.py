@@ -137,6 +137,7 @@ def assert_board_is_the_table(folder, epochs):
     return board
 
 
+@pytest.mark.full
 def test_tensorboard_holds_the_table_of_metrics_once(folder):
     board = assert_board_is_the_table(folder, 3)
     assert {*board.Tags()["scalars"]} == {*COLUMNS, *TEST}

@@ -31,6 +31,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.full
 def test_a_process_without_memory_says_what_to_try(tmp_path):
     options = ["--arch", "vgg11", "--data", "digits", "--batch-size", "1400", "--threads", "1"]
     options += ["--output", str(tmp_path), "--epochs", "1", "--loader", "resident", "--quiet"]

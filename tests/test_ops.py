@@ -231,7 +231,7 @@ def test_wrong_strides_in_tracing_are_seen(name, monkeypatch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 def test_compiles_without_graph_breaks(device, backend):
     cases = [Case((2, 8, 6, 6), residual=True), Case((2, 8, 6, 6), norm=False)]
     cases += [dataclasses.replace(c, pool=(2, 2, 0), residual=False) for c in cases]
@@ -355,6 +355,7 @@ def test_saved_memory_as_a_share_of_torchs(case, share, dtype):
     assert ours <= share * torchs
 
 
+@pytest.mark.full
 def test_more_values_than_32_bits_count():
     torch.set_num_threads(2)
     # zeros take no memory until they are written, and windows of 11 x 11 leave few results

@@ -218,6 +218,7 @@ for i in range(20):
 """
 
 
+@pytest.mark.full
 def test_two_processes_and_a_thread_lose_no_entry_of_one_another(path):
     command = [sys.executable, "-c", WRITER]
     writers = [subprocess.Popen([*command, name, path], cwd=ROOT) for name in ("a", "b")]

@@ -12,6 +12,8 @@ import pytest
 
 from fastcnn.ops import build, toolchain
 
+pytestmark = pytest.mark.full
+
 ARCHS = "8.0;9.0+PTX"
 TARGETS = ("sm_80", "sm_90")
 TYPES = {"f": "f32", "6__half": "f16", "13__nv_bfloat16": "bf16"}

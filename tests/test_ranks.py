@@ -169,6 +169,7 @@ EVALUATING = OPTIONS | {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("options", "number"), [(LONG, 1), (EVALUATING, 0)])
 def test_a_rank_that_is_killed_ends_the_others_and_is_named(tmp_path, options, number):
     process = launch(2, *words_of(options | {"output": str(tmp_path), "name": "run"}))
@@ -197,6 +198,7 @@ def ask_one(process):
     os.kill(rank_processes(process)[1], signal.SIGTERM)
 
 
+@pytest.mark.full
 def test_a_signal_to_one_rank_in_an_evaluation_is_heard_by_all(tmp_path):
     process = launch(2, *words_of(EVALUATING | {"output": str(tmp_path), "name": "run"}))
     wait_for(tmp_path / "run" / "last.pt", process)
@@ -252,6 +254,7 @@ def test_a_signal_that_comes_while_ranks_agree_waits_for_the_next_time():
         loop.Training._agree(training, heard)
 
 
+@pytest.mark.full
 def test_a_run_goes_on_with_the_same_bits_or_another_number_of_ranks(alone, tmp_path):
     """Three of them: of two summands no order can be told."""
     options = OPTIONS | {"checkpoint_steps": 1, "output": str(tmp_path)}
@@ -289,6 +292,7 @@ def free_port():
         return one.getsockname()[1]
 
 
+@pytest.mark.full
 def test_ranks_with_other_options_or_images_are_refused(tmp_path):
     port = free_port()
     own = [{}, {"lr": 0.02, "test_subset": 36}]
@@ -305,6 +309,7 @@ def test_ranks_with_other_options_or_images_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.full
 def test_ranks_that_differ_in_amp_do_not_wait_for_each_other(tmp_path):
     port = free_port()
     options = OPTIONS | {"output": str(tmp_path)}
@@ -315,6 +320,7 @@ def test_ranks_that_differ_in_amp_do_not_wait_for_each_other(tmp_path):
         assert "the ranks differ: --amp: True on rank 0, False on rank 1; start" in err
 
 
+@pytest.mark.full
 def test_all_ranks_train_in_the_format_that_the_first_has_measured(tmp_path, monkeypatch):
     """Each has a cache of its own, as on machines of their own, and these say otherwise."""
     monkeypatch.setattr(amp, "cpu_computes_in", lambda dtype: True)
@@ -457,6 +463,7 @@ NORMS = OPTIONS | {
 }
 
 
+@pytest.mark.full
 def test_with_synchronised_norms_two_processes_train_as_one(tmp_path, torchs_convolutions, library):
     # alone a timing might choose other convolutions, which round otherwise
     options = NORMS | {"backend": "fused", "conv": "vendor"}
@@ -500,6 +507,7 @@ def trained_in_parts(config, world):
     return whole.model.state_dict()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mode", ["on", "off"])
 def test_without_them_each_process_norms_its_own_part(tmp_path, mode):
     own = NORMS | {"precise_bn": mode}
@@ -548,6 +556,7 @@ def test_an_exchange_waits_until_its_threads_have_let_go():
     assert sys.getrefcount(tensor) == before
 
 
+@pytest.mark.full
 def test_a_script_trains_one_run_after_the_other(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     options = OPTIONS | {"arch": "murgolo-no-dropout", "epochs": 1, "train_subset": 48}

@@ -35,6 +35,7 @@ def column(table, name):
 
 
 # foreign images are not among them: that needs the digits as its own
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("report", "one"),
     [pair for pair in EXPERIMENTS if pair[1].key != "ood"],
@@ -125,6 +126,7 @@ def test_finished_runs_are_kept_and_experiments_share_them(tmp_path, monkeypatch
     assert page.index('id="full"') < page.index('id="figure2"')
 
 
+@pytest.mark.full
 def test_an_interrupted_reproduction_goes_on(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_at_check(patch, 3)
@@ -154,6 +156,7 @@ def test_training_times_are_compared_where_the_report_has_them(tmp_path):
     )
 
 
+@pytest.mark.full
 def test_verdicts_are_given_on_all_of_the_report_s_images_alone(tmp_path, monkeypatch, capsys):
     """Of a folder that has CIFAR-10's classes, and few images."""
     data = write_folder(tmp_path / "data", classes=CLASSES, count=4, side=32)

@@ -68,6 +68,7 @@ for disturbance in disturbances:
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("kind", "workers"), [(k, 0) for k in LOADERS] + [("torch", 2)])
 def test_what_becomes_of_the_stores_file_disturbs_no_epoch(root, tmp_path, kind, workers):
     write_folder(root, count=20, side=32)
@@ -97,6 +98,7 @@ print(*[value - before for value in memory()])
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", LOADERS[1:])
 def test_memory_never_holds_the_store_twice(tmp_path, kind):
     size = 2**26

@@ -36,6 +36,7 @@ def test_a_run_that_trains_is_not_resumed_beside_it(tmp_path, monkeypatch):
     assert hidden(folder) == []
 
 
+@pytest.mark.full
 def test_a_run_whose_process_was_killed_is_free_at_once(tmp_path, monkeypatch):
     """Its loader's worker lives on for a while, and has what was open when it was forked."""
     folder = tmp_path / "run"

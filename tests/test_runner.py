@@ -134,6 +134,7 @@ def test_options_of_the_machine_are_no_other_run(tmp_path):
     assert is_finished(others[0])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_numbers_not_finite_fail_one_run_alone(tmp_path, jobs):
     diverging = {"lr": 1e30, "schedule": "constant", "optimizer": "sgd"}
@@ -218,6 +219,7 @@ def test_jobs_reach_what_one_process_reaches(tmp_path):
         assert "epoch 2/2" in other.folder.with_name("seed-0.log").read_text()
 
 
+@pytest.mark.full
 def test_what_ends_every_run_ends_the_jobs(tmp_path):
     _, runs = planned(tmp_path, seeds=1, slow={"data": str(tmp_path / "missing")})
     with pytest.raises(FastcnnError, match=r"slow seed 0: .*missing.*see .*seed-0.log") as caught:
@@ -282,6 +284,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_jobs_save_their_runs_when_the_study_is_stopped(tmp_path, signum, code):
     """SIGINT as a terminal sends it: to the whole group. Children hear of it from their parent

@@ -8,6 +8,8 @@ from test_ptxas import ARCHS, TARGETS, conv_kernels, kernel_name
 
 from fastcnn.ops import build, toolchain
 
+pytestmark = pytest.mark.full
+
 # the tensor cores, of Hopper's own instruction as well: sums in fp32, of either type
 PRODUCT = r"\bHG?MMA\."
 PRODUCTS = {"f16": PRODUCT + r"\w+\.F32\s", "bf16": PRODUCT + r"\w+\.F32\.BF16\s"}

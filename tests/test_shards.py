@@ -27,6 +27,7 @@ def _library(library):
     return library
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("kind", "workers", "place"), CASES)
 @pytest.mark.parametrize(
     ("augment", "shuffle"), [(None, False), (FUSED, True), (EVERYTHING, True)], ids=str

@@ -374,7 +374,7 @@ def sanitized_run(path):
     return subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_sanitizers_find_nothing_but_a_planted_overrun(sanitized, tmp_path):
     done = sanitized_run(sanitized)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -390,6 +390,7 @@ def test_sanitizers_find_nothing_but_a_planted_overrun(sanitized, tmp_path):
         assert "heap-buffer-overflow" in done.stderr
 
 
+@pytest.mark.full
 def test_a_barrier_that_is_missing_is_seen(compiled, tmp_path):
     plant = harness.Plant(compiled.parent, "bn_stats.cu", "common.cuh", "__syncthreads();", "")
     path = harness.compile_module(tmp_path, ["-O2"], plant)

@@ -11,6 +11,8 @@ from simt.chain import Chain
 
 from fastcnn.ops import reference, reference_augment
 
+pytestmark = pytest.mark.full
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

@@ -22,6 +22,8 @@ from torch.nn import functional as F
 
 from fastcnn.archs import NETWORKS, spec
 
+pytestmark = pytest.mark.full
+
 BF16 = torch.bfloat16
 HALVES = [torch.float16, BF16]
 NORM = Pending(norm=True, bias=True, post_slope=0.0)

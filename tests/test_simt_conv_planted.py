@@ -9,6 +9,8 @@ from simt import harness
 
 from fastcnn.ops import toolchain
 
+pytestmark = pytest.mark.full
+
 
 class Planted(NamedTuple):
     """An error as in harness.Plant, and the check that is to see it."""
@@ -169,7 +171,6 @@ def seen(compiled, tmp_path_factory):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("error", PLANTED)
 def test_planted_errors_are_seen(seen, error):
     with_it, without = seen[error]

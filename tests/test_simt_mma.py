@@ -10,6 +10,8 @@ from simt import harness
 
 from fastcnn.ops import toolchain
 
+pytestmark = pytest.mark.full
+
 HALVES = [torch.float16, torch.bfloat16]
 # (rows, columns) of m16n8k16 products that mma_kernels.cu is compiled for
 TILES = [(1, 2), (4, 6)]

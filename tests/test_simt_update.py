@@ -21,6 +21,8 @@ from update_cases import (
 
 from fastcnn.ops import reference
 
+pytestmark = pytest.mark.full
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SAME_BITS = {"rtol": 0, "atol": 0}
 STATES = {"sgd_": ("momenta",), "adam_": ("exp_avgs", "exp_avg_sqs")}
@@ -138,7 +140,6 @@ def test_fp64_is_refused(kernels):
 # errors that must be seen
 
 
-@pytest.mark.slow
 def test_sanitizers_see_a_planted_overrun(sanitized, tmp_path):
     """Whole vectors up to a tensor's end. What is right passes in test_simt.py."""
     plant = harness.Plant(

@@ -15,6 +15,8 @@ from soaking.training import Stuck, way_on
 
 from fastcnn.train import checkpoint
 
+pytestmark = pytest.mark.full
+
 # figures take longer than the training
 UNDRAWN = (
     "import sys; from fastcnn import api, cli; api.draw = lambda folder: None; "
@@ -46,7 +48,6 @@ def own(undisturbed, tmp_path, monkeypatch):
     return shutil.copytree(undisturbed, tmp_path / "soak")
 
 
-@pytest.mark.slow
 def test_a_run_that_was_stopped_killed_and_damaged_ends_as_another(own):
     given = [
         Event("", "SIGTERM", training=True),
@@ -79,7 +80,6 @@ def forget_moments(path, random):
     checkpoint.save(state, path, 3)
 
 
-@pytest.mark.slow
 def test_a_resume_without_the_optimiser_s_moments_is_seen(own, monkeypatch, capsys):
     monkeypatch.setitem(damage.DAMAGES, "moments", ("last.pt", forget_moments))
     given = [Event("", "SIGINT", training=True), Event("moments")]

@@ -41,6 +41,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_batch_is_learnt_by_heart(name):
     network = NETWORKS[name]
@@ -56,6 +57,7 @@ def test_one_batch_is_learnt_by_heart(name):
     assert top1 >= 0.99
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_takes_a_step_at_every_size(name):
     network = NETWORKS[name]
@@ -80,6 +82,7 @@ OPTIMIZERS = [
 
 
 # a norm, a bias and norm, a bias alone behind the frozen product
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["vgg11", "tiny-f", "cnn-a"])
 @pytest.mark.parametrize("backend", ["torch", "fused"])
 @pytest.mark.parametrize("options", OPTIMIZERS, ids=lambda o: " ".join(map(str, o.values())))

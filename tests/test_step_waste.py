@@ -54,6 +54,7 @@ def waste_of(name, number_format, **options):
     return [one for one in waste.found if one not in kept], size
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number_format", [None, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     "options", [{}, {"optimizer": "adam", "ema": 0.9, "clip_grad": 1.0}], ids=["sgd", "adam"]

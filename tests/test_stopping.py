@@ -41,6 +41,7 @@ def slow_images():
     examine.decode = decode
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("signum", "code"), [*STOPS, (signal.SIGHUP, 129)])
 def test_while_preparing_nothing_is_left(tmp_path, root, own_cache, signum, code):
     words = ["train", "--data", str(write_folder(root, count=200)), "--output", str(tmp_path)]

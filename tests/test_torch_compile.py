@@ -45,6 +45,7 @@ def compared(name, number_format, backend, fused="fused"):
 FAMILIES = ["cnn-a", "murgolo-improved", "mao-batchnorm", "tiny-d", "vgg11", "resnet18"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number_format", [None, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_traced_without_breaks(name, number_format):
@@ -58,6 +59,7 @@ def test_traced_without_breaks(name, number_format):
         assert (mine.float() - theirs.float()).norm() <= most * size
 
 
+@pytest.mark.full
 def test_compiled_by_inductor():
     wanted, found = compared("mao-default", None, "inductor")
     for mine, theirs in zip(found, wanted, strict=True):

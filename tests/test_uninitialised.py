@@ -44,6 +44,7 @@ def assert_fill_changes_nothing(monkeypatch, folder, **options):
     assert_same(filled, plain)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("backend", ["torch", "fused"])
 def test_a_run_is_the_same_with_every_new_buffer_full_of_nan(

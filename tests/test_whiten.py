@@ -191,6 +191,7 @@ MODES = ("unit", "centered", "mean-image", "levels")
 CASES += [(name, mode) for name in ("cnn-a", "vgg11") for mode in MODES]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "normalize"), CASES)
 def test_every_network_starts_with_whitening_filters(name, normalize):
     images, plain, white = new_networks(name, normalize, {}, {"whiten": True})

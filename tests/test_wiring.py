@@ -311,6 +311,7 @@ def test_without_shuffling_all_epochs_have_one_mixed_order(loader):
     assert mixed[0] != mixed[1]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize(("mode", "numpy_mode"), [("zero", "constant"), ("reflect", "reflect")])
 def test_crops_are_windows_of_the_padded_image(loader, mode, numpy_mode):
