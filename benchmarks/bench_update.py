@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastcnn import ops
 from fastcnn.archs import get_network
-from fastcnn.archs.spec import build
+from fastcnn.archs.build import build
 from fastcnn.bench.environment import environment
 from fastcnn.bench.timing import Phases, cache_bytes, copy_bandwidth, ratios, spread
 from fastcnn.ops import reference

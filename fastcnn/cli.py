@@ -8,7 +8,6 @@ import traceback
 from types import ModuleType
 from typing import Any
 
-import fastcnn
 from fastcnn.commands import (
     analyze,
     archs,
@@ -29,6 +28,7 @@ from fastcnn.commands.parser import PARSERS, Parser, PlainHelp
 from fastcnn.errors import FastcnnError, UsageError
 from fastcnn.signals import StopAnywhere, Stopped
 from fastcnn.train.host import share_the_cores
+from fastcnn.version import __version__
 
 BROKEN_PIPE = 141  # what a shell reports of a command that SIGPIPE ended
 
@@ -59,7 +59,7 @@ def build_parser() -> Parser:
         formatter_class=PlainHelp,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"fastcnn {fastcnn.__version__}")
+    parser.add_argument("--version", action="version", version=f"fastcnn {__version__}")
     commands = parser.add_subcommands(required=True, title="commands")
     for name, (module, text) in COMMANDS.items():
         PARSERS[name] = module.parser()

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import fastcnn
 from fastcnn.errors import FastcnnError
 from fastcnn.text import first_line
+from fastcnn.version import __version__
 
 # package, what it is for, how to get it
 PACKAGES = (
@@ -47,7 +47,7 @@ def examine() -> list[Finding]:
     """Look at packages, devices, the cache, compilers and the native library, which is loaded if it
     is there and never compiled; never raises for what is missing."""
     return [
-        Finding("fastcnn", fastcnn.__version__),
+        Finding("fastcnn", __version__),
         Finding("python", platform.python_version()),
         *[_package(*entry) for entry in PACKAGES],
         _dali(),

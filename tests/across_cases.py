@@ -20,9 +20,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastcnn import ops
+from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
 from fastcnn.archs.layers import synchronise
-from fastcnn.archs.spec import Conv, Linear, Network, Pool, Residual, build
+from fastcnn.archs.spec import Conv, Linear, Network, Pool, Residual
 from fastcnn.ops import norm_across, plans, reference
 
 RANKS = 3

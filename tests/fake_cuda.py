@@ -26,7 +26,7 @@ class FakeCuda:
         pools = ((0, number) for number in itertools.count(1))
         for name, fake in {
             "Stream": lambda device: Stream(self),
-            "current_stream": lambda device: self.current,
+            "current_stream": lambda device=None: self.current,
             "set_stream": lambda stream: setattr(self, "current", stream),
             "stream": self.on,
             "synchronize": self.synchronize,
@@ -98,7 +98,7 @@ class Graph:
     def __init__(self, cuda):
         self.cuda, self.pool, self.ended, self.replays = cuda, None, False, 0
 
-    def capture_begin(self, pool, capture_error_mode):
+    def capture_begin(self, pool, capture_error_mode, **rest):
         assert capture_error_mode == "thread_local"
         assert pool not in self.cuda.underway
         if self.cuda.breaks == "begin":

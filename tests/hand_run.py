@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from fastcnn.archs import NETWORKS
+from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
-from fastcnn.archs.spec import build
 from fastcnn.config import DataConfig, OptimConfig
 from fastcnn.data.digits import load_digits
 from fastcnn.data.draws import epoch_order

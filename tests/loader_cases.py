@@ -9,8 +9,8 @@ from image_files import encoded, make_images, noise, write
 
 from fastcnn.config import AugmentConfig, DataConfig
 from fastcnn.data import Normalization, make_loader
-from fastcnn.data.device_loader import DeviceLoader
 from fastcnn.data.files import Files
+from fastcnn.data.loaders.on_device import DeviceLoader
 from fastcnn.data.store import Images
 
 FUSED = AugmentConfig(cutout=3, flip="alternating")  # all of it by the kernel

@@ -12,12 +12,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastcnn.archs import NETWORKS, get_network, reports, resnet, vgg
+from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
 from fastcnn.archs.spec import (
     Conv,
     Linear,
     Residual,
-    build,
     flop,
     layer_table,
     parameters,

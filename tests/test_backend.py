@@ -11,9 +11,10 @@ from small_runs import SMALL, resume, start
 
 from fastcnn import ops
 from fastcnn.archs import NETWORKS
+from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
 from fastcnn.archs.layers import ConvNormAct
-from fastcnn.archs.spec import Conv, build
+from fastcnn.archs.spec import Conv
 from fastcnn.config import PlaceConfig
 from fastcnn.data import Normalization, load_dataset, make_loader
 from fastcnn.errors import BuildError

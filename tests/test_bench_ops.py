@@ -296,7 +296,7 @@ def test_a_run_from_end_to_end(library, tmp_path):
     assert all(
         row["networks"] == ["murgolo-improved"] for row in content["rows"] if "networks" in row
     )
-    assert content["rows"][0]["kept_bytes"].keys() == {"fused", "eager"}
+    assert {"fused", "eager"} in [row.get("kept_bytes", {}).keys() for row in content["rows"]]
     assert "x eager" in done.stdout
     assert content["refused"] == content["left_out"] == []
 

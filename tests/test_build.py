@@ -298,7 +298,7 @@ def test_every_package_and_every_source_is_installed():
 
 def test_an_installed_copy_of_the_sources_comes_first(tmp_path, monkeypatch):
     package = tmp_path / "site-packages" / "fastcnn"
-    monkeypatch.setattr("fastcnn.__file__", str(package / "__init__.py"))
+    monkeypatch.setattr(library, "PACKAGE", package)
     with pytest.raises(BuildError, match="install fastcnn again"):
         library.source_dir()
     beside = fake_build.write_sources(package.parent / "csrc")

@@ -11,7 +11,7 @@ from image_files import make_images
 from loader_cases import FUSED, Staged
 
 from fastcnn.archs import NETWORKS
-from fastcnn.archs.spec import build
+from fastcnn.archs.build import build
 from fastcnn.config import OptimConfig
 from fastcnn.train import graph, step
 from fastcnn.train.graph import CudaRecorder, Replay

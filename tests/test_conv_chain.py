@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcnn.archs import NETWORKS
+from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
 from fastcnn.archs.layers import ConvNormAct, ResidualBlock
-from fastcnn.archs.spec import Conv, Linear, Network, Pool, build
+from fastcnn.archs.spec import Conv, Linear, Network, Pool
 from fastcnn.ops import conv_library, plans
 from fastcnn.ops.plans import FUSED, VENDOR, Plan
 from fastcnn.train.half import half_network

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from fastcnn import ops
 from fastcnn.archs import NETWORKS
+from fastcnn.archs.build import build
 from fastcnn.archs.layers import ConvNormAct
-from fastcnn.archs.spec import build
 from fastcnn.ops import load, plans, reference
 
 BOUND = {torch.float32: 5e-5, torch.float64: 1e-12}  # of the largest value

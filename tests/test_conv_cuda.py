@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from fastcnn import ops
 from fastcnn.archs import NETWORKS
+from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
-from fastcnn.archs.spec import build
 from fastcnn.ops import plans, reference
 from fastcnn.train.half import half_network
 

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from fastcnn import ops
 from fastcnn.archs import NETWORKS
+from fastcnn.archs.build import build
 from fastcnn.archs.fold import fold
 from fastcnn.archs.init import initialise
-from fastcnn.archs.spec import Conv, Linear, build
+from fastcnn.archs.spec import Conv, Linear
 from fastcnn.ops import plans
 from fastcnn.ops.plans import FUSED
 from fastcnn.train.half import half_network, refresh

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fastcnn.archs import NETWORKS
+from fastcnn.archs.build import build
 from fastcnn.archs.fold import Folded, fold
 from fastcnn.archs.init import initialise
-from fastcnn.archs.spec import build
 from fastcnn.config import AugmentConfig, DataConfig, OptimConfig, PlaceConfig
 from fastcnn.data import Images, Normalization, make_loader
 from fastcnn.recipes import resolve

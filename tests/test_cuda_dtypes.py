@@ -10,10 +10,11 @@ import torch.distributed as dist
 from cuda_dtypes import Recorder, cuda_has, missing
 
 from fastcnn.archs import NETWORKS, get_network
+from fastcnn.archs.build import build
 from fastcnn.archs.elementary import Elementary
 from fastcnn.archs.fold import fold
 from fastcnn.archs.plain import plain
-from fastcnn.archs.spec import build, layer_table
+from fastcnn.archs.spec import layer_table
 from fastcnn.bench.check import Check
 from fastcnn.bench.variants import Task, Workbench
 from fastcnn.config import OptimConfig

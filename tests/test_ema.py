@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from fastcnn.archs import NETWORKS
-from fastcnn.archs.spec import build
+from fastcnn.archs.build import build
 from fastcnn.config import OptimConfig
 from fastcnn.train.ema import Ema, move_of
 from fastcnn.train.precision import Precision

@@ -9,8 +9,8 @@ import torch
 from test_fold import RARE, draw_norms
 
 from fastcnn.archs import get_network
+from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
-from fastcnn.archs.spec import build
 from fastcnn.config import Config, ModelConfig
 from fastcnn.data import Normalization
 from fastcnn.export import check, onnx_file

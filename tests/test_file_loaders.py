@@ -30,8 +30,8 @@ from loader_cases import (
 from torchvision.transforms import v2
 
 from fastcnn.config import AugmentConfig
-from fastcnn.data import torch_loader
 from fastcnn.data.draws import derive_seed
+from fastcnn.data.loaders import torch_loader
 from fastcnn.data.store import Images
 from fastcnn.errors import DataError
 

@@ -9,10 +9,11 @@ from graph_twin import CpuTwin, Recording
 from torch import nn
 
 from fastcnn.archs import NETWORKS, get_network
+from fastcnn.archs.build import build
 from fastcnn.archs.fold import Folded, fold, folds
 from fastcnn.archs.init import initialise
 from fastcnn.archs.layers import ConvNormAct, LinearNormAct
-from fastcnn.archs.spec import Conv, Linear, Network, Residual, build
+from fastcnn.archs.spec import Conv, Linear, Network, Residual
 from fastcnn.train.half import half_network
 
 NAMES = [*NETWORKS, "cnn-a+norm"]

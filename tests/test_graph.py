@@ -11,7 +11,7 @@ from loader_cases import FUSED, Staged, resident_bytes
 from small_runs import assert_same, final_state, resume, start, stop_at_check
 
 from fastcnn.archs import NETWORKS
-from fastcnn.archs.spec import build
+from fastcnn.archs.build import build
 from fastcnn.config import OptimConfig
 from fastcnn.errors import UsageError
 from fastcnn.train import graph, loop, step

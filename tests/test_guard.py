@@ -12,8 +12,8 @@ from small_runs import SMALL, assert_same, final_state, resume, start, stop_at_c
 from torch import nn
 
 from fastcnn.archs import NETWORKS
+from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
-from fastcnn.archs.spec import build
 from fastcnn.config import OptimConfig
 from fastcnn.errors import NumbersError
 from fastcnn.train import guard, loop, scaling, setup

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from fastcnn.archs import NETWORKS
+from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
-from fastcnn.archs.spec import build
 from fastcnn.config import OptimConfig
 from fastcnn.train.half import half_network, refresh
 from fastcnn.train.precision import Precision

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from fastcnn.archs import get_network
+from fastcnn.archs.build import build
 from fastcnn.archs.init import SCHEMES, initialise
-from fastcnn.archs.spec import Conv, Linear, Network, build
+from fastcnn.archs.spec import Conv, Linear, Network
 from fastcnn.errors import UsageError
 
 

@@ -1,6 +1,7 @@
 """The house rules that a reader relies on: who imports whom, and what importing costs."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,28 @@ def test_imports_follow_the_layers():
         text=True,
     )
     assert found.returncode == 0, found.stdout
+
+
+def imports_of(module, modules):
+    """The modules of the package that `module` imports, also inside its functions."""
+    found = set()
+    for node in ast.walk(ast.parse(modules[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names & modules.keys() or {node.module}
+    # the package's own face offers what api.py holds, and is imported for its version
+    return (found & modules.keys()) - {"fastcnn"}
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in SOURCES
+    }
+    graph = {module: imports_of(module, modules) for module in modules}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
 
 
 def loaded_by(statement):

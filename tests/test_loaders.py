@@ -33,8 +33,9 @@ from loader_cases import (
 from scipy import stats
 
 from fastcnn.config import AugmentConfig
-from fastcnn.data import Normalization, torch_loader
+from fastcnn.data import Normalization
 from fastcnn.data.draws import alternating_flip
+from fastcnn.data.loaders import torch_loader
 from fastcnn.errors import DataError, UsageError
 
 P_LIMIT = 1e-4  # of the statistical tests, all with fixed seeds

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastcnn.archs import get_network
+from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
-from fastcnn.archs.spec import build
 from fastcnn.config import Config, DataConfig, ModelConfig
 from fastcnn.data import Normalization, load_dataset
 from fastcnn.errors import CheckpointError, DataError, NumbersError, UsageError

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastcnn.archs import get_network
+from fastcnn.archs.build import build
 from fastcnn.archs.layers import ConvNormAct
-from fastcnn.archs.spec import build
 from fastcnn.ops import conv_composites, plan_cache, plan_measure, plans
 from fastcnn.ops.plan_measure import ConvLayer, measure
 from fastcnn.train.half import half_network

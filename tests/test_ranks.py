@@ -525,7 +525,7 @@ def test_without_them_each_process_norms_its_own_part(tmp_path, mode):
 
 def test_synchronised_norms_are_for_several_processes_and_no_fused_convolution(library):
     from fastcnn.archs import get_network
-    from fastcnn.archs.spec import build
+    from fastcnn.archs.build import build
 
     model = build(get_network("murgolo-no-dropout"), 32, 10)
     notes: list[str] = []

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastcnn.archs import NETWORKS
+from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
-from fastcnn.archs.spec import build
 from fastcnn.config import OptimConfig
 from fastcnn.errors import UsageError
 from fastcnn.train import precision

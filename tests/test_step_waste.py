@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastcnn.archs import NETWORKS
-from fastcnn.archs.spec import build
+from fastcnn.archs.build import build
 from fastcnn.config import OptimConfig
 from fastcnn.train.precision import Precision
 from fastcnn.train.step import TrainStep

@@ -11,7 +11,8 @@ from image_files import write_folder
 
 from fastcnn import cli
 from fastcnn.cache import cache_dir
-from fastcnn.data import examine, torch_loader
+from fastcnn.data import examine
+from fastcnn.data.loaders import torch_loader
 from fastcnn.ops.compile import Signals
 from fastcnn.signals import REPEATED_S
 from fastcnn.train import checkpoint, loop

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from fastcnn.archs import NETWORKS
+from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
-from fastcnn.archs.spec import build
 from fastcnn.train.half import half_network
 
 

@@ -24,7 +24,7 @@ class Add(nn.Module):
 
 
 class Elementary(nn.Module):
-    """`model`, as `spec.build` makes it, operation by operation: Conv2d-1, BatchNorm2d-2, ReLU-3, …
+    """`model`, as `build` makes it, operation by operation: Conv2d-1, BatchNorm2d-2, ReLU-3, …
 
     In evaluation mode, with copies of the weights as they are (no norm is folded) that want no
     gradients. Input (N, 3, H, W), fp32; output: logits (N, classes). `steps`: each operation with

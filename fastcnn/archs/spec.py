@@ -1,10 +1,10 @@
-"""Networks as plain data, what follows from the data (shapes, parameters, FLOP), one builder.
+"""Networks as plain data, and what follows from the data: shapes, parameters, FLOP.
 
 A network is a tuple of layer records. One `Conv` record is a whole unit of fusion: convolution →
 [activation] → [batch norm] → [activation] → [max-pool]. An activation is its negative slope: 1
 none, 0 ReLU, 0.01 leaky ReLU. Sizes: K channels out, R x S kernel, P x Q pixels out.
 
-Only `build` needs torch, and imports it itself, so that listing networks costs nothing.
+It needs no torch, so that listing networks costs nothing; `build.build` makes the module.
 """
 
 from __future__ import annotations
@@ -13,12 +13,9 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from fastcnn.errors import UsageError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 CLASSES = 0
 """The units of a last layer: as many as the data has classes."""
@@ -202,7 +199,7 @@ def layer_table(network: Network, image_size: int, classes: int) -> list[LayerRo
     Layout of the table: torchsummary's, as in mao-2022 figure 1.
     """
     rows: list[LayerRow] = []
-    for layer, operations in _walk(network, image_size, classes):
+    for layer, operations in walk(network, image_size, classes):
         for kind, shape, parameters, flop in operations:
             rows.append(LayerRow(f"{kind}-{len(rows) + 1}", layer.name, shape, parameters, flop))
     return rows
@@ -244,34 +241,6 @@ def train_flop(network: Network, image_size: int, classes: int) -> int:
     return 3 * sum(row.flop for row in rows) - rows[0].flop
 
 
-def build(network: Network, image_size: int, classes: int, backend: str = "auto") -> nn.Sequential:
-    """Return the network as a module with torch's default initialisation, in channels-last memory.
-
-    backend: "fused", "torch" or "auto", which takes the fused ops wherever the native library is
-    loaded (`fastcnn.ops.load()`) and has kernels; the weights' names and shapes are the same.
-
-    Submodules: conv1, conv2, … block1, … avgpool, flatten, fc1, …: `LayerRow.layer`.
-    Input: (N, 3, image_size, image_size), channels-last; output: logits (N, classes).
-    On a GPU in half precision, with the library's convolutions, a forward hook or who calls a
-    submodule alone may get an `ops.Pending` (see `ConvNormAct`); `.applied()` makes a tensor of it.
-    Backend "torch" never defers.
-    Raises UsageError for an image too small for the network.
-    """
-    # torch takes seconds to import, and listing networks must not wait for it
-    import torch
-
-    from fastcnn.archs import layers
-
-    model = torch.nn.Sequential()
-    for step, _ in _walk(network, image_size, classes):
-        model.add_module(step.name, layers.make(step.record, step.input_shape[0], backend))
-    for layer, follower in itertools.pairwise(model):
-        if isinstance(layer, layers.ConvNormAct) and isinstance(follower, layers.ConvNormAct):
-            layer.defers = layer.pool is None
-    # torch's stubs lack this overload
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
 class _Operation(NamedTuple):
     kind: str
     shape: Shape
@@ -279,7 +248,9 @@ class _Operation(NamedTuple):
     flop: int = 0
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
+    """A layer in its place: the submodule's name, its record, the shape (K, P, Q) of its input."""
+
     name: str
     record: Layer
     input_shape: Shape
@@ -289,9 +260,10 @@ class _TooSmallError(Exception):
     """An output without pixels."""
 
 
-def _walk(
+def walk(
     network: Network, image_size: int, classes: int
-) -> Iterator[tuple[_Step, list[_Operation]]]:
+) -> Iterator[tuple[Step, list[_Operation]]]:
+    """The layers in order, each with its operations; raises UsageError as `layer_table`."""
     shape: Shape = (INPUT_CHANNELS, image_size, image_size)
     for name, record in _named_layers(network, classes):
         try:
@@ -302,7 +274,7 @@ def _walk(
                 f"{network.name}: {image_size}x{image_size} images are too small, nothing is left "
                 f"of them at layer {name}; the smallest size that works is {smallest}x{smallest}"
             ) from None
-        yield _Step(name, record, shape), operations
+        yield Step(name, record, shape), operations
         shape = operations[-1].shape
 
 

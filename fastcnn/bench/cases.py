@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fastcnn.archs import get_network, layers
-from fastcnn.archs.spec import Network, build
+from fastcnn.archs.build import build
+from fastcnn.archs.spec import Network
 from fastcnn.ops import reference
 
 MOMENTUM, EPS = 0.1, 1e-5

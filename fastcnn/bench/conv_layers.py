@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastcnn.archs.build import build
 from fastcnn.archs.layers import ConvNormAct
-from fastcnn.archs.spec import Network, build
+from fastcnn.archs.spec import Network
 from fastcnn.bench.judge import reason_of
 from fastcnn.bench.timing import Phases, sets_and_calls
 from fastcnn.bench.turns import WARMUP_ROUNDS

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastcnn.archs import get_network
+from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
-from fastcnn.archs.spec import build
 from fastcnn.bench import noise
 from fastcnn.bench.ours import OurStep, loader_of
 from fastcnn.bench.rivals import Batch, Recipe, ResidentImages, RivalStep

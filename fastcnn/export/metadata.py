@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import fastcnn
 from fastcnn.errors import CheckpointError
 from fastcnn.export.network import BATCH, INPUT, OUTPUT
 from fastcnn.train.rundir import RunFolder
 from fastcnn.train.trained import TrainedModel
+from fastcnn.version import __version__
 
 PLACES = ("data_dir",)  # options that say where things are on the machine that trained
 
@@ -31,7 +31,7 @@ def describe(trained: TrainedModel, preprocess: bool) -> dict[str, str]:
         "input": _json(describe_input(trained.image_size, preprocess)),
         "output": _json({"name": OUTPUT, "dtype": "float32", "shape": [BATCH, "classes"]}),
         "config": _json(config),
-        "fastcnn": fastcnn.__version__,
+        "fastcnn": __version__,
         **_accuracy(trained),
     }
 

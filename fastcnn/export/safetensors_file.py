@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastcnn.archs import get_network
+from fastcnn.archs.build import build
 from fastcnn.archs.layers import ConvNormAct
-from fastcnn.archs.spec import build
 from fastcnn.errors import UsageError
 from fastcnn.train import checkpoint
 from fastcnn.train.trained import TrainedModel

@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 
-import fastcnn
 from fastcnn.cache import cache_dir
 from fastcnn.errors import BuildError, DataError, FastcnnError, UsageError
 from fastcnn.files import load_json
@@ -46,6 +45,7 @@ from fastcnn.ops.gpu_archs import (
     parse_archs,
     present_capabilities,
 )
+from fastcnn.version import __version__
 
 __all__ = [
     "Built",
@@ -383,7 +383,7 @@ def _compile(folder: Path, key: dict[str, Any], source: Path, make: Make) -> dic
     stamp = {
         "key": key,
         "library": _sha256(folder / library.LIBRARY),
-        "fastcnn": fastcnn.__version__,
+        "fastcnn": __version__,
         "compiler": toolchain.first_line(*toolchain.find_compiler(), "--version"),
         "cuda": cuda.version() if cuda else None,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-import fastcnn
 from fastcnn.errors import BuildError
 from fastcnn.ops import toolchain
 from fastcnn.ops.compile import Step
@@ -35,6 +34,7 @@ NVCC_FLAGS = [
 ]
 MODULE_FLAGS = ["-fvisibility=hidden", "-Wl,-rpath,$ORIGIN"]
 CUDA_DEFINES = ["-DFASTCNN_CUDA", "-DUSE_CUDA"]
+PACKAGE = Path(__file__).parent.parent
 
 
 def source_dir() -> Path:
@@ -42,12 +42,11 @@ def source_dir() -> Path:
 
     Raises BuildError if there is neither.
     """
-    package = Path(fastcnn.__file__).parent
-    for folder in (package / "_csrc", package.parent / "csrc"):
+    for folder in (PACKAGE / "_csrc", PACKAGE.parent / "csrc"):
         if (folder / "bindings.cpp").exists():
             return folder
     raise BuildError(
-        f"{package}: the sources of the native library are missing; install fastcnn again"
+        f"{PACKAGE}: the sources of the native library are missing; install fastcnn again"
     )
 
 

@@ -19,7 +19,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from fastcnn.archs.spec import Conv, Linear, Network, Pool, build
+from fastcnn.archs.build import build
+from fastcnn.archs.spec import Conv, Linear, Network, Pool
 from fastcnn.cache import LeftBehind, cache_dir, locked
 from fastcnn.config import Config, RunConfig
 from fastcnn.errors import DataError

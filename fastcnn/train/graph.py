@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from fastcnn.data.device_loader import DeviceLoader
+from fastcnn.data.loaders.on_device import DeviceLoader
 from fastcnn.errors import UsageError
 from fastcnn.ops.gpu_faults import require_alive
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import yaml
 
-import fastcnn
 from fastcnn.cache import locked
 from fastcnn.config import Config, PlaceConfig
 from fastcnn.data.left_out import bad_table
@@ -22,6 +21,7 @@ from fastcnn.errors import CheckpointError, DiskError, UsageError
 from fastcnn.files import check_regular, inside, load_json, replace_text
 from fastcnn.options import read_yaml
 from fastcnn.text import first_line
+from fastcnn.version import __version__
 
 COLUMNS = (
     "epoch",
@@ -287,7 +287,7 @@ def environment() -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     return {
-        "fastcnn": fastcnn.__version__,
+        "fastcnn": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

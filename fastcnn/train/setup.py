@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from fastcnn.archs import get_network
+from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
 from fastcnn.archs.layers import synchronise
-from fastcnn.archs.spec import Network, build, layer_table
+from fastcnn.archs.spec import Network, layer_table
 from fastcnn.archs.whiten import first_convolution, whiten
 from fastcnn.config import Config
 from fastcnn.data import Dataset, Images, Normalization, load_dataset, make_loader, split

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastcnn.archs import get_network
-from fastcnn.archs.spec import build
+from fastcnn.archs.build import build
 from fastcnn.config import Config, DataConfig
 from fastcnn.data import Dataset, Images, Normalization, load_dataset, make_loader, split
 from fastcnn.data.files import Files

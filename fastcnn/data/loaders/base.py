@@ -20,12 +20,7 @@ from typing import Any
 
 import torch
 
-from fastcnn.config import AugmentConfig, DataConfig
-from fastcnn.data import augment as augmentation
 from fastcnn.data.draws import Shuffle, epoch_order
-from fastcnn.data.files import Files
-from fastcnn.data.normalize import Normalization
-from fastcnn.data.store import Images
 from fastcnn.errors import DataError, UsageError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -171,62 +166,3 @@ class Loader(abc.ABC):
         if epoch < 0 or not 0 <= position <= self.taken:
             raise DataError(f"position {position} of epoch {epoch}: there are {self.taken} images")
         self.epoch, self.position = epoch, len(range(self.rank, position, self.world))
-
-
-def make_loader(
-    images: Images | Files,
-    data: DataConfig,
-    augment: AugmentConfig | None,
-    normalization: Normalization,
-    *,
-    batch_size: int,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    seed: int,
-    shuffle: Shuffle,
-    drop_last: bool,
-    epoch_images: int | None = None,
-    backend: str = "auto",
-    rank: int = 0,
-    world: int = 1,
-) -> Loader:
-    """Return the loader that `data.loader` names ("auto": the resident one for packed images, of
-    files DALI's); `augment` None is for evaluation.
-
-    backend: what makes batches on the device: "fused" (fastcnn.ops.augment), "torch" (plain
-    torch), "auto" (fused where a library is loaded that has kernels for `dtype`). All give the same
-    bits. rank, world: this process's part of the images, every world-th of the epoch's order.
-
-    The order is a permutation by (seed, epoch), each sample once an epoch, or with `epoch_images`
-    so many of them; what becomes of a sample depends on (seed, epoch, sample) alone. Raises
-    DataError for no images, in all or for this process, ValueError for a rank outside the world,
-    UsageError for a batch larger than the set with `drop_last`, for more images an epoch than there
-    are, for padding that cannot be reflected, for --loader resident of files, and for a loader
-    whose package is missing.
-    """
-    if augment is not None:
-        augmentation.check(augment, *images.sides)
-    options: dict[str, Any] = {
-        "batch_size": batch_size,
-        "device": device,
-        "dtype": dtype,
-        "seed": seed,
-        "shuffle": shuffle,
-        "drop_last": drop_last,
-        "epoch_images": epoch_images,
-        "rank": rank,
-        "world": world,
-    }
-    if data.loader == "torch":
-        from fastcnn.data.torch_loader import TorchLoader
-
-        return TorchLoader(images, augment, normalization, workers=data.workers, **options)
-    if data.loader == "dali" or (data.loader == "auto" and isinstance(images, Files)):
-        from fastcnn.data.dali import DaliLoader
-
-        return DaliLoader(images, augment, normalization, backend=backend, **options)
-    if isinstance(images, Files):
-        raise UsageError("--loader resident: needs packed images; leave --store files out")
-    from fastcnn.data.resident import ResidentLoader
-
-    return ResidentLoader(images, augment, normalization, backend=backend, **options)

@@ -21,7 +21,7 @@ from torch.utils.data import dataloader, default_collate
 from fastcnn.config import AugmentConfig
 from fastcnn.data.draws import Shuffle, alternating_flip, derive_seed
 from fastcnn.data.files import Files
-from fastcnn.data.loaders import Batch, Loader
+from fastcnn.data.loaders.base import Batch, Loader
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.store import Images
 from fastcnn.data.upload import resident

@@ -22,10 +22,10 @@ import torch
 
 from fastcnn.config import AugmentConfig
 from fastcnn.data.choose import import_dali
-from fastcnn.data.dali_sources import Fed, FileSource, PackedSource, Source
-from fastcnn.data.device_loader import DeviceLoader
 from fastcnn.data.examine import cores
 from fastcnn.data.files import Files
+from fastcnn.data.loaders.dali_sources import Fed, FileSource, PackedSource, Source
+from fastcnn.data.loaders.on_device import DeviceLoader
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.store import Images
 from fastcnn.data.upload import upload

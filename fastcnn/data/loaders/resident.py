@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastcnn.config import AugmentConfig
-from fastcnn.data.device_loader import DeviceLoader
+from fastcnn.data.loaders.on_device import DeviceLoader
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.store import Images
 from fastcnn.data.upload import resident

@@ -13,7 +13,7 @@ from fastcnn import ops
 from fastcnn.config import AugmentConfig
 from fastcnn.data import augment as augmentation
 from fastcnn.data.draws import Shuffle
-from fastcnn.data.loaders import Batch, Loader
+from fastcnn.data.loaders.base import Batch, Loader
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.upload import upload
 from fastcnn.ops import reference_augment
