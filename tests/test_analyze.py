@@ -59,6 +59,7 @@ def table(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.full
 def test_tables_hold_every_image_and_class(command, seen):
     folder = command[0] / "analysis"
     rows = table(folder / "predictions.csv")
@@ -161,6 +162,7 @@ def quick(monkeypatch):
         monkeypatch.setattr(module, "save", touch)
 
 
+@pytest.mark.full
 def test_other_data_and_splits_have_a_folder_of_their_own(run, tmp_path, monkeypatch, capsys):
     quick(monkeypatch)
     copy = shutil.copytree(run, tmp_path / "run")
@@ -321,6 +323,7 @@ def assert_inside(figure):
 LONG = "European fire salamander of the northern woods"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("classes", [2, 20, 200])
 def test_a_confusion_matrix_is_legible(classes, monkeypatch, tmp_path):
     rng = np.random.default_rng(0)

@@ -366,6 +366,7 @@ def test_mao_default_is_the_printed_code():
     torch.testing.assert_close(model(x), plain(x.contiguous()), **TOLERANCE[torch.float32])
 
 
+@pytest.mark.full
 def test_vgg16_is_torchvisions():
     torchvisions = pytest.importorskip("torchvision.models.vgg")
     plain = torchvisions.make_layers(torchvisions.cfgs["D"], batch_norm=True).double()

@@ -289,6 +289,7 @@ def test_a_worker_times_what_it_is_told(library):
             worker.time("nothing")
 
 
+@pytest.mark.full
 def test_a_comparison_from_end_to_end(library, capsys, tmp_path):
     json_path, png = tmp_path / "new" / "out.json", tmp_path / "bars.png"
     words = [*SMALL, "--rounds", "7", "--json", str(json_path), "--plot", str(png)]

@@ -96,6 +96,7 @@ def test_an_eager_that_errs_judges_nobody(bench, monkeypatch):
     assert "eager, by which it is judged" in found.why_wrong("fused", variant, losses)
 
 
+@pytest.mark.full
 def test_wrong_variants_are_named_and_not_timed(library, monkeypatch):
     class Broken(rivals.RivalStep):
         def __call__(self, images, labels):
@@ -254,6 +255,7 @@ def steps_with_graphs(monkeypatch, recorder, **task):
     return Steps(Task("mao-default", 4, "resident", ("graph",), images=16, **task))
 
 
+@pytest.mark.full
 def test_the_graph_itself_is_checked(library, monkeypatch):
     twin = CpuTwin()
     assert steps_with_graphs(monkeypatch, twin).wrong == {}

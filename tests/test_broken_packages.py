@@ -47,6 +47,7 @@ def ended(tmp_path, names, *words):
         return process.ended(), process.output.splitlines()
 
 
+@pytest.mark.full
 def test_training_goes_on_with_what_is_there(tmp_path):
     names = ["matplotlib", "jinja2", "torchvision", "nvidia/dali", "onnx"]
     where = ["--output", str(tmp_path), "--name", "run"]

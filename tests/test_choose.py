@@ -105,6 +105,7 @@ def test_dali_that_is_missing_is_said_before_anything_is_packed(machine):
         chosen(loader="dali")
 
 
+@pytest.mark.full
 def test_dali_is_looked_for_without_importing_it():
     code = (
         "import sys\nfrom fastcnn.data.choose import has_dali\nprint(has_dali())\n"

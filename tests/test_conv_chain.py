@@ -89,6 +89,7 @@ def assert_close(found, wanted, rtol, atol):
         )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_is_torchs(name, chained):
     (fused, plain), x = twins(name)
@@ -122,6 +123,7 @@ def test_layers_defer_to_a_convolution_that_takes_their_result_alone(name):
             assert not (module.projection and module.projection.defers)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["cnn-b", "vgg11", "resnet18"])
 def test_layers_of_different_plans_are_chained(name, chained, monkeypatch):
     made = [VENDOR, FUSED, Plan("fused", "vendor", "fused"), Plan("fused", "fused", "vendor")]
@@ -210,6 +212,7 @@ def test_evaluation_is_torchs(name, no_grad, chained):
     assert called["conv_affine_act"] == (len(whole) if no_grad else 0)
 
 
+@pytest.mark.full
 def test_a_chain_is_traced_without_breaks(chained, monkeypatch):
     def any_number(x):  # of rows of partial statistics, as on a GPU
         return torch.library.get_ctx().new_dynamic_size()

@@ -114,6 +114,7 @@ def test_a_wrong_setting_is_reported(monkeypatch):
     assert "'hopper' is no architecture" in examine()["native library"].state
 
 
+@pytest.mark.full
 def test_a_broken_torch_is_one_line():
     code = (
         "import sys; sys.modules['torch'] = None\n"

@@ -14,6 +14,7 @@ LARGE = {"vgg11", "vgg13", "vgg19", "tiny-b", "tiny-c", "tiny-d", "tiny-e"}
 FEW = [name for name in NAMES if name not in LARGE]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", [*FEW, RARE], ids=[*FEW, "rare"])
 @torch.no_grad()
 def test_operations_are_those_of_the_table_and_compute_the_same(name):

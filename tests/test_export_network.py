@@ -77,6 +77,7 @@ def test_what_is_exported_leaves_the_network_as_it_is():
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.full
 def test_normalised_images_in_and_out_of_onnx(tmp_path):
     found, *_ = compared("mao-kernels", tmp_path, preprocess=True, count=3)
     assert found.passed
@@ -86,6 +87,7 @@ def test_normalised_images_in_and_out_of_onnx(tmp_path):
 # torchvision's names
 
 
+@pytest.mark.full
 @torch.no_grad()
 @pytest.mark.parametrize("arch", ["vgg11", "vgg13", "vgg16", "vgg19"])
 def test_vgg_weights_load_into_torchvision(arch):

@@ -160,6 +160,7 @@ FIGURES = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_finished_run_is_not_lost_for_a_damaged_table(tmp_path, caplog, name):
     for number, data in enumerate(FIGURES[name]):

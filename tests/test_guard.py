@@ -140,6 +140,7 @@ def test_counts_go_on_from_a_checkpoint(monkeypatch, tmp_path):
     assert (other.guard.skipped(), other.guard.ended()) == (3, True)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number_format", [None, torch.float16], ids=["fp32", "fp16"])
 def test_the_guard_lies_inside_the_graph(number_format):
     """The twin refuses whatever waits for the device; replays run no Python of the step."""

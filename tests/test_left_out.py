@@ -255,6 +255,7 @@ def test_a_corrupt_folder_is_refused_by_name(corrupt, tmp_path, capsys, options)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("options", STORES)
 def test_a_corrupt_folder_is_trained_on_without_the_bad(corrupt, tmp_path, capsys, options):
     limit = {"on_bad_image": "skip", "bad_limit": 0.009}
@@ -272,6 +273,7 @@ def test_a_corrupt_folder_is_trained_on_without_the_bad(corrupt, tmp_path, capsy
     assert listed["train/ant/empty.png"] == "empty"
 
 
+@pytest.mark.full
 def test_a_run_goes_on_from_files_or_packed(corrupt, tmp_path, capsys, monkeypatch):
     options = {"on_bad_image": "skip", "loader": "torch", "workers": 0, "epochs": 2}
     whole, cut = tmp_path / "whole", tmp_path / "cut"

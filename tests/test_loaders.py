@@ -421,6 +421,7 @@ class Slow(torch_loader.Samples):
         return super().sample(epoch, sample)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("action", ["hang", "kill"])
 def test_worker_in_trouble_is_an_error(monkeypatch, action):
     monkeypatch.setattr(torch_loader, "WORKER_TIMEOUT_S", 3)
@@ -453,6 +454,7 @@ def test_a_worker_killed_between_epochs_is_an_error(monkeypatch):
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.full
 def test_an_epoch_that_was_given_up_does_not_hurt_the_next(monkeypatch):
     """Workers that are still busy with it answer late."""
     monkeypatch.setattr(torch_loader, "POLL_S", 1)

@@ -147,6 +147,7 @@ def test_tensorboard_holds_the_table_of_metrics_once(folder):
     assert [line.removeprefix("    ") for line in text.splitlines()] == saved.splitlines()
 
 
+@pytest.mark.full
 def test_wandb_holds_the_table_of_metrics_once(folder):
     first, second = offline_runs(folder)
     told = logged(first) + logged(second)

@@ -243,6 +243,7 @@ def test_compiles_without_graph_breaks(device, backend):
     torch.compiler.reset()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("device", "dtype"), ON_EACH)
 def test_repeats_are_bit_equal(device, dtype):
     for case in kinds((5, 65, 17, 9), 0.2, 0.1):

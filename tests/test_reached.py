@@ -78,6 +78,7 @@ def forged(folder, state):
         (folder.path / name).unlink(missing_ok=True)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", FORGED)
 def test_what_no_run_arrives_at_is_refused(trained, kind):
     folder, whole = trained

@@ -38,7 +38,14 @@ RESUMED = {
 # 48 images in batches of 24: per epoch 2 looks while training, 2 while batch norm's statistics are
 # taken anew, 1 while evaluating 16 images; then 3 looks while testing 40
 @pytest.mark.parametrize("look", range(1, 14))
-@pytest.mark.parametrize(("loader", "workers"), [("resident", 0), ("torch", 0), ("torch", 1)])
+@pytest.mark.parametrize(
+    ("loader", "workers"),
+    [
+        ("resident", 0),
+        pytest.param("torch", 0, marks=pytest.mark.full),
+        pytest.param("torch", 1, marks=pytest.mark.full),
+    ],
+)
 def test_stopped_anywhere_and_resumed_is_bit_equal(tmp_path, monkeypatch, look, loader, workers):
     if workers and look not in (1, 3, 7):
         pytest.skip("three places show that worker processes change nothing")
@@ -184,6 +191,7 @@ def test_a_configuration_edited_by_hand_counts_as_a_change(tmp_path):
         resume(folder)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "change", [{"weight_decay": 0.5}, {"momentum": 0.1}, {"nesterov": False}, {"lr": 1.0}]
 )

@@ -68,6 +68,7 @@ def slow_evaluation():
     loop.Training._evaluate = evaluate
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("signum", "code"), STOPS)
 def test_while_evaluating_the_epoch_is_saved(tmp_path, signum, code):
     words = ["--epochs", "2", "--eval-batch-size", "2"]

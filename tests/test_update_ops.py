@@ -83,6 +83,7 @@ def twenty_steps(module, rule, arguments, gradients):
     return {"params": [t.detach() for t in arguments["params"]]}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("rule", [rule for rule in RULES if "-decoupled" not in rule])
@@ -284,6 +285,7 @@ def test_repeats_are_bit_equal(rule, device, dtype):
         torch.testing.assert_close(run(ops, case, arguments), first, **SAME_BITS)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", ops.DTYPES["cpu"])
 @pytest.mark.parametrize("rule", ["nesterov-l2", "adamw"])
 def test_threads_do_not_change_bits(rule, dtype):
