@@ -186,8 +186,8 @@ def test_a_step_in_fp32_is_torchs(name, chained):
     (fused, plain), x = twins(name, torch.float32)
     found, wanted = step(fused, x), step(plain, x)
     torch.testing.assert_close(found["loss"], wanted["loss"], rtol=1e-4, atol=1e-5)
-    # a ReLU whose mask rounding turns: torch's own gradient of resnet18's first layer is up to 1.1 %
-    # of its norm from that of fp64 (three seeds), and the two differ by as much
+    # rounding turns the mask of a ReLU: torch's own gradient of resnet18's first layer is up to
+    # 1.1 % of its norm from that of fp64 (three seeds), and the two differ by as much
     for key, want in wanted.items():
         if want.is_floating_point():
             error = (found[key] - want).norm()
