@@ -9,6 +9,7 @@ line and answers with the seconds of one step.
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -91,6 +92,8 @@ def main(setting: str, task_text: str) -> None:
     elif task.threads:
         torch.set_num_threads(task.threads)
     torch.manual_seed(0)
+    # torch.compile imports it, and without a GPU it warns of the CUDA toolkit that it has found
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # the answers alone go where they are read
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

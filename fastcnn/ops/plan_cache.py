@@ -26,6 +26,7 @@ FORMAT = 1
 WAIT_S = 5.0  # for a process that writes the same file, which takes it a moment
 
 Entry = Mapping[str, Any]
+_warned: set[Path] = set()
 
 
 def file_of(folder: Path, key: Mapping[str, Any]) -> Path:
@@ -40,11 +41,15 @@ def read(path: Path) -> dict[str, Entry]:
     try:
         layers = load_json(path)["layers"]
         return {name: entry for name, entry in layers.items() if isinstance(entry, dict)}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("%s: is no file of measurements (%s); they are made again", path, error)
-        return {}
+    except OSError as error:
+        _warn_once(path, f"cannot be read ({error.strerror}); they are made again")
+    except ValueError as error:
+        _warn_once(path, f"is damaged ({error}); they are made again")
+    except (KeyError, TypeError, AttributeError):
+        _warn_once(path, "is damaged (no layers); they are made again")
+    return {}
 
 
 def add(path: Path, key: Mapping[str, Any], entries: Mapping[str, Entry]) -> bool:
@@ -60,8 +65,16 @@ def add(path: Path, key: Mapping[str, Any], entries: Mapping[str, Entry]) -> boo
             _replace(path, json.dumps(content, indent=1, sort_keys=True))
         return True
     except (OSError, LeftBehind) as error:
-        log.warning("%s: cannot be written (%s); each run measures anew", path, error)
+        why = getattr(error, "strerror", None) or error
+        _warn_once(path, f"cannot be written ({why}); each run makes them anew")
         return False
+
+
+def _warn_once(path: Path, what: str) -> None:
+    """Warn of a file once a process: it is read and written several times in a run."""
+    if path not in _warned:
+        _warned.add(path)
+        log.warning("measurements of this machine: %s %s", path, what)
 
 
 def _patience() -> Callable[[], None]:

@@ -54,12 +54,19 @@ TYPICAL = Network(
 
 
 class Times(NamedTuple):
-    """Seconds of a training step."""
+    """Seconds of a training step; `steady`: whether all rounds give the same format."""
 
     fp32: float
     bf16: float
+    steady: bool = True
+
+    @property
+    def saves(self) -> bool:
+        """Whether bf16 saves more than MARGIN."""
+        return self.bf16 < (1 - MARGIN) * self.fp32
 
 
+SECONDS = ("fp32", "bf16")  # what is kept of them
 Timing = Callable[[str], Times]
 
 
@@ -104,8 +111,10 @@ def _decide(run: RunConfig, device: torch.device, timing: Timing) -> Decision:
     choose_convolution(run.conv, backend, device, None)
     times = known_or_measured(_key(backend, run.conv), lambda: timing(backend))
     faster: Literal["bf16", "fp32"]
-    faster = "bf16" if times.bf16 < (1 - MARGIN) * times.fp32 else "fp32"
+    faster = "bf16" if times.saves else "fp32"
     ratio = f"bf16 is {times.fp32 / times.bf16:.2f}x as fast as fp32 on this CPU"
+    if not times.steady:
+        ratio += " in the worst of several timings, which other work disturbed"
     return Decision(faster, f"--amp: {ratio}; training in {faster}")
 
 
@@ -128,7 +137,7 @@ def _key(backend: str, conv: str) -> dict[str, Any]:
 
 
 def known_or_measured(key: Mapping[str, Any], measure: Callable[[], Times]) -> Times:
-    """Return the times under `key`, of a run before or measured now and kept."""
+    """Return the times under `key`, of a run before or measured now and, if steady, kept."""
     try:
         path = plan_cache.file_of(cache_dir(), key)
     except DataError as error:
@@ -141,15 +150,17 @@ def known_or_measured(key: Mapping[str, Any], measure: Callable[[], Times]) -> T
         if known := _times_in(path):
             return known
         times = measure()
-        plan_cache.add(path, key, {ENTRY: times._asdict()})
+        if times.steady:
+            plan_cache.add(path, key, {ENTRY: {name: getattr(times, name) for name in SECONDS}})
         return times
 
 
 def _times_in(path: Path) -> Times | None:
     entry = plan_cache.read(path).get(ENTRY, {})
-    seconds = [s for s in map(entry.get, Times._fields) if isinstance(s, float)]
-    usable = len(seconds) == len(Times._fields) and all(0 < s < math.inf for s in seconds)
-    return Times(*seconds) if usable else None
+    fp32, bf16 = map(entry.get, SECONDS)
+    if not isinstance(fp32, float) or not isinstance(bf16, float):
+        return None
+    return Times(fp32, bf16) if 0 < fp32 < math.inf and 0 < bf16 < math.inf else None
 
 
 @contextlib.contextmanager
@@ -173,20 +184,21 @@ def _alone(path: Path) -> Iterator[None]:
 
 def step_times(backend: str) -> Times:
     """Time forward and backward of TYPICAL on BATCH images in both formats, in turn, FEWEST to
-    MOST rounds. Of each the fastest counts: what else runs on the machine only adds, and the result
-    is kept. torch's random generator stays as it is."""
+    MOST rounds, and return the round that favours bf16 least: it is taken where no round is against
+    it. torch's random generator stays as it is."""
     with torch.random.fork_rng(devices=[]):
         model = build(TYPICAL, SIDE, LABELS, backend)
         images = torch.randn(BATCH, 3, SIDE, SIDE).to(memory_format=torch.channels_last)
     labels = torch.arange(BATCH) % LABELS
-    steps = [_step(model, dtype, images, labels) for dtype in (None, torch.bfloat16)]
-    for step in steps:
+    fp32, bf16 = (_step(model, dtype, images, labels) for dtype in (None, torch.bfloat16))
+    for step in (fp32, bf16):
         step()
-    rounds: list[list[float]] = []
+    rounds: list[Times] = []
     end = time.perf_counter() + BUDGET_S
     while len(rounds) < FEWEST or (len(rounds) < MOST and time.perf_counter() < end):
-        rounds.append([_seconds(step) for step in steps])
-    return Times(*(min(found) for found in zip(*rounds, strict=True)))
+        rounds.append(Times(_seconds(fp32), _seconds(bf16)))
+    worst = max(rounds, key=lambda times: times.bf16 / times.fp32)
+    return worst._replace(steady=len({times.saves for times in rounds}) == 1)
 
 
 def _step(

@@ -97,6 +97,8 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     backend, why_torch = choose_backend(config.run.backend, device, precision.dtype)
     choose_convolution(config.run.conv, backend, device, precision.dtype)
     notes = [note for note in (why_format, precision.note, why_torch) if note]
+    if config.run.amp_dtype != "auto" and not config.run.amp:
+        notes.append(f"--amp-dtype {config.run.amp_dtype}: changes nothing without --amp")
     samples = config.data.epoch_images or len(dataset.train)
     drop_last = drops_last(samples, network, config, notes, ranks)
     train_loader = make_loader(
