@@ -23,12 +23,12 @@ import torch
 
 from fastcnn.bench.environment import environment
 from fastcnn.recipes import resolve
+from fastcnn.train.checkpoints.saver import Saver
 from fastcnn.train.host import share_the_cores, tune_process
 from fastcnn.train.interrupt import StopAtStepEdge
 from fastcnn.train.loggers import Loggers
 from fastcnn.train.loop import Training
 from fastcnn.train.rundir import RunFolder
-from fastcnn.train.saver import Saver
 from fastcnn.train.setup import prepare
 
 

@@ -115,7 +115,7 @@ def _devices() -> list[Finding]:
         import torch
 
         from fastcnn.train.host import usable_cores
-        from fastcnn.train.precision import cpu_computes_in
+        from fastcnn.train.numerics.precision import cpu_computes_in
     except Exception:  # reported by the package's own line
         return []
     formats = [

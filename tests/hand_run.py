@@ -23,7 +23,7 @@ from fastcnn.config import DataConfig, OptimConfig
 from fastcnn.data.digits import load_digits
 from fastcnn.data.draws import epoch_order
 from fastcnn.data.split import split
-from fastcnn.train.mix import draw
+from fastcnn.train.optim.mix import draw
 
 EPOCHS, BATCH = 2, 4
 # what a case does not name. 46 images, 34 with validation: the last batch is one of two

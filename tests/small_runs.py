@@ -4,7 +4,8 @@ import torch
 
 from fastcnn.config import PlaceConfig
 from fastcnn.recipes import resolve
-from fastcnn.train import checkpoint, loop, run
+from fastcnn.train import loop, run
+from fastcnn.train.checkpoints import checkpoint
 from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
 
 # dropout and batch norm, so that every kind of state matters

@@ -14,9 +14,10 @@ from fastcnn.config import PlaceConfig
 from fastcnn.errors import UsageError
 from fastcnn.ops import plan_cache
 from fastcnn.recipes import resolve
-from fastcnn.train import amp, run
-from fastcnn.train.amp import Times
+from fastcnn.train import run
 from fastcnn.train.interrupt import Interrupted
+from fastcnn.train.numerics import amp
+from fastcnn.train.numerics.amp import Times
 from fastcnn.train.ranks import ALONE, Ranks
 
 CPU = torch.device("cpu")

@@ -20,8 +20,9 @@ from fastcnn.data import Normalization, load_dataset, make_loader
 from fastcnn.errors import BuildError
 from fastcnn.ops import backend, plans, reference
 from fastcnn.recipes import resolve
-from fastcnn.train import checkpoint, run
-from fastcnn.train.precision import Precision
+from fastcnn.train import run
+from fastcnn.train.checkpoints import checkpoint
+from fastcnn.train.numerics.precision import Precision
 from fastcnn.train.step import TrainStep
 
 CPU = torch.device("cpu")

@@ -526,7 +526,7 @@ def test_time_to_accuracy_trains_each_seed_afresh(library, capsys, tmp_path):
 def test_trials_train_in_the_format_that_was_asked_for_unmeasured(
     library, monkeypatch, words, expected
 ):
-    monkeypatch.setattr("fastcnn.train.precision.cpu_computes_in", lambda dtype: True)
+    monkeypatch.setattr("fastcnn.train.numerics.precision.cpu_computes_in", lambda dtype: True)
     met = []
     monkeypatch.setattr(accuracy, "trials", lambda config, *_: met.append(config.run) or [])
     given = {"time_to_accuracy": 0.5, "device": "cpu", "arch": ["cnn-a"], "threads": "1", **words}

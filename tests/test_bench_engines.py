@@ -158,7 +158,7 @@ def test_engines_that_are_installed_are_taken_by_default(library, without):
 def test_an_engine_that_is_named_and_cannot_be_had_is_an_error(
     library, capsys, tmp_path, monkeypatch, without, words, missing, expected
 ):
-    monkeypatch.setattr("fastcnn.train.precision.cpu_computes_in", lambda dtype: True)
+    monkeypatch.setattr("fastcnn.train.numerics.precision.cpu_computes_in", lambda dtype: True)
     without(*missing)
     path = tmp_path / "bench.json"
     code, out, err = command(capsys, *SMALL, *words.split(), "--json", str(path))

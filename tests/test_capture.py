@@ -15,7 +15,7 @@ from fastcnn.archs.build import build
 from fastcnn.config import OptimConfig
 from fastcnn.train import graph, step
 from fastcnn.train.graph import CudaRecorder, Replay
-from fastcnn.train.precision import Precision
+from fastcnn.train.numerics.precision import Precision
 from fastcnn.train.ranks import Ranks
 from fastcnn.train.step import TrainStep
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastcnn.errors import CheckpointError
-from fastcnn.train import checkpoint
+from fastcnn.train.checkpoints import checkpoint
 
 
 def test_round_trip_keeps_values_and_strides(tmp_path):

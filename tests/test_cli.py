@@ -17,7 +17,7 @@ from fastcnn.cli import main
 from fastcnn.config import options_by_name
 from fastcnn.errors import BuildError
 from fastcnn.ops import build, library
-from fastcnn.train import checkpoint
+from fastcnn.train.checkpoints import checkpoint
 
 SMALL = [
     "train",

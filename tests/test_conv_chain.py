@@ -19,7 +19,7 @@ from fastcnn.archs.layers import ConvNormAct, ResidualBlock
 from fastcnn.archs.spec import Conv, Linear, Network, Pool
 from fastcnn.ops import conv_library, plans
 from fastcnn.ops.plans import FUSED, VENDOR, Plan
-from fastcnn.train.half import half_network
+from fastcnn.train.numerics.half import half_network
 
 NAMES = ["cnn-a", "cnn-b", "vgg11", "tiny-d", "mao-batchnorm", "murgolo-improved", "resnet18"]
 BATCH = 8  # statistics of two values would be reproduced by luck alone

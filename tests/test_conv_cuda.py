@@ -13,7 +13,7 @@ from fastcnn.archs import NETWORKS
 from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
 from fastcnn.ops import plans, reference
-from fastcnn.train.half import half_network
+from fastcnn.train.numerics.half import half_network
 
 pytestmark = pytest.mark.cuda
 DEVICE = "cuda"

@@ -25,7 +25,7 @@ from fastcnn.archs.init import initialise
 from fastcnn.archs.spec import Conv, Linear
 from fastcnn.ops import plans
 from fastcnn.ops.plans import FUSED
-from fastcnn.train.half import half_network, refresh
+from fastcnn.train.numerics.half import half_network, refresh
 
 STEPS, BATCH, SEED = 30, 8, 0
 LEARNING_RATE = 0.01

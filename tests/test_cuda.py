@@ -12,11 +12,12 @@ from fastcnn.archs.init import initialise
 from fastcnn.config import AugmentConfig, DataConfig, OptimConfig, PlaceConfig
 from fastcnn.data import Images, Normalization, make_loader
 from fastcnn.recipes import resolve
-from fastcnn.train import checkpoint, run
+from fastcnn.train import run
+from fastcnn.train.checkpoints import checkpoint
 from fastcnn.train.evaluate import Evaluator, evaluate
 from fastcnn.train.graph import recorder_for
 from fastcnn.train.host import make_deterministic
-from fastcnn.train.precision import Precision
+from fastcnn.train.numerics.precision import Precision
 from fastcnn.train.step import TrainStep
 
 pytestmark = pytest.mark.cuda

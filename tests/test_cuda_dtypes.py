@@ -23,7 +23,7 @@ from fastcnn.export.network import Exported
 from fastcnn.insight.gradcam import choose_operation, enlarged, gradcam
 from fastcnn.ops import reference
 from fastcnn.train.evaluate import Evaluator
-from fastcnn.train.precision import Precision
+from fastcnn.train.numerics.precision import Precision
 from fastcnn.train.step import TrainStep
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from commands_apart import SMALL, Apart
 
 from fastcnn import cli
 from fastcnn.files import remove_leftovers
-from fastcnn.train import checkpoint
+from fastcnn.train.checkpoints import checkpoint
 
 EVERY_STEP = [*SMALL, "--epochs", "50", "--checkpoint-steps", "1", "--name", "run"]
 KILLS = 50

@@ -6,8 +6,8 @@ from torch import nn
 from fastcnn.archs import NETWORKS
 from fastcnn.archs.build import build
 from fastcnn.config import OptimConfig
-from fastcnn.train.ema import Ema, move_of
-from fastcnn.train.precision import Precision
+from fastcnn.train.numerics.precision import Precision
+from fastcnn.train.optim.ema import Ema, move_of
 from fastcnn.train.step import TrainStep
 
 

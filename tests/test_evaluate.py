@@ -12,8 +12,8 @@ from fastcnn.archs.fold import fold
 from fastcnn.archs.layers import ConvNormAct, LinearNormAct
 from fastcnn.train import loop, run
 from fastcnn.train.evaluate import Evaluator, evaluate, predict
-from fastcnn.train.half import half_network
-from fastcnn.train.precision import Precision
+from fastcnn.train.numerics.half import half_network
+from fastcnn.train.numerics.precision import Precision
 
 CPU = torch.device("cpu")
 PRECISIONS = {"fp32": Precision(), "bf16": Precision(torch.bfloat16)}

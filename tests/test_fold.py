@@ -14,7 +14,7 @@ from fastcnn.archs.fold import Folded, fold, folds
 from fastcnn.archs.init import initialise
 from fastcnn.archs.layers import ConvNormAct, LinearNormAct
 from fastcnn.archs.spec import Conv, Linear, Network, Residual
-from fastcnn.train.half import half_network
+from fastcnn.train.numerics.half import half_network
 
 NAMES = [*NETWORKS, "cnn-a+norm"]
 WITH_NORM = [name for name in NAMES if get_network(name).has_norm]

@@ -23,9 +23,9 @@ from fastcnn.insight.kept import kept_sections
 from fastcnn.insight.page import write_page
 from fastcnn.options import options_of, read_config_file
 from fastcnn.study import record
-from fastcnn.train import checkpoint
+from fastcnn.train.checkpoints import checkpoint
+from fastcnn.train.checkpoints.trained import load_trained
 from fastcnn.train.rundir import RunFolder
-from fastcnn.train.trained import load_trained
 
 CPU = torch.device("cpu")
 # billions of values in a few lines, as a list and by merging mappings

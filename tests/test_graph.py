@@ -17,7 +17,7 @@ from fastcnn.errors import UsageError
 from fastcnn.train import graph, loop, step
 from fastcnn.train.graph import Replay, recorder_for
 from fastcnn.train.interrupt import Interrupted
-from fastcnn.train.precision import Precision
+from fastcnn.train.numerics.precision import Precision
 from fastcnn.train.step import TrainStep
 
 CPU = torch.device("cpu")

@@ -16,10 +16,11 @@ from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
 from fastcnn.config import OptimConfig
 from fastcnn.errors import NumbersError
-from fastcnn.train import guard, loop, scaling, setup
-from fastcnn.train.diagnose import first_not_finite
-from fastcnn.train.precision import Precision
-from fastcnn.train.statistics import in_one, statistics
+from fastcnn.train import loop, setup
+from fastcnn.train.numerics import guard, scaling
+from fastcnn.train.numerics.diagnose import first_not_finite
+from fastcnn.train.numerics.precision import Precision
+from fastcnn.train.numerics.statistics import in_one, statistics
 from fastcnn.train.step import TrainStep
 
 CPU = torch.device("cpu")

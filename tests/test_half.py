@@ -10,8 +10,8 @@ from fastcnn.archs import NETWORKS
 from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
 from fastcnn.config import OptimConfig
-from fastcnn.train.half import half_network, refresh
-from fastcnn.train.precision import Precision
+from fastcnn.train.numerics.half import half_network, refresh
+from fastcnn.train.numerics.precision import Precision
 from fastcnn.train.step import TrainStep
 
 CPU = torch.device("cpu")

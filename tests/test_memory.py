@@ -10,7 +10,8 @@ import torch
 from small_runs import start
 
 from fastcnn.errors import UsageError
-from fastcnn.train import checkpoint, evaluate, memory, step
+from fastcnn.train import evaluate, memory, step
+from fastcnn.train.checkpoints import checkpoint
 
 CPU = torch.device("cpu")
 GPU_TEXT = (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastcnn.config import OptimConfig
-from fastcnn.train.mix import draw, mix
+from fastcnn.train.optim.mix import draw, mix
 
 IMAGES = (
     torch.arange(6.0)

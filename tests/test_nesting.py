@@ -20,8 +20,8 @@ from fastcnn.insight.kept import kept_of, kept_sections
 from fastcnn.ops import plan_cache
 from fastcnn.options import read_config_file, read_lists
 from fastcnn.study import record
-from fastcnn.train import checkpoint
-from fastcnn.train.formats import FORMAT
+from fastcnn.train.checkpoints import checkpoint
+from fastcnn.train.checkpoints.formats import FORMAT
 from fastcnn.train.loggers import Loggers
 from fastcnn.train.rundir import RunFolder
 

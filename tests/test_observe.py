@@ -8,9 +8,9 @@ from small_runs import start
 
 from fastcnn.errors import DataError, NumbersError, UsageError
 from fastcnn.insight.observe import observe, open_tested
-from fastcnn.train import checkpoint
+from fastcnn.train.checkpoints import checkpoint
+from fastcnn.train.checkpoints.trained import evaluation_data, load_trained
 from fastcnn.train.run import evaluate_run
-from fastcnn.train.trained import evaluation_data, load_trained
 
 CPU = torch.device("cpu")
 ONE = {"threads": 1}

@@ -24,9 +24,9 @@ from fastcnn.errors import CheckpointError, DataError, NumbersError, UsageError
 from fastcnn.insight import ood
 from fastcnn.insight.ood import judge
 from fastcnn.insight.ood_scores import ENERGY, PROBABILITY, scores
-from fastcnn.train import checkpoint
-from fastcnn.train import trained as trained_models
-from fastcnn.train.trained import TrainedModel, evaluation_data, load_trained
+from fastcnn.train.checkpoints import checkpoint
+from fastcnn.train.checkpoints import trained as trained_models
+from fastcnn.train.checkpoints.trained import TrainedModel, evaluation_data, load_trained
 
 CPU = torch.device("cpu")
 NORMALIZATION = Normalization("unit", (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))

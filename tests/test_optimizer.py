@@ -7,7 +7,7 @@ from torch import nn
 from fastcnn.archs import NETWORKS
 from fastcnn.archs.build import build
 from fastcnn.config import OptimConfig
-from fastcnn.train.optimizer import Optimizer, grouped
+from fastcnn.train.optim.optimizer import Optimizer, grouped
 
 
 class OneWeight(nn.Module):

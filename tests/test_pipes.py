@@ -16,7 +16,7 @@ from fastcnn.insight.kept import kept_of
 from fastcnn.insight.page import write_page
 from fastcnn.options import read_config_file, read_lists
 from fastcnn.study import record
-from fastcnn.train import checkpoint
+from fastcnn.train.checkpoints import checkpoint
 from fastcnn.train.rundir import RunFolder
 
 WAIT_S = 3

@@ -10,7 +10,7 @@ from fastcnn.archs.build import build
 from fastcnn.archs.layers import ConvNormAct
 from fastcnn.ops import conv_composites, plan_cache, plan_measure, plans
 from fastcnn.ops.plan_measure import ConvLayer, measure
-from fastcnn.train.half import half_network
+from fastcnn.train.numerics.half import half_network
 
 CPU = torch.device("cpu")
 KINDS = ("bn", "bias", "bias-pool")

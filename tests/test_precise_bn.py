@@ -13,7 +13,13 @@ from fastcnn.archs.spec import Conv, Linear, Pool
 from fastcnn.data.loaders import Loader
 from fastcnn.recipes import resolve
 from fastcnn.train import loop
-from fastcnn.train.precise_bn import FEW_STEPS, IMAGES, PreciseBatchNorm, batches_of, wanted
+from fastcnn.train.numerics.precise_bn import (
+    FEW_STEPS,
+    IMAGES,
+    PreciseBatchNorm,
+    batches_of,
+    wanted,
+)
 from fastcnn.train.setup import prepare
 
 

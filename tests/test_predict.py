@@ -25,9 +25,9 @@ from fastcnn.predict import feed
 from fastcnn.predict.classifier import Classifier, most_probable, open_classifier
 from fastcnn.predict.paths import image_paths, images_below, listed
 from fastcnn.text import shown
-from fastcnn.train.checkpoint import load
+from fastcnn.train.checkpoints.checkpoint import load
+from fastcnn.train.checkpoints.trained import evaluation_data, load_trained
 from fastcnn.train.run import evaluate_run
-from fastcnn.train.trained import evaluation_data, load_trained
 
 CPU = torch.device("cpu")
 OPTIONS = {"threads": 1, "device": "cpu"}
@@ -512,7 +512,7 @@ def test_broken_weights_are_no_prediction(folder):
 
 
 def test_half_precision_is_a_choice(folder, monkeypatch):
-    monkeypatch.setattr("fastcnn.train.precision.cpu_computes_in", lambda dtype: True)
+    monkeypatch.setattr("fastcnn.train.numerics.precision.cpu_computes_in", lambda dtype: True)
     half = open_classifier(folder, None, {"device": "cpu", "amp": True, "backend": "torch"})
     assert half.precision.name == "bf16"
     found = half(noise((2, 32, 32, 3)))

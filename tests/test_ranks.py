@@ -28,9 +28,11 @@ from fastcnn.config import Config
 from fastcnn.errors import UsageError
 from fastcnn.ops import plan_cache
 from fastcnn.recipes import resolve
-from fastcnn.train import amp, checkpoint, loop, ranks, setup
+from fastcnn.train import loop, ranks, setup
+from fastcnn.train.checkpoints import checkpoint
 from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
-from fastcnn.train.precise_bn import PreciseBatchNorm, batches_of
+from fastcnn.train.numerics import amp
+from fastcnn.train.numerics.precise_bn import PreciseBatchNorm, batches_of
 from fastcnn.train.ranks import ALONE, Ranks
 from fastcnn.train.run import evaluate_run
 

@@ -7,7 +7,7 @@ import torch
 from small_runs import resume, start
 
 from fastcnn.errors import CheckpointError, NumbersError
-from fastcnn.train import checkpoint
+from fastcnn.train.checkpoints import checkpoint
 
 
 def progress(**changes):

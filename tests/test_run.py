@@ -19,7 +19,8 @@ from small_runs import (
 from fastcnn.config import PlaceConfig
 from fastcnn.errors import CheckpointError, DataError, DiskError, NumbersError, UsageError
 from fastcnn.recipes import resolve
-from fastcnn.train import checkpoint, loop, run
+from fastcnn.train import loop, run
+from fastcnn.train.checkpoints import checkpoint
 from fastcnn.train.rundir import COLUMNS, RunFolder
 from fastcnn.train.setup import prepare
 

@@ -17,8 +17,9 @@ from fastcnn.study import children, runner
 from fastcnn.study.children import placed
 from fastcnn.study.plan import Variant, plan
 from fastcnn.study.runner import carry_out, claimed, is_finished, results
-from fastcnn.train import amp, checkpoint
+from fastcnn.train.checkpoints import checkpoint
 from fastcnn.train.interrupt import Interrupted
+from fastcnn.train.numerics import amp
 
 TINY = SMALL | {"arch": "mao-default", "backend": "torch"}
 COMMAND = ["test"]

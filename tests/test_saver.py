@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastcnn.errors import DiskError
-from fastcnn.train import checkpoint
-from fastcnn.train.saver import Saver, snapshot
+from fastcnn.train.checkpoints import checkpoint
+from fastcnn.train.checkpoints.saver import Saver, snapshot
 
 
 def test_what_is_written_is_what_was_there_when_it_was_asked_for(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from fastcnn.recipes import resolve
 from fastcnn.reports.catalogue import REPORTS
 from fastcnn.reports.scale import LONGEST_STEP, longer_steps, scaled
-from fastcnn.train.schedule import learning_rate
+from fastcnn.train.optim.schedule import learning_rate
 
 CIFAR = (50_000, 10_000)
 ROWS = [row for report in REPORTS.values() for one in report.experiments for row in one.rows]

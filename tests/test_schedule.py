@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastcnn.config import OptimConfig
-from fastcnn.train.schedule import ONE_CYCLE_RISE, ONE_CYCLE_START, learning_rate
+from fastcnn.train.optim.schedule import ONE_CYCLE_RISE, ONE_CYCLE_START, learning_rate
 
 STEPS = 7
 

@@ -13,7 +13,7 @@ from soaking import damage, training
 from soaking.compare import differences
 from soaking.training import Stuck, way_on
 
-from fastcnn.train import checkpoint
+from fastcnn.train.checkpoints import checkpoint
 
 pytestmark = pytest.mark.full
 

@@ -8,7 +8,7 @@ from small_runs import SMALL, resume, start
 
 from fastcnn.errors import DiskError
 from fastcnn.recipes import resolve
-from fastcnn.train import space
+from fastcnn.train.checkpoints import space
 from fastcnn.train.setup import prepare
 
 

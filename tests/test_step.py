@@ -10,9 +10,9 @@ from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
 from fastcnn.config import OptimConfig
 from fastcnn.errors import UsageError
-from fastcnn.train import precision
 from fastcnn.train.evaluate import evaluate, predict
-from fastcnn.train.precision import Precision, choose_device, choose_precision
+from fastcnn.train.numerics import precision
+from fastcnn.train.numerics.precision import Precision, choose_device, choose_precision
 from fastcnn.train.step import TrainStep
 
 CPU = torch.device("cpu")

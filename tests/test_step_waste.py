@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 from fastcnn.archs import NETWORKS
 from fastcnn.archs.build import build
 from fastcnn.config import OptimConfig
-from fastcnn.train.precision import Precision
+from fastcnn.train.numerics.precision import Precision
 from fastcnn.train.step import TrainStep
 
 CPU = torch.device("cpu")

@@ -15,7 +15,8 @@ from fastcnn.data import examine
 from fastcnn.data.loaders import torch_loader
 from fastcnn.ops.compile import Signals
 from fastcnn.signals import REPEATED_S
-from fastcnn.train import checkpoint, loop
+from fastcnn.train import loop
+from fastcnn.train.checkpoints import checkpoint
 from fastcnn.train.interrupt import StopAtStepEdge
 
 STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from fastcnn.archs import NETWORKS
 from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
-from fastcnn.train.half import half_network
+from fastcnn.train.numerics.half import half_network
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -21,9 +21,9 @@ DISK = "a disk takes as long as it takes; a second signal ends the process"
 FILES = "threads that read files: as for a disk"
 # (file, call): why it needs no limit
 REASONS = {
-    ("fastcnn/train/saver.py", "result"): DISK,
-    ("fastcnn/train/saver.py", "shutdown"): DISK,
-    ("fastcnn/train/saver.py", "wait"): DISK,
+    ("fastcnn/train/checkpoints/saver.py", "result"): DISK,
+    ("fastcnn/train/checkpoints/saver.py", "shutdown"): DISK,
+    ("fastcnn/train/checkpoints/saver.py", "wait"): DISK,
     ("fastcnn/train/loop.py", "wait"): "of the saver: " + DISK,
     ("fastcnn/data/examine.py", "result"): FILES,
     ("fastcnn/data/loaders/dali_sources.py", "result"): FILES,

@@ -10,7 +10,7 @@ import pytest
 
 from fastcnn import files
 from fastcnn.errors import DiskError
-from fastcnn.train import checkpoint
+from fastcnn.train.checkpoints import checkpoint
 
 
 def names(folder):

@@ -18,9 +18,11 @@ from fastcnn.data import Normalization, make_loader
 from fastcnn.data.choose import has_dali
 from fastcnn.data.draws import epoch_order
 from fastcnn.recipes import resolve
-from fastcnn.train import checkpoint, precision, run
+from fastcnn.train import run
+from fastcnn.train.checkpoints import checkpoint
 from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
 from fastcnn.train.metrics import Metrics
+from fastcnn.train.numerics import precision
 from fastcnn.train.ranks import ALONE
 from fastcnn.train.setup import configure_torch, prepare
 

@@ -39,7 +39,7 @@ from fastcnn.ops.gpu_faults import require_alive
 from fastcnn.ops.plan_measure import ConvLayer, Tensors, Variants
 from fastcnn.ops.plans import Decision
 from fastcnn.ops.reference import split_pads
-from fastcnn.train.half import half_network
+from fastcnn.train.numerics.half import half_network
 
 Seconds = dict[str, list[float]]  # a round each, by variant
 Wrong = dict[str, str]  # why a variant was not timed

@@ -10,7 +10,7 @@ from fastcnn.bench.rivals import PADDING, Recipe
 from fastcnn.config import AugmentConfig, DataConfig, OptimConfig
 from fastcnn.data import Images, Loader, Normalization, make_loader
 from fastcnn.train.graph import GraphMode
-from fastcnn.train.precision import Precision
+from fastcnn.train.numerics.precision import Precision
 from fastcnn.train.step import TrainStep
 
 STEPS = 200_000  # more than a benchmark makes: the schedule has an end

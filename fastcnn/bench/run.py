@@ -30,7 +30,7 @@ from fastcnn.errors import UsageError
 from fastcnn.ops import plans
 from fastcnn.ops.backend import choose_backend, choose_convolution
 from fastcnn.train.host import tune_process
-from fastcnn.train.precision import choose_device, choose_precision
+from fastcnn.train.numerics.precision import choose_device, choose_precision
 
 log = logging.getLogger(__name__)
 

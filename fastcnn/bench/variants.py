@@ -20,7 +20,7 @@ from fastcnn.bench.rivals import Batch, Recipe, ResidentImages, RivalStep
 from fastcnn.config import DataConfig
 from fastcnn.data import Images, Loader, Normalization
 from fastcnn.train.graph import WARM_UP
-from fastcnn.train.precision import Precision
+from fastcnn.train.numerics.precision import Precision
 
 HALVES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODES = {  # of torch.compile

@@ -7,8 +7,8 @@ from typing import Any
 
 from fastcnn.errors import CheckpointError
 from fastcnn.export.network import BATCH, INPUT, OUTPUT
+from fastcnn.train.checkpoints.trained import TrainedModel
 from fastcnn.train.rundir import RunFolder
-from fastcnn.train.trained import TrainedModel
 from fastcnn.version import __version__
 
 PLACES = ("data_dir",)  # options that say where things are on the machine that trained

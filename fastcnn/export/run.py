@@ -16,8 +16,13 @@ from fastcnn.export.formats import SUFFIXES, Format, Names, check_options
 from fastcnn.export.metadata import describe, describe_input
 from fastcnn.export.network import exported_network
 from fastcnn.files import replacing
+from fastcnn.train.checkpoints.trained import (
+    TrainedModel,
+    evaluation_data,
+    open_trained,
+    other_data,
+)
 from fastcnn.train.host import tune_process
-from fastcnn.train.trained import TrainedModel, evaluation_data, open_trained, other_data
 
 CPU = torch.device("cpu")
 Reader = Callable[[Path], Callable[[Tensor], Tensor]]

@@ -17,8 +17,8 @@ from fastcnn.insight.gradcam import choose_operation, find_operations
 from fastcnn.insight.inner_folders import claimed, origin_of, word_of
 from fastcnn.insight.kept import keep_sections
 from fastcnn.insight.observe import observe, open_tested
+from fastcnn.train.checkpoints.trained import TrainedModel
 from fastcnn.train.rundir import RunFolder
-from fastcnn.train.trained import TrainedModel
 
 
 def analyze(

@@ -20,10 +20,7 @@ from fastcnn.data.progress import progress_bar
 from fastcnn.errors import DataError, UsageError, nearest
 from fastcnn.insight.ood_judge import QUANTILE, Detection, check_quantile, judge
 from fastcnn.insight.ood_scores import ENERGY, PROBABILITY, Scores, activation_names, scores
-from fastcnn.train.host import tune_process
-from fastcnn.train.precision import Precision, choose_device
-from fastcnn.train.rundir import RunFolder
-from fastcnn.train.trained import (
+from fastcnn.train.checkpoints.trained import (
     TrainedModel,
     evaluation_data,
     evaluation_loader,
@@ -31,6 +28,9 @@ from fastcnn.train.trained import (
     other_data,
     splits,
 )
+from fastcnn.train.host import tune_process
+from fastcnn.train.numerics.precision import Precision, choose_device
+from fastcnn.train.rundir import RunFolder
 
 log = logging.getLogger(__name__)
 

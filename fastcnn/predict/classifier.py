@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fastcnn.archs.fold import fold
 from fastcnn.data.examine import View
 from fastcnn.errors import NumbersError
+from fastcnn.train.checkpoints.trained import TrainedModel, choose_arithmetic, open_trained
 from fastcnn.train.evaluate import predict
-from fastcnn.train.precision import Precision, choose_device
-from fastcnn.train.trained import TrainedModel, choose_arithmetic, open_trained
+from fastcnn.train.numerics.precision import Precision, choose_device
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from fastcnn.archs.fold import Folded
 from fastcnn.data.loaders import Loader
 from fastcnn.train.graph import Recorder, Replay
 from fastcnn.train.metrics import Figures, Metrics, confusion, cross_entropy
-from fastcnn.train.precision import Precision
+from fastcnn.train.numerics.precision import Precision
 from fastcnn.train.ranks import ALONE, Ranks
 
 

@@ -19,23 +19,24 @@ from fastcnn.errors import CheckpointError, NumbersError, UsageError
 from fastcnn.ops import plans
 from fastcnn.ops.gpu_faults import require_alive
 from fastcnn.text import first_line
-from fastcnn.train import checkpoint, memory
-from fastcnn.train.diagnose import first_not_finite
+from fastcnn.train import memory
+from fastcnn.train.checkpoints import checkpoint
+from fastcnn.train.checkpoints.saver import Saver
+from fastcnn.train.checkpoints.trained import load_trained
 from fastcnn.train.evaluate import Evaluation, Evaluator
 from fastcnn.train.graph import GraphMode
-from fastcnn.train.guard import LIMIT
 from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
 from fastcnn.train.loggers import Loggers
 from fastcnn.train.metrics import Figures
-from fastcnn.train.precise_bn import PreciseBatchNorm, batches_of, wanted
+from fastcnn.train.numerics.diagnose import first_not_finite
+from fastcnn.train.numerics.guard import LIMIT
+from fastcnn.train.numerics.precise_bn import PreciseBatchNorm, batches_of, wanted
+from fastcnn.train.numerics.statistics import statistics
 from fastcnn.train.progress import Progress, format_seconds
 from fastcnn.train.ranks import AGREE_STEPS
 from fastcnn.train.rundir import RunFolder, versions
-from fastcnn.train.saver import Saver
 from fastcnn.train.setup import Setup
-from fastcnn.train.statistics import statistics
 from fastcnn.train.step import TrainStep
-from fastcnn.train.trained import load_trained
 
 DONE = object()
 BRIEF = 48  # characters of a value in a message

@@ -11,19 +11,19 @@ from fastcnn.config import Config, PlaceConfig, options_by_name
 from fastcnn.data.store import LeftOut
 from fastcnn.errors import CheckpointError, DataError, NumbersError, UsageError
 from fastcnn.files import remove_leftovers
-from fastcnn.train import checkpoint
+from fastcnn.train.checkpoints import checkpoint
+from fastcnn.train.checkpoints.reached import check_history, check_reached
+from fastcnn.train.checkpoints.space import check_space
+from fastcnn.train.checkpoints.trained import feed, open_trained
 from fastcnn.train.evaluate import evaluate
 from fastcnn.train.host import tune_process
 from fastcnn.train.loggers import check_loggers
 from fastcnn.train.loop import Training
-from fastcnn.train.precision import choose_device
+from fastcnn.train.numerics.precision import choose_device
 from fastcnn.train.progress import Progress
 from fastcnn.train.ranks import Ranks, joined, require_same
-from fastcnn.train.reached import check_history, check_reached
 from fastcnn.train.rundir import BAD_IMAGES, RunFolder, versions
 from fastcnn.train.setup import Setup, prepare
-from fastcnn.train.space import check_space
-from fastcnn.train.trained import feed, open_trained
 
 log = logging.getLogger(__name__)
 

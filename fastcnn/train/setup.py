@@ -18,11 +18,11 @@ from fastcnn.data.draws import derive_seed, generator
 from fastcnn.data.files import Files
 from fastcnn.errors import DataError, UsageError
 from fastcnn.ops.backend import choose_backend, choose_convolution
-from fastcnn.train.amp import decided
+from fastcnn.train.checkpoints.trained import evaluation_loader, splits
 from fastcnn.train.host import make_deterministic
-from fastcnn.train.precision import Precision, choose_device, choose_precision
+from fastcnn.train.numerics.amp import decided
+from fastcnn.train.numerics.precision import Precision, choose_device, choose_precision
 from fastcnn.train.ranks import ALONE, Ranks
-from fastcnn.train.trained import evaluation_loader, splits
 
 WHITENING_PIXELS = 5000 * 32**2  # of training images that the whitening filters are measured on
 

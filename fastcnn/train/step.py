@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from fastcnn.config import OptimConfig
 from fastcnn.data.upload import upload
-from fastcnn.train import mix
-from fastcnn.train.checkpoint import load_weights
-from fastcnn.train.ema import Ema, move_of
+from fastcnn.train.checkpoints.checkpoint import load_weights
 from fastcnn.train.graph import WARM_UP, GraphMode, Recorder, Replay, recorder_for
-from fastcnn.train.guard import Guard
-from fastcnn.train.half import half_network, refresh
 from fastcnn.train.metrics import Metrics, cross_entropy
-from fastcnn.train.optimizer import Optimizer
-from fastcnn.train.precision import Precision
+from fastcnn.train.numerics.guard import Guard
+from fastcnn.train.numerics.half import half_network, refresh
+from fastcnn.train.numerics.precision import Precision
+from fastcnn.train.numerics.scaling import LossScale, gradient_factor
+from fastcnn.train.optim import mix
+from fastcnn.train.optim.ema import Ema, move_of
+from fastcnn.train.optim.optimizer import Optimizer
+from fastcnn.train.optim.schedule import learning_rate
 from fastcnn.train.ranks import ALONE, Ranks, parallel
-from fastcnn.train.scaling import LossScale, gradient_factor
-from fastcnn.train.schedule import learning_rate
 
 PARALLEL_WARM_UP = 11  # steps until DistributedDataParallel has settled its buckets
 

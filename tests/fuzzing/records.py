@@ -25,9 +25,10 @@ from fastcnn.insight.compare import compare
 from fastcnn.insight.page import write_page
 from fastcnn.options import options_of, read_config_file, read_lists
 from fastcnn.study.pages import write_pages
-from fastcnn.train import checkpoint, loop, run
+from fastcnn.train import loop, run
+from fastcnn.train.checkpoints import checkpoint
+from fastcnn.train.checkpoints.trained import open_trained
 from fastcnn.train.rundir import RunFolder
-from fastcnn.train.trained import open_trained
 from fuzzing.guard import Read
 from fuzzing.mutations import (
     change_bytes,

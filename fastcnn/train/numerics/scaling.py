@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastcnn.train.checkpoint import take_up
+from fastcnn.train.checkpoints.checkpoint import take_up
 
 # of the scale, as in torch.amp.GradScaler: Micikevicius et al. 2018, section 3.2
 INITIAL, GROWTH, BACKOFF, INTERVAL = 2.0**16, 2.0, 0.5, 2000

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastcnn.config import OptimConfig
 from fastcnn.ops.backend import ops_for
-from fastcnn.train.checkpoint import take_up
+from fastcnn.train.checkpoints.checkpoint import take_up
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam: Kingma and Ba 2015, and torch
 

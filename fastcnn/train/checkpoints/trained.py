@@ -17,8 +17,8 @@ from fastcnn.data.files import Files
 from fastcnn.errors import CheckpointError, DataError, UsageError
 from fastcnn.ops.backend import Backend, choose_backend, choose_convolution, convolution_of_run
 from fastcnn.text import first_line
-from fastcnn.train import checkpoint
-from fastcnn.train.precision import Precision, choose_precision
+from fastcnn.train.checkpoints import checkpoint
+from fastcnn.train.numerics.precision import Precision, choose_precision
 from fastcnn.train.ranks import ALONE, Ranks
 from fastcnn.train.rundir import RunFolder
 

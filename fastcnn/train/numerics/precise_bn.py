@@ -14,9 +14,9 @@ from torch import nn
 
 from fastcnn.archs.layers import ConvNormAct, LinearNormAct
 from fastcnn.data.loaders import Batch, Loader
-from fastcnn.train.half import half_network, refresh
+from fastcnn.train.numerics.half import half_network, refresh
+from fastcnn.train.numerics.statistics import statistics
 from fastcnn.train.ranks import ALONE, Ranks
-from fastcnn.train.statistics import statistics
 
 IMAGES = 2_048  # 1.3 % of what an epoch on CIFAR-10 computes, its evaluation counted
 # auto: in fewer steps an epoch. In 25, 50, 100, 200 and 390 steps mao-batchnorm gains by it 7, 0.2,

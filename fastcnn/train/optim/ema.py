@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from fastcnn.train.statistics import statistics
+from fastcnn.train.numerics.statistics import statistics
 
 
 class Ema:

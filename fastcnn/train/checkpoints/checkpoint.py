@@ -20,7 +20,7 @@ import torch
 from fastcnn.errors import CheckpointError, DiskError
 from fastcnn.files import check_depth_of, discard, load_json, replace_text, replacing
 from fastcnn.text import first_line
-from fastcnn.train.formats import FORMAT, migrate
+from fastcnn.train.checkpoints.formats import FORMAT, migrate
 
 SUMS = "checkpoints.json"
 REMEMBERED = 16  # sums of a name, so that an older checkpoint may have it again

@@ -27,8 +27,8 @@ from fastcnn.errors import DataError
 from fastcnn.ops import load, plan_cache
 from fastcnn.ops.backend import choose_backend, choose_convolution
 from fastcnn.ops.toolchain import cpu_name
-from fastcnn.train.half import half_network
-from fastcnn.train.precision import NO_BF16, cpu_computes_in
+from fastcnn.train.numerics.half import half_network
+from fastcnn.train.numerics.precision import NO_BF16, cpu_computes_in
 from fastcnn.train.ranks import Ranks
 
 log = logging.getLogger(__name__)

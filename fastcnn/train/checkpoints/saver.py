@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastcnn.train import checkpoint
+from fastcnn.train.checkpoints import checkpoint
 
 log = logging.getLogger(__name__)
 

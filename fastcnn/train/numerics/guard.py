@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from fastcnn.ops.backend import ops_for
 from fastcnn.train.arriving import Arriving
-from fastcnn.train.checkpoint import take_up
-from fastcnn.train.scaling import LossScale
-from fastcnn.train.statistics import in_one
+from fastcnn.train.checkpoints.checkpoint import take_up
+from fastcnn.train.numerics.scaling import LossScale
+from fastcnn.train.numerics.statistics import in_one
 
 LOOK_S = 1.0  # between two looks at what a GPU decided
 LIMIT = 25  # skipped steps in a row: the scale has fallen from 65,536 to 1/512

@@ -1,0 +1,1 @@
+"""Number formats, and what keeps numbers sound: loss scale, non-finite values, batch norm."""

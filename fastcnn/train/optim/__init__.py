@@ -1,0 +1,1 @@
+"""How a step moves the weights: optimisers, the learning rate, averages, mixed images."""
