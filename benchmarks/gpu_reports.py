@@ -19,7 +19,7 @@ import threading
 from pathlib import Path
 
 from fastcnn.errors import FastcnnError, NumbersError
-from fastcnn.insight.table import markdown
+from fastcnn.insight.html.table import markdown
 from fastcnn.reports.catalogue import REPORTS, report_named
 from fastcnn.reports.reproduce import reproduce
 from fastcnn.study.options import ReproduceOptions

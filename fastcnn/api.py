@@ -185,7 +185,8 @@ def train_or_resume(
 def draw(folder: Path) -> None:
     """Draw a run's figures and page. The run is not lost for one that cannot be drawn, for want of
     a package or of space, or because of a damaged file that an analysis left: it is logged."""
-    from fastcnn.insight import figures, page
+    from fastcnn.insight.drawing import figures
+    from fastcnn.insight.run_page import page
 
     for each, needed in (
         (figures.draw_curves, "matplotlib.figure"),

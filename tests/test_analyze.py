@@ -18,16 +18,17 @@ from fastcnn.archs.elementary import Elementary
 from fastcnn.cli import main
 from fastcnn.commands.analyze import result_text
 from fastcnn.errors import CheckpointError, UsageError
-from fastcnn.insight import analysis_figures, analysis_files, image_figures
-from fastcnn.insight.analyze import analyze, folder_name
-from fastcnn.insight.calibration import calibrate
-from fastcnn.insight.classes import class_figures, confusion_counts
-from fastcnn.insight.figures import shortened
-from fastcnn.insight.findings import choose_images, find
-from fastcnn.insight.gradcam import enlarged, gradcam
-from fastcnn.insight.image_figures import Cell, draw_cells, overlay
-from fastcnn.insight.kept import kept_sections
-from fastcnn.insight.observe import observe, open_tested
+from fastcnn.insight.analysis import analysis_figures, analysis_files
+from fastcnn.insight.analysis.analyze import analyze, folder_name
+from fastcnn.insight.analysis.calibration import calibrate
+from fastcnn.insight.analysis.classes import class_figures, confusion_counts
+from fastcnn.insight.analysis.findings import choose_images, find
+from fastcnn.insight.analysis.gradcam import enlarged, gradcam
+from fastcnn.insight.analysis.observe import observe, open_tested
+from fastcnn.insight.drawing import image_figures
+from fastcnn.insight.drawing.figures import shortened
+from fastcnn.insight.drawing.image_figures import Cell, draw_cells, overlay
+from fastcnn.insight.run_page.kept import kept_sections
 
 ONE = {"threads": 1}
 
@@ -196,7 +197,7 @@ def refused(kind, *arguments, **options):
 
 
 def test_errors_are_one_line_and_come_before_the_work(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastcnn.insight.analyze.observe", None)
+    monkeypatch.setattr("fastcnn.insight.analysis.analyze.observe", None)
     text = refused(UsageError, str(run / "last.pt"))
     assert f"give the run folder {run} --weights last" in text
     assert "did you mean 'conv3'" in refused(UsageError, str(run), layer="conv33")
@@ -272,7 +273,7 @@ def test_a_network_without_mistakes_has_no_page_of_them(run, tmp_path, monkeypat
     quick(monkeypatch)
     copy = shutil.copytree(run, tmp_path / "run")
     monkeypatch.setattr(
-        "fastcnn.insight.observe._batches",
+        "fastcnn.insight.analysis.observe._batches",
         lambda trained, own: (
             (torch.nn.functional.one_hot(labels, 10).float(), labels) for _, labels in own.loader
         ),

@@ -288,8 +288,8 @@ def test_every_package_and_every_source_is_installed():
     patterns = settings["package-data"]["fastcnn._csrc"]
     installed = {path for pattern in patterns for path in csrc.glob(pattern)}
     assert installed == {path for path in csrc.rglob("*.*") if path.suffix != ".md"}
-    insight = root / "fastcnn" / "insight"
-    patterns = settings["package-data"]["fastcnn.insight"]
+    insight = root / "fastcnn" / "insight" / "html"
+    patterns = settings["package-data"]["fastcnn.insight.html"]
     installed = {path for pattern in patterns for path in insight.glob(pattern)}
     assert installed == {
         path for path in insight.rglob("*.*") if path.suffix not in (".py", ".pyc")

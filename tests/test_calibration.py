@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from fastcnn.insight.calibration import calibrate
+from fastcnn.insight.analysis.calibration import calibrate
 
 
 def drawn(seed, images=400, classes=7, scale=2.0):

@@ -10,10 +10,10 @@ from browser import look, needs_browser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastcnn.insight.chart import HEIGHT, WIDTH, Chart, Series, draw
-from fastcnn.insight.document import Page, Section, write_page
-from fastcnn.insight.scale import counted, linear, logarithmic, number
-from fastcnn.insight.table import Table
+from fastcnn.insight.html.chart import HEIGHT, WIDTH, Chart, Series, draw
+from fastcnn.insight.html.document import Page, Section, write_page
+from fastcnn.insight.html.scale import counted, linear, logarithmic, number
+from fastcnn.insight.html.table import Table
 
 NAN, INF = math.nan, math.inf
 

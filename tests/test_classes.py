@@ -10,7 +10,7 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
 )
 
-from fastcnn.insight.classes import (
+from fastcnn.insight.analysis.classes import (
     Confusion,
     accuracy,
     class_figures,

@@ -12,8 +12,8 @@ from run_folders import make_run, rows
 from fastcnn.cli import main
 from fastcnn.commands.output import open_page
 from fastcnn.config import options_by_name
-from fastcnn.insight import compare
-from fastcnn.insight.document import Page, write_page
+from fastcnn.insight.html.document import Page, write_page
+from fastcnn.insight.run_page import compare
 
 
 @pytest.fixture

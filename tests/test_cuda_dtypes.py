@@ -20,7 +20,7 @@ from fastcnn.bench.variants import Task, Workbench
 from fastcnn.config import OptimConfig
 from fastcnn.export.check import _comparison
 from fastcnn.export.network import Exported
-from fastcnn.insight.gradcam import choose_operation, enlarged, gradcam
+from fastcnn.insight.analysis.gradcam import choose_operation, enlarged, gradcam
 from fastcnn.ops import reference
 from fastcnn.train.evaluate import Evaluator
 from fastcnn.train.numerics.precision import Precision

@@ -30,7 +30,7 @@ from fastcnn.data import load_dataset, report
 from fastcnn.data.left_out import advised_side
 from fastcnn.data.normalize import Normalization
 from fastcnn.errors import DataError
-from fastcnn.insight import data_figures, figures
+from fastcnn.insight.drawing import data_figures, figures
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

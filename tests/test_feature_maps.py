@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from fastcnn.archs import get_network
 from fastcnn.archs.elementary import Elementary
 from fastcnn.archs.spec import layer_table
-from fastcnn.insight.feature_maps import feature_maps, first_filters, scaled, stages
-from fastcnn.insight.gradcam import find_operations
+from fastcnn.insight.analysis.feature_maps import feature_maps, first_filters, scaled, stages
+from fastcnn.insight.analysis.gradcam import find_operations
 
 
 def pairs(arch, name):

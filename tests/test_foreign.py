@@ -7,8 +7,8 @@ import pytest
 from study_results import TRIAL, planned, reached
 
 from fastcnn.errors import DataError
-from fastcnn.insight.ood import Detection, Result
-from fastcnn.insight.ood_scores import Scores
+from fastcnn.insight.ood.ood import Detection, Result
+from fastcnn.insight.ood.ood_scores import Scores
 from fastcnn.reports import foreign
 from fastcnn.study.runner import Failure
 

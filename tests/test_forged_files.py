@@ -19,8 +19,8 @@ from fastcnn import api
 from fastcnn.config import PlaceConfig, options_by_name
 from fastcnn.data.cifar import parse_python
 from fastcnn.errors import CheckpointError, DataError, UsageError
-from fastcnn.insight.kept import kept_sections
-from fastcnn.insight.page import write_page
+from fastcnn.insight.run_page.kept import kept_sections
+from fastcnn.insight.run_page.page import write_page
 from fastcnn.options import options_of, read_config_file
 from fastcnn.study import record
 from fastcnn.train.checkpoints import checkpoint

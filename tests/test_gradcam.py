@@ -9,7 +9,7 @@ from fastcnn.archs import get_network
 from fastcnn.archs.elementary import Elementary
 from fastcnn.archs.spec import layer_table
 from fastcnn.errors import UsageError
-from fastcnn.insight.gradcam import choose_operation, enlarged, gradcam
+from fastcnn.insight.analysis.gradcam import choose_operation, enlarged, gradcam
 
 CLASSES = torch.tensor([3, 9, 0, 5])
 

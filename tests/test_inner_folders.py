@@ -4,8 +4,8 @@ import pytest
 from run_folders import make_run
 
 from fastcnn.cli import main
-from fastcnn.insight.inner_folders import claimed, origin_of, word_of
-from fastcnn.insight.kept import keep_sections
+from fastcnn.insight.analysis.inner_folders import claimed, origin_of, word_of
+from fastcnn.insight.run_page.kept import keep_sections
 
 COMMANDS = [("analyze", "analysis"), ("ood", "ood-digits")]
 

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from fastcnn.insight import figures
+from fastcnn.insight.drawing import figures
 
 METRICS = """epoch,train_loss,train_top1,val_loss,val_top1,val_top5,lr,images_per_s,seconds
 1,2.0,0.25,1.8,0.3,0.8,0.1,900,5

@@ -7,9 +7,9 @@ from mutations import mutated
 from PIL import Image
 
 from fastcnn.errors import CheckpointError
-from fastcnn.insight.document import Figure, Page, Section, write_page
-from fastcnn.insight.kept import keep_sections, kept_sections
-from fastcnn.insight.table import Table
+from fastcnn.insight.html.document import Figure, Page, Section, write_page
+from fastcnn.insight.html.table import Table
+from fastcnn.insight.run_page.kept import keep_sections, kept_sections
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def test_commands_work_without_an_optional_package(missing, tmp_path):
         f"import sys; sys.modules[{missing!r}] = None\n"
         "from fastcnn.cli import main\n"
         "assert main(['archs']) == 0\n"
-        "import fastcnn.train.run, fastcnn.data, fastcnn.insight.page\n"
+        "import fastcnn.train.run, fastcnn.data, fastcnn.insight.run_page.page\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr

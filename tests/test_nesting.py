@@ -15,8 +15,8 @@ from fastcnn.config import Config, options_by_name
 from fastcnn.data.store import load_packed
 from fastcnn.errors import FastcnnError
 from fastcnn.files import DEEPEST
-from fastcnn.insight import run_files
-from fastcnn.insight.kept import kept_of, kept_sections
+from fastcnn.insight.run_page import run_files
+from fastcnn.insight.run_page.kept import kept_of, kept_sections
 from fastcnn.ops import plan_cache
 from fastcnn.options import read_config_file, read_lists
 from fastcnn.study import record

@@ -21,9 +21,9 @@ from fastcnn.archs.init import initialise
 from fastcnn.config import Config, DataConfig, ModelConfig
 from fastcnn.data import Normalization, load_dataset
 from fastcnn.errors import CheckpointError, DataError, NumbersError, UsageError
-from fastcnn.insight import ood
-from fastcnn.insight.ood import judge
-from fastcnn.insight.ood_scores import ENERGY, PROBABILITY, scores
+from fastcnn.insight.ood import ood
+from fastcnn.insight.ood.ood import judge
+from fastcnn.insight.ood.ood_scores import ENERGY, PROBABILITY, scores
 from fastcnn.train.checkpoints import checkpoint
 from fastcnn.train.checkpoints import trained as trained_models
 from fastcnn.train.checkpoints.trained import TrainedModel, evaluation_data, load_trained

@@ -16,9 +16,10 @@ from small_runs import start
 from fastcnn.cli import main
 from fastcnn.commands.ood import OOD_OWN
 from fastcnn.errors import CheckpointError
-from fastcnn.insight import ood_figures, ood_record, page
-from fastcnn.insight.kept import kept_sections
-from fastcnn.insight.ood_judge import QUANTILE, Detection
+from fastcnn.insight.ood import ood_figures, ood_record
+from fastcnn.insight.ood.ood_judge import QUANTILE, Detection
+from fastcnn.insight.run_page import page
+from fastcnn.insight.run_page.kept import kept_sections
 
 LAYERS = ["ReLU-3", "ReLU-6", "ReLU-9", "ReLU-13"]
 SCORES = [*LAYERS, "max softmax", "energy"]

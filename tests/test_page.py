@@ -11,11 +11,13 @@ from PIL import Image
 from run_folders import SUMMARY, make_run, rows
 
 from fastcnn.errors import CheckpointError
-from fastcnn.insight import document, figures, page
-from fastcnn.insight.document import Figure, Section
-from fastcnn.insight.kept import keep_sections
-from fastcnn.insight.run_files import read_run
-from fastcnn.insight.table import Table
+from fastcnn.insight.drawing import figures
+from fastcnn.insight.html import document
+from fastcnn.insight.html.document import Figure, Section
+from fastcnn.insight.html.table import Table
+from fastcnn.insight.run_page import page
+from fastcnn.insight.run_page.kept import keep_sections
+from fastcnn.insight.run_page.run_files import read_run
 from fastcnn.train.rundir import RunFolder
 
 INVITATION = "adds grids of images, Grad-CAM and calibration"

@@ -25,12 +25,13 @@ from fastcnn.train.setup import prepare
 
 def ours():
     torch.manual_seed(1)
-    return nn.Sequential(
+    model = nn.Sequential(
         ConvNormAct(3, Conv(6, 3, norm=True, post_slope=0.0, pool=Pool())),
         nn.Flatten(),
         LinearNormAct(6 * 4 * 4, Linear(5, norm=True, post_slope=0.0, dropout=0.5)),
         LinearNormAct(5, Linear(4)),
     )
+    return model.to(memory_format=torch.channels_last)
 
 
 def torchs(model):
@@ -48,6 +49,11 @@ def batches(count):
     torch.manual_seed(2)
     images = torch.randn(count, 32, 3, 8, 8) * torch.arange(1, count + 1).view(-1, 1, 1, 1, 1)
     return [(x.contiguous(memory_format=torch.channels_last), None) for x in images]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _library(library):
+    return library
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(None, 1e-5), (torch.bfloat16, 2e-2)])

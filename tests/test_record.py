@@ -13,8 +13,8 @@ from mutations import mutated
 from PIL import Image
 
 from fastcnn.errors import CheckpointError
-from fastcnn.insight.document import Figure, Page, Section, write_page
-from fastcnn.insight.table import Table, as_csv, markdown, show
+from fastcnn.insight.html.document import Figure, Page, Section, write_page
+from fastcnn.insight.html.table import Table, as_csv, markdown, show
 from fastcnn.study.pages import write_pages
 from fastcnn.study.record import Drawing, Record, as_markdown, read, write
 

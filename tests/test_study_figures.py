@@ -6,8 +6,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from PIL import Image
 
-from fastcnn.insight import study_bars, study_figures, study_lines
-from fastcnn.insight.study_figures import (
+from fastcnn.insight.drawing import study_bars, study_figures, study_lines
+from fastcnn.insight.drawing.study_figures import (
     Bar,
     Curves,
     draw_bars,

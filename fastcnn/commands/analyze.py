@@ -63,7 +63,7 @@ def run(given: dict[str, Any], command: list[str]) -> None:
     shared = read_values(given, shared_options(ANALYZE_SHARED))
     require("matplotlib.figure", "jinja2")
     # after the check: the rest takes torch's seconds to import
-    from fastcnn.insight.analyze import analyze
+    from fastcnn.insight.analysis.analyze import analyze
 
     result = analyze(
         given["run"],

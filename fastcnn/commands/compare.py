@@ -45,8 +45,8 @@ def run(given: dict[str, Any], command: list[str]) -> None:
     output = Path(read_values(given, COMPARE_OWN).get("output", "compare.html"))
     require("jinja2")
     # after the check: the rest takes torch's seconds to import
-    from fastcnn.insight import compare
-    from fastcnn.insight.table import show
+    from fastcnn.insight.html.table import show
+    from fastcnn.insight.run_page import compare
 
     compare.check_output(output)
     found = compare.compare(folders)

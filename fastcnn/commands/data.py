@@ -91,7 +91,7 @@ def run(given: dict[str, Any], command: list[str]) -> None:
 
 def show_data(config: DataConfig, own: dict[str, Any], as_json: bool) -> None:
     from fastcnn.data import report
-    from fastcnn.insight import data_figures
+    from fastcnn.insight.drawing import data_figures
 
     found, drawn = report.show(config, own.get("samples", 40), own.get("seed", 0))
     folder = Path(own.get("output") or f"show-{found['name']}")

@@ -78,11 +78,11 @@ def run(given: dict[str, Any], command: list[str]) -> None:
     if own.get("out") is None:
         raise UsageError("ood: --out is missing: images out of distribution, e.g. --out digits")
     # after the check: the rest takes torch's seconds to import
-    from fastcnn.insight import ood_record
-    from fastcnn.insight.inner_folders import claimed, origin_of
-    from fastcnn.insight.ood import detect
-    from fastcnn.insight.page import check_page
-    from fastcnn.insight.table import show
+    from fastcnn.insight.analysis.inner_folders import claimed, origin_of
+    from fastcnn.insight.html.table import show
+    from fastcnn.insight.ood import ood_record
+    from fastcnn.insight.ood.ood import detect
+    from fastcnn.insight.run_page.page import check_page
     from fastcnn.train.rundir import RunFolder
 
     options = {name: own[name] for name in ("score", "quantile", "limit", "weights") if name in own}
@@ -107,7 +107,7 @@ def run(given: dict[str, Any], command: list[str]) -> None:
 
 
 def draw(folder: Path, result: Any) -> tuple[Any, ...]:
-    from fastcnn.insight import ood_record
+    from fastcnn.insight.ood import ood_record
 
     try:
         require("matplotlib.figure")
@@ -118,7 +118,7 @@ def draw(folder: Path, result: Any) -> tuple[Any, ...]:
 
 
 def write_page(folder: Path) -> Path | None:
-    from fastcnn.insight import page
+    from fastcnn.insight.run_page import page
 
     try:
         require("jinja2")
@@ -129,7 +129,7 @@ def write_page(folder: Path) -> Path | None:
 
 
 def as_json(result: Any, folder: Path) -> dict[str, Any]:
-    from fastcnn.insight.ood_record import plain_rows
+    from fastcnn.insight.ood.ood_record import plain_rows
 
     return {
         "best": result.best,

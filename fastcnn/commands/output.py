@@ -43,7 +43,7 @@ def say_on(quiet: bool) -> Callable[[str], None]:
 
 def show_record(record: Any) -> None:
     """Print a study's table and what it says."""
-    from fastcnn.insight.table import show
+    from fastcnn.insight.html.table import show
 
     print(f"\n{record.lead}")
     show(record.table, record.title)

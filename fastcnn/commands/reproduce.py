@@ -36,7 +36,7 @@ def run(given: dict[str, Any], command: list[str]) -> None:
 
     options, machine = read_reproduce(given)
     # after the check: the rest takes torch's seconds to import
-    from fastcnn.insight.table import show
+    from fastcnn.insight.html.table import show
     from fastcnn.reports.catalogue import experiments_named, report_named, reports_table, rows_table
 
     if given.get("report") is None:

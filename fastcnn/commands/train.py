@@ -36,7 +36,7 @@ def parser() -> Parser:
 
 def run(given: dict[str, Any], command: list[str]) -> None:
     from fastcnn import api
-    from fastcnn.insight import page
+    from fastcnn.insight.run_page import page
 
     options = [*options_by_name().values(), *options_of("place", PlaceConfig)]
     named = read_values(given, options)

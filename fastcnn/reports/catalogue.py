@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from fastcnn.errors import UsageError, nearest
-from fastcnn.insight.table import Table
+from fastcnn.insight.html.table import Table
 from fastcnn.reports import bohnstedt2019, mao2022, marie2019, murgolo, skagerstrom2018
 from fastcnn.reports.experiment import Experiment, Published, Report
 

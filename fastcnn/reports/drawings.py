@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from fastcnn.insight.study_bars import Bar, draw_bars
-from fastcnn.insight.study_figures import Curves, draw_curves, draw_losses, draw_panels
-from fastcnn.insight.study_lines import Measure
+from fastcnn.insight.drawing.study_bars import Bar, draw_bars
+from fastcnn.insight.drawing.study_figures import Curves, draw_curves, draw_losses, draw_panels
+from fastcnn.insight.drawing.study_lines import Measure
 from fastcnn.reports.experiment import Row
 from fastcnn.reports.judge import judge_rows
 from fastcnn.reports.planning import Planned

@@ -9,11 +9,11 @@ import torch
 from fastcnn.config import DataConfig
 from fastcnn.data import load_dataset
 from fastcnn.errors import DataError, UsageError
-from fastcnn.insight.ood import Detection, Result, detect
-from fastcnn.insight.ood_record import HEADER, NUMBERS, line
-from fastcnn.insight.ood_scores import ENERGY, PROBABILITY
-from fastcnn.insight.study_bars import draw_histogram
-from fastcnn.insight.table import Table
+from fastcnn.insight.drawing.study_bars import draw_histogram
+from fastcnn.insight.html.table import Table
+from fastcnn.insight.ood.ood import Detection, Result, detect
+from fastcnn.insight.ood.ood_record import HEADER, NUMBERS, line
+from fastcnn.insight.ood.ood_scores import ENERGY, PROBABILITY
 from fastcnn.reports.planning import Images, Planned
 from fastcnn.study.facts import facts_of, missing_runs
 from fastcnn.study.plan import RunResult, VariantResult

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from fastcnn.insight.table import Table
+from fastcnn.insight.html.table import Table
 from fastcnn.reports.experiment import Published, Row
 from fastcnn.reports.judge import (
     JudgedFigure,

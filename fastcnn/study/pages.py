@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastcnn.insight.document import Figure, Page, Section, write_page
+from fastcnn.insight.html.document import Figure, Page, Section, write_page
 from fastcnn.study.record import Record, read
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastcnn.errors import CheckpointError
 from fastcnn.files import inside, load_json, replace_text
-from fastcnn.insight.table import Table, as_csv, markdown, pairs, text, texts
+from fastcnn.insight.html.table import Table, as_csv, markdown, pairs, text, texts
 from fastcnn.text import first_line
 
 FORMAT = 1

@@ -15,7 +15,7 @@ from pathlib import Path
 from fastcnn.cache import locked
 from fastcnn.config import PlaceConfig
 from fastcnn.errors import CheckpointError, DiskError, NumbersError, UsageError
-from fastcnn.insight.figures import read_metrics
+from fastcnn.insight.drawing.figures import read_metrics
 from fastcnn.study.children import Child, placed
 from fastcnn.study.plan import PlannedRun, RunResult, Variant, VariantResult
 from fastcnn.train import run

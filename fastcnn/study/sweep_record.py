@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastcnn.insight.study_bars import Bar, draw_bars
-from fastcnn.insight.study_figures import Curves, draw_curves, draw_losses
-from fastcnn.insight.table import Table
+from fastcnn.insight.drawing.study_bars import Bar, draw_bars
+from fastcnn.insight.drawing.study_figures import Curves, draw_curves, draw_losses
+from fastcnn.insight.html.table import Table
 from fastcnn.study.facts import facts_of, missing_runs
 from fastcnn.study.plan import PlannedRun, VariantResult
 from fastcnn.study.record import Drawing, Record

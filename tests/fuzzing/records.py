@@ -21,8 +21,8 @@ from run_folders import make_run
 
 from fastcnn.config import PlaceConfig, options_by_name
 from fastcnn.errors import UsageError
-from fastcnn.insight.compare import compare
-from fastcnn.insight.page import write_page
+from fastcnn.insight.run_page.compare import compare
+from fastcnn.insight.run_page.page import write_page
 from fastcnn.options import options_of, read_config_file, read_lists
 from fastcnn.study.pages import write_pages
 from fastcnn.train import loop, run

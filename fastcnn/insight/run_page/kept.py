@@ -11,8 +11,8 @@ from typing import Any
 
 from fastcnn.errors import CheckpointError
 from fastcnn.files import inside, load_json, replace_text
-from fastcnn.insight.document import Figure, Section
-from fastcnn.insight.table import Table, pairs, text, texts
+from fastcnn.insight.html.document import Figure, Section
+from fastcnn.insight.html.table import Table, pairs, text, texts
 from fastcnn.text import first_line
 
 FORMAT = 1

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastcnn.insight.figures import FAINT, INK, TOP5, TRAIN, VAL, new_figure
-from fastcnn.insight.ood import Detection, Result
-from fastcnn.insight.ood_scores import ENERGY, PROBABILITY, called
-from fastcnn.insight.study_bars import draw_histogram
-from fastcnn.insight.study_frame import WIDE, Paths, add_legend, entitle, save_both
+from fastcnn.insight.drawing.figures import FAINT, INK, TOP5, TRAIN, VAL, new_figure
+from fastcnn.insight.drawing.study_bars import draw_histogram
+from fastcnn.insight.drawing.study_frame import WIDE, Paths, add_legend, entitle, save_both
+from fastcnn.insight.ood.ood import Detection, Result
+from fastcnn.insight.ood.ood_scores import ENERGY, PROBABILITY, called
 
 BASELINES = {PROBABILITY: (TRAIN, "--"), ENERGY: (TOP5, "-.")}
 CHANCE = 50.0  # %

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fastcnn.errors import CheckpointError
 from fastcnn.files import inside, replace_text
-from fastcnn.insight.chart import Chart
-from fastcnn.insight.table import Table
+from fastcnn.insight.html.chart import Chart
+from fastcnn.insight.html.table import Table
 
 TEMPLATES = Path(__file__).with_name("template")
 Facts = tuple[tuple[str, str], ...]  # names and values

@@ -8,15 +8,15 @@ from typing import Any
 from fastcnn.archs import get_network
 from fastcnn.archs.spec import LayerRow, layer_table
 from fastcnn.errors import UsageError
-from fastcnn.insight import page
-from fastcnn.insight.analysis_files import KEY, summary, write_files
-from fastcnn.insight.analysis_sections import sections_of
-from fastcnn.insight.feature_maps import stages
-from fastcnn.insight.findings import find
-from fastcnn.insight.gradcam import choose_operation, find_operations
-from fastcnn.insight.inner_folders import claimed, origin_of, word_of
-from fastcnn.insight.kept import keep_sections
-from fastcnn.insight.observe import observe, open_tested
+from fastcnn.insight.analysis.analysis_files import KEY, summary, write_files
+from fastcnn.insight.analysis.analysis_sections import sections_of
+from fastcnn.insight.analysis.feature_maps import stages
+from fastcnn.insight.analysis.findings import find
+from fastcnn.insight.analysis.gradcam import choose_operation, find_operations
+from fastcnn.insight.analysis.inner_folders import claimed, origin_of, word_of
+from fastcnn.insight.analysis.observe import observe, open_tested
+from fastcnn.insight.run_page import page
+from fastcnn.insight.run_page.kept import keep_sections
 from fastcnn.train.checkpoints.trained import TrainedModel
 from fastcnn.train.rundir import RunFolder
 

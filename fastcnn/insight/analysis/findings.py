@@ -8,11 +8,11 @@ from torch import Tensor
 
 from fastcnn.archs.elementary import Elementary
 from fastcnn.data.files import Files
-from fastcnn.insight.calibration import Calibration, calibrate
-from fastcnn.insight.classes import ClassFigures, class_figures, confusion_counts
-from fastcnn.insight.feature_maps import feature_maps, first_filters
-from fastcnn.insight.gradcam import enlarged, gradcam
-from fastcnn.insight.observe import Observation
+from fastcnn.insight.analysis.calibration import Calibration, calibrate
+from fastcnn.insight.analysis.classes import ClassFigures, class_figures, confusion_counts
+from fastcnn.insight.analysis.feature_maps import feature_maps, first_filters
+from fastcnn.insight.analysis.gradcam import enlarged, gradcam
+from fastcnn.insight.analysis.observe import Observation
 
 BATCH = 32  # images at a time that gradients are computed for
 

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
-from fastcnn.insight.analysis_figures import BARS, ENDS
-from fastcnn.insight.analysis_files import CAM_TITLES, TITLES, TOP, maps_file, told
-from fastcnn.insight.calibration import BINS
-from fastcnn.insight.classes import accuracy, top_confusions
-from fastcnn.insight.document import Figure, Section
-from fastcnn.insight.figures import NUMBERED_CLASSES
-from fastcnn.insight.findings import Findings
-from fastcnn.insight.image_figures import MAPS_SHOWN
-from fastcnn.insight.table import Table
+from fastcnn.insight.analysis.analysis_figures import BARS, ENDS
+from fastcnn.insight.analysis.analysis_files import CAM_TITLES, TITLES, TOP, maps_file, told
+from fastcnn.insight.analysis.calibration import BINS
+from fastcnn.insight.analysis.classes import accuracy, top_confusions
+from fastcnn.insight.analysis.findings import Findings
+from fastcnn.insight.drawing.figures import NUMBERED_CLASSES
+from fastcnn.insight.drawing.image_figures import MAPS_SHOWN
+from fastcnn.insight.html.document import Figure, Section
+from fastcnn.insight.html.table import Table
 
 NONE = Table((), ())
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from fastcnn.errors import CheckpointError
 from fastcnn.files import replace_text
-from fastcnn.insight.document import Figure, Section
-from fastcnn.insight.inner_folders import word_of
-from fastcnn.insight.kept import keep_sections
-from fastcnn.insight.ood import Result
-from fastcnn.insight.ood_scores import called
-from fastcnn.insight.table import Table, as_csv
+from fastcnn.insight.analysis.inner_folders import word_of
+from fastcnn.insight.html.document import Figure, Section
+from fastcnn.insight.html.table import Table, as_csv
+from fastcnn.insight.ood.ood import Result
+from fastcnn.insight.ood.ood_scores import called
+from fastcnn.insight.run_page.kept import keep_sections
 
 KEY = "ood"  # the file in a folder of the run that its page reads
 HEADER = ("score", "accuracy, %", "balanced, %", "AUROC, %", "FPR at 95% TPR, %", "threshold")
@@ -100,7 +100,7 @@ def _scores(result: Result) -> tuple[Any, ...]:
 
 def draw(folder: Path, result: Result) -> tuple[Figure, ...]:
     """Draw histogram and layers, as PNG and SVG; ImportError without matplotlib."""
-    from fastcnn.insight.ood_figures import draw_layers, draw_scores
+    from fastcnn.insight.ood.ood_figures import draw_layers, draw_scores
 
     inside, outside = (one.name for one in result.sets[1:])
     shown, row = called(result.shown), result.rows[result.shown]

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fastcnn.insight.figures import INK, plain, save
-from fastcnn.insight.study_frame import WIDE, wrapped
+from fastcnn.insight.drawing.figures import INK, plain, save
+from fastcnn.insight.drawing.study_frame import WIDE, wrapped
 
 DPI = 130  # of figures.save
 MARGIN, GAP, LINE = 0.12, 0.22, 0.16  # inches: around all, between cells, of a line of text
@@ -108,7 +108,7 @@ def draw_maps(
     (black) to its largest (white)."""
     from matplotlib.figure import Figure
 
-    from fastcnn.insight.feature_maps import scaled
+    from fastcnn.insight.analysis.feature_maps import scaled
 
     columns = 8
     shown = [(name, scaled(values[:MAPS_SHOWN])) for name, values in maps]

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 
-from fastcnn.insight.chart import Chart, Series
-from fastcnn.insight.figures import LOG_FROM
-from fastcnn.insight.run_files import RunFiles
+from fastcnn.insight.drawing.figures import LOG_FROM
+from fastcnn.insight.html.chart import Chart, Series
+from fastcnn.insight.run_page.run_files import RunFiles
 
 
 def run_charts(run: RunFiles) -> tuple[Chart, ...]:

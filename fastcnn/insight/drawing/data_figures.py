@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastcnn.insight import figures
+from fastcnn.insight.drawing import figures
 
 SPLIT_COLORS = {"train": figures.TRAIN, "val": figures.TOP5, "test": figures.VAL}
 NAMED_CLASSES = 200  # more bars than this leave no room for their names

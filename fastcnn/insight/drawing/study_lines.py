@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastcnn.insight.figures import FAINT, INK, LOG_FROM, TOP5, TRAIN, VAL
+from fastcnn.insight.drawing.figures import FAINT, INK, LOG_FROM, TOP5, TRAIN, VAL
 
 PALETTE = (VAL, TRAIN, TOP5, "#8b4fb0", "#b8901c", "#14919b", "#c23b6b", "#6b7280")
 DASHES = ("-", "--", ":", "-.")  # the next one each time the colours are used up

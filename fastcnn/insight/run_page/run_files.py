@@ -7,7 +7,7 @@ from typing import Any
 
 from fastcnn.errors import CheckpointError
 from fastcnn.files import load_json
-from fastcnn.insight.figures import read_metrics
+from fastcnn.insight.drawing.figures import read_metrics
 from fastcnn.text import first_line
 from fastcnn.train.rundir import COLUMNS, RunFolder, own_file
 

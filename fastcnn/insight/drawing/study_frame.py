@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.errors import CheckpointError
-from fastcnn.insight.figures import INK, plain, save, shortened
+from fastcnn.insight.drawing.figures import INK, plain, save, shortened
 
 WIDE = 8.6  # inches: a figure as wide as a page
 NAME = 52  # characters of a name in a legend

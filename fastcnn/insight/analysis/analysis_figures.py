@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fastcnn.insight.calibration import Calibration
-from fastcnn.insight.classes import ClassFigures, rates
-from fastcnn.insight.figures import (
+from fastcnn.insight.analysis.calibration import Calibration
+from fastcnn.insight.analysis.classes import ClassFigures, rates
+from fastcnn.insight.drawing.figures import (
     FAINT,
     INK,
     NUMBERED_CLASSES,

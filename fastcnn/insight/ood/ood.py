@@ -18,8 +18,8 @@ from fastcnn.data.draws import derive_seed
 from fastcnn.data.files import Files
 from fastcnn.data.progress import progress_bar
 from fastcnn.errors import DataError, UsageError, nearest
-from fastcnn.insight.ood_judge import QUANTILE, Detection, check_quantile, judge
-from fastcnn.insight.ood_scores import ENERGY, PROBABILITY, Scores, activation_names, scores
+from fastcnn.insight.ood.ood_judge import QUANTILE, Detection, check_quantile, judge
+from fastcnn.insight.ood.ood_scores import ENERGY, PROBABILITY, Scores, activation_names, scores
 from fastcnn.train.checkpoints.trained import (
     TrainedModel,
     evaluation_data,

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.errors import CheckpointError
-from fastcnn.insight import document
-from fastcnn.insight.curves import run_charts
-from fastcnn.insight.document import Figure, Page, Section
-from fastcnn.insight.figures import NUMBERED_CLASSES, read_confusion
-from fastcnn.insight.kept import kept_sections
-from fastcnn.insight.run_files import RunFiles, read_json, read_run, shown
-from fastcnn.insight.table import Table
+from fastcnn.insight.drawing.figures import NUMBERED_CLASSES, read_confusion
+from fastcnn.insight.html import document
+from fastcnn.insight.html.document import Figure, Page, Section
+from fastcnn.insight.html.table import Table
+from fastcnn.insight.run_page.curves import run_charts
+from fastcnn.insight.run_page.kept import kept_sections
+from fastcnn.insight.run_page.run_files import RunFiles, read_json, read_run, shown
 from fastcnn.text import first_line
 from fastcnn.train.progress import format_seconds
 from fastcnn.train.rundir import own_file

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastcnn.insight.scale import Scale, counted, drawable, linear, logarithmic, number
+from fastcnn.insight.html.scale import Scale, counted, drawable, linear, logarithmic, number
 
 WIDTH, HEIGHT = 400, 250  # of the view box: at a phone's width its texts are still read
 TOP, BOTTOM = 8, 36

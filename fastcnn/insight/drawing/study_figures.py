@@ -8,11 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcnn.insight import study_lines as lines
-from fastcnn.insight.figures import INK, TRAIN, VAL, new_figure
-from fastcnn.insight.study_bars import Bar, draw_bars, draw_histogram
-from fastcnn.insight.study_frame import WIDE, Paths, add_legend, entitle, named, save_both, wrapped
-from fastcnn.insight.study_lines import MEASURES, Measure, Measured, Spread, spread
+from fastcnn.insight.drawing import study_lines as lines
+from fastcnn.insight.drawing.figures import INK, TRAIN, VAL, new_figure
+from fastcnn.insight.drawing.study_bars import Bar, draw_bars, draw_histogram
+from fastcnn.insight.drawing.study_frame import (
+    WIDE,
+    Paths,
+    add_legend,
+    entitle,
+    named,
+    save_both,
+    wrapped,
+)
+from fastcnn.insight.drawing.study_lines import MEASURES, Measure, Measured, Spread, spread
 
 __all__ = [
     "Bar",

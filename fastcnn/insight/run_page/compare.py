@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.errors import UsageError
-from fastcnn.insight import document
-from fastcnn.insight.curves import overlaid_charts
-from fastcnn.insight.document import Facts, Page, Section
-from fastcnn.insight.run_files import RunFiles, read_run, shown
-from fastcnn.insight.table import Table
+from fastcnn.insight.html import document
+from fastcnn.insight.html.document import Facts, Page, Section
+from fastcnn.insight.html.table import Table
+from fastcnn.insight.run_page.curves import overlaid_charts
+from fastcnn.insight.run_page.run_files import RunFiles, read_run, shown
 from fastcnn.train.progress import format_seconds
 from fastcnn.train.rundir import check_no_file_of_a_run
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcnn.insight.figures import FAINT, INK, VAL, new_figure, plain
-from fastcnn.insight.study_frame import (
+from fastcnn.insight.drawing.figures import FAINT, INK, VAL, new_figure, plain
+from fastcnn.insight.drawing.study_frame import (
     WIDE,
     Paths,
     add_legend,
@@ -17,7 +17,7 @@ from fastcnn.insight.study_frame import (
     save_both,
     wrapped,
 )
-from fastcnn.insight.study_lines import PALETTE
+from fastcnn.insight.drawing.study_lines import PALETTE
 
 PUBLISHED, ABSENT = "#aab2c0", "#6b7484"
 THICK = 0.36  # of a bar, where a group's place is 1

@@ -12,13 +12,14 @@ import torch
 from fastcnn.data.progress import progress_bar
 from fastcnn.errors import CheckpointError
 from fastcnn.files import replace_text
-from fastcnn.insight import analysis_figures, image_figures
-from fastcnn.insight.classes import accuracy, rates, top_confusions
-from fastcnn.insight.figures import INK, shortened
-from fastcnn.insight.findings import Findings, Picked, name_of
-from fastcnn.insight.image_figures import Cell, overlay
-from fastcnn.insight.kept import kept_sections
-from fastcnn.insight.table import as_csv
+from fastcnn.insight.analysis import analysis_figures
+from fastcnn.insight.analysis.classes import accuracy, rates, top_confusions
+from fastcnn.insight.analysis.findings import Findings, Picked, name_of
+from fastcnn.insight.drawing import image_figures
+from fastcnn.insight.drawing.figures import INK, shortened
+from fastcnn.insight.drawing.image_figures import Cell, overlay
+from fastcnn.insight.html.table import as_csv
+from fastcnn.insight.run_page.kept import kept_sections
 from fastcnn.train.rundir import RunFolder
 
 KEY = "analysis"  # the folder in a run, and the file in it that its page reads
