@@ -61,7 +61,7 @@ BUILD = """
 import dataclasses, json, logging, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 from fastcnn import ops
-from fastcnn.ops import build
+from fastcnn.ops.native import build
 built = build.ensure()
 print(built.summary)
 print((built.path.parent / "build.log").read_text("utf-8", "replace"))
@@ -234,7 +234,7 @@ def _sanitizers(check: Check, budget_s: float, name: str) -> Result:
 
 
 def sanitizer_program() -> str | None:
-    from fastcnn.ops.toolchain import find_cuda
+    from fastcnn.ops.native.toolchain import find_cuda
 
     cuda = find_cuda()
     beside = str(cuda.home / "bin" / "compute-sanitizer") if cuda else ""

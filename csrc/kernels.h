@@ -21,7 +21,7 @@ int64_t conv_weight_gradient_workspace(const ConvShape& shape, Dtype dtype);
 
 // rows of partial statistics that a convolution leaves, a function of the shape alone
 int64_t conv_partial_rows(const ConvShape& shape);
-// the most channels of an input that is made while it is loaded; fastcnn.ops.library reads it here
+// the most channels of an input that is made while it is loaded; fastcnn.ops.native.library reads it here
 constexpr int64_t kPendingChannels = 640;
 
 cudaError_t launch_bn_stats(const BnStats& args, cudaStream_t stream);

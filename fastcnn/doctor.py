@@ -158,14 +158,14 @@ def _cache() -> Finding:
 
 def _native() -> list[Finding]:
     try:
-        import fastcnn.ops.build  # noqa: F401
+        import fastcnn.ops.native.build  # noqa: F401
     except Exception:  # torch is missing or broken, which its own line reports
         return []
     return [*_compilers(), _nvcc(), *_native_library()]
 
 
 def _compilers() -> list[Finding]:
-    from fastcnn.ops import toolchain
+    from fastcnn.ops.native import toolchain
 
     compiler, ninja = toolchain.find_compiler(), toolchain.find_ninja()
     found = Finding("C++ compiler", "missing", False, False, toolchain.no_compiler())
@@ -181,7 +181,7 @@ def _compilers() -> list[Finding]:
 def _nvcc() -> Finding:
     import torch
 
-    from fastcnn.ops import toolchain
+    from fastcnn.ops.native import toolchain
 
     cuda = toolchain.find_cuda()
     if cuda is None:
@@ -202,7 +202,7 @@ def _nvcc() -> Finding:
 
 def _native_library() -> list[Finding]:
     from fastcnn import ops
-    from fastcnn.ops import build
+    from fastcnn.ops.native import build
 
     try:
         wanted = build.wanted_archs()
@@ -225,8 +225,8 @@ def _native_library() -> list[Finding]:
 
 def _missing_gpu_code(built: tuple[str, ...], archs: Finding) -> list[Finding]:
     """The line on architectures, and one for each kind of GPU that cannot run any of them."""
-    from fastcnn.ops.build import check_gpu_code
-    from fastcnn.ops.gpu_archs import name_of, present_capabilities
+    from fastcnn.ops.native.build import check_gpu_code
+    from fastcnn.ops.native.gpu_archs import name_of, present_capabilities
 
     reasons = {name_of(c): check_gpu_code(c, built) for c in present_capabilities()}
     return [archs] + [

@@ -91,7 +91,7 @@ def library(request):
     """The native library, built once a session; with --full or a GPU its CUDA kernels too, wherever
     there is an nvcc."""
     from fastcnn import ops
-    from fastcnn.ops import build, toolchain
+    from fastcnn.ops.native import build, toolchain
 
     handed_over = "FASTCNN_TEST_CACHE" in os.environ
     wanted = request.config.getoption("--full") or torch.cuda.is_available()

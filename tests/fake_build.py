@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from fastcnn.errors import FastcnnError
-from fastcnn.ops import build
+from fastcnn.ops.native import build
 
 FORK = multiprocessing.get_context("fork")  # children need not import torch again
 SECONDS = 30  # far more than any step here takes

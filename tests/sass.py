@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastcnn.ops import toolchain
+from fastcnn.ops.native import toolchain
 
 
 def find_disassembler() -> Path | None:

@@ -151,7 +151,7 @@ def test_a_group_of_one(alone, module):
 
 @pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
 def test_compiled(alone, module):
-    """A gradient that tracing loses: see reference_across._summed."""
+    """A gradient that tracing loses: see reference.norm_across._summed."""
     case = Case((3, 8, 4, 4), pre_slope=0.2, post_slope=0.1, residual=True)
 
     def over(*given):

@@ -20,7 +20,7 @@ from fastcnn.data.draws import alternating_flip
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.store import Images
 from fastcnn.errors import UsageError
-from fastcnn.ops.reference_augment import crop_flip, cut_out
+from fastcnn.ops.reference.augmentation import crop_flip, cut_out
 
 OFF = AugmentConfig(crop_padding=0, flip="none")
 P_LIMIT = 1e-4  # of the statistical tests, all with fixed seeds

@@ -13,7 +13,8 @@ from op_cases import DEVICES, ON_EACH
 from scipy import stats
 
 from fastcnn import ops
-from fastcnn.ops import reference, reference_augment
+from fastcnn.ops import reference
+from fastcnn.ops.reference import augmentation as reference_augment
 
 P_LIMIT = 1e-4  # of the statistical tests, all with fixed seeds
 

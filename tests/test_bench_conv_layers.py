@@ -9,8 +9,9 @@ import torch
 from fastcnn.archs import get_network
 from fastcnn.bench import conv_layers, layers, table
 from fastcnn.bench.conv_layers import met_layers, rows_of_convolutions
-from fastcnn.ops import plan_measure, plans
+from fastcnn.ops import plans
 from fastcnn.ops.plans import Decision, Plan
+from fastcnn.ops.plans import measurement as plan_measure
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16

@@ -18,7 +18,7 @@ import torch
 from fake_build import left_in, lines, processes_of, start, wait_until
 
 from fastcnn.errors import BuildError, UsageError
-from fastcnn.ops import build, library, toolchain
+from fastcnn.ops.native import build, library, toolchain
 
 
 @pytest.fixture(autouse=True)

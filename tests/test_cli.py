@@ -16,7 +16,7 @@ from fastcnn import doctor
 from fastcnn.cli import main
 from fastcnn.config import options_by_name
 from fastcnn.errors import BuildError
-from fastcnn.ops import build, library
+from fastcnn.ops.native import build, library
 from fastcnn.train.checkpoints import checkpoint
 
 SMALL = [

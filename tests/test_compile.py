@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fastcnn.ops import compile as compiling
-from fastcnn.ops.compile import Step, StepFailed, first_error, run_steps
+from fastcnn.ops.native import compile as compiling
+from fastcnn.ops.native.compile import Step, StepFailed, first_error, run_steps
 
 WENT_WELL = "[1/3] c++ -Werror a.cpp\na.cpp:1: warning: error: in a warning\n"
 

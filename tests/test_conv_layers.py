@@ -9,7 +9,8 @@ from conv_cases import EPS, GEOMETRIES, ConvCase, Noted, drawn, pending_of, tens
 from op_cases import SAME_BITS, wide
 
 from fastcnn import ops
-from fastcnn.ops import library, plans, reference
+from fastcnn.ops import plans, reference
+from fastcnn.ops.native import library
 from fastcnn.ops.plans import FUSED, VENDOR, Plan
 
 LIBRARY = torch.ops.fastcnn

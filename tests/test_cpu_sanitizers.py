@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastcnn.ops import toolchain
+from fastcnn.ops.native import toolchain
 
 pytestmark = pytest.mark.full
 

@@ -8,7 +8,7 @@ import fake_build
 import pytest
 
 from fastcnn import doctor
-from fastcnn.ops import build, library, toolchain
+from fastcnn.ops.native import build, library, toolchain
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def test_a_library_that_is_built_is_loaded_and_its_kernels_listed(monkeypatch):
 
 def test_gpus_that_the_library_has_no_code_for_are_named(monkeypatch):
     build.ensure("none")
-    monkeypatch.setattr("fastcnn.ops.gpu_archs.present_capabilities", lambda: [(9, 0)])
+    monkeypatch.setattr("fastcnn.ops.native.gpu_archs.present_capabilities", lambda: [(9, 0)])
     found = examine()
     assert found["code for 9.0"].state == "missing"
     assert "fastcnn build --archs 9.0" in found["code for 9.0"].remedy

@@ -3,8 +3,8 @@
 import pytest
 
 from fastcnn.errors import UsageError
-from fastcnn.ops.build import check_gpu_code
-from fastcnn.ops.gpu_archs import gencode_flags, includes, parse_archs, present_capabilities
+from fastcnn.ops.native.build import check_gpu_code
+from fastcnn.ops.native.gpu_archs import gencode_flags, includes, parse_archs, present_capabilities
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from fastcnn.bench.cases import Case
 from fastcnn.bench.data_rate import Rates
 from fastcnn.bench.steps import Steps
 from fastcnn.errors import CheckpointError
-from fastcnn.ops import plan_measure
 from fastcnn.ops.gpu_faults import GpuError, require_alive
+from fastcnn.ops.plans import measurement as plan_measure
 from fastcnn.train import ranks
 from fastcnn.train.graph import CudaRecorder, Replay
 from fastcnn.train.loop import Training

@@ -8,8 +8,10 @@ import torch
 from fastcnn.archs import get_network
 from fastcnn.archs.build import build
 from fastcnn.archs.layers import ConvNormAct
-from fastcnn.ops import conv_composites, plan_cache, plan_measure, plans
-from fastcnn.ops.plan_measure import ConvLayer, measure
+from fastcnn.ops import conv_composites, plans
+from fastcnn.ops.plans import measurement as plan_measure
+from fastcnn.ops.plans import plan_cache
+from fastcnn.ops.plans.measurement import ConvLayer, measure
 from fastcnn.train.numerics.half import half_network
 
 CPU = torch.device("cpu")

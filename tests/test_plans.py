@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastcnn.ops import plan_cache, plans
-from fastcnn.ops.plan_measure import ConvLayer, Measured
-from fastcnn.ops.plans import FUSED, VENDOR, Plan, Planner, plan_of
+from fastcnn.ops import plans
+from fastcnn.ops.plans import FUSED, VENDOR, Plan, Planner, plan_cache, plan_of
+from fastcnn.ops.plans.measurement import ConvLayer, Measured
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,7 +211,7 @@ def test_a_write_that_fails_leaves_the_old_file(path, monkeypatch):
 WRITER = """
 import sys
 from pathlib import Path
-from fastcnn.ops import plan_cache
+from fastcnn.ops.plans import plan_cache
 name, path = sys.argv[1], Path(sys.argv[2])
 for i in range(20):
     assert plan_cache.add(path, {}, {f"{name}-{i}": {"times": {}}})

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from fastcnn.ops import build, toolchain
+from fastcnn.ops.native import build, toolchain
 
 pytestmark = pytest.mark.full
 

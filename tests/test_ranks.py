@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from fastcnn.config import Config
 from fastcnn.errors import UsageError
-from fastcnn.ops import plan_cache
+from fastcnn.ops.plans import plan_cache
 from fastcnn.recipes import resolve
 from fastcnn.train import loop, ranks, setup
 from fastcnn.train.checkpoints import checkpoint

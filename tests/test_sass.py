@@ -6,7 +6,7 @@ import pytest
 import sass
 from test_ptxas import ARCHS, TARGETS, conv_kernels, kernel_name
 
-from fastcnn.ops import build, toolchain
+from fastcnn.ops.native import build, toolchain
 
 pytestmark = pytest.mark.full
 

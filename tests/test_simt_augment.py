@@ -9,7 +9,8 @@ from augment_cases import CASES, FULL, SEED, Case, call, tensors_of
 from simt import harness
 from simt.chain import Chain
 
-from fastcnn.ops import reference, reference_augment
+from fastcnn.ops import reference
+from fastcnn.ops.reference import augmentation as reference_augment
 
 pytestmark = pytest.mark.full
 

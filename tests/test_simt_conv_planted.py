@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 from simt import harness
 
-from fastcnn.ops import toolchain
+from fastcnn.ops.native import toolchain
 
 pytestmark = pytest.mark.full
 

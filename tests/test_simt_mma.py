@@ -8,7 +8,7 @@ import sass
 import torch
 from simt import harness
 
-from fastcnn.ops import toolchain
+from fastcnn.ops.native import toolchain
 
 pytestmark = pytest.mark.full
 

@@ -13,7 +13,7 @@ from fastcnn import cli
 from fastcnn.cache import cache_dir
 from fastcnn.data import examine
 from fastcnn.data.loaders import torch_loader
-from fastcnn.ops.compile import Signals
+from fastcnn.ops.native.compile import Signals
 from fastcnn.signals import REPEATED_S
 from fastcnn.train import loop
 from fastcnn.train.checkpoints import checkpoint

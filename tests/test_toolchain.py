@@ -7,8 +7,8 @@ from pathlib import Path
 import fake_build
 import pytest
 
-from fastcnn.ops import toolchain
-from fastcnn.ops.toolchain import find_compiler, find_cuda, find_ninja
+from fastcnn.ops.native import toolchain
+from fastcnn.ops.native.toolchain import find_compiler, find_cuda, find_ninja
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import pytest
 
 from fastcnn.cache import locked
 from fastcnn.errors import BuildError
-from fastcnn.ops import build, compile, library  # noqa: A004 - the module
+from fastcnn.ops.native import build, compile, library  # noqa: A004 - the module
 from fastcnn.study import children
 
 ROOT = Path(__file__).parent.parent

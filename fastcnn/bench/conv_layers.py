@@ -3,7 +3,7 @@ of them a run takes.
 
 Three views of a layer:
 
-    conv ...     what the plan of a layer rests on (fastcnn.ops.plan_measure): the product with its
+    conv ...     what the plan of a layer rests on (ops.plans.measurement): the product with its
                  statistics or its pool, and its two gradients, from the vendor and fused; what is
                  pending of the input is applied by either. "recomputed": the vendor's gradient of
                  the filter behind a fused forward
@@ -33,11 +33,12 @@ from fastcnn.archs.spec import Network
 from fastcnn.bench.judge import reason_of
 from fastcnn.bench.timing import Phases, sets_and_calls
 from fastcnn.bench.turns import WARMUP_ROUNDS
-from fastcnn.ops import plan_measure, plans
+from fastcnn.ops import plans
 from fastcnn.ops.conv_library import POOL
 from fastcnn.ops.gpu_faults import require_alive
-from fastcnn.ops.plan_measure import ConvLayer, Tensors, Variants
 from fastcnn.ops.plans import Decision
+from fastcnn.ops.plans import measurement as plan_measure
+from fastcnn.ops.plans.measurement import ConvLayer, Tensors, Variants
 from fastcnn.ops.reference import split_pads
 from fastcnn.train.numerics.half import half_network
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastcnn.ops.toolchain import cpu_name
+from fastcnn.ops.native.toolchain import cpu_name
 
 ROOT = Path(__file__).resolve().parents[2]  # of a source tree
 

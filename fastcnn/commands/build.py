@@ -43,7 +43,7 @@ def parser() -> Parser:
 
 
 def run(given: dict[str, Any], command: list[str]) -> None:
-    from fastcnn.ops import build
+    from fastcnn.ops.native import build
 
     quiet = given.get("quiet", False)
     named = read_values(given, BUILD_OWN).get("archs")

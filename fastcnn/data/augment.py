@@ -15,7 +15,7 @@ import torch
 from fastcnn.config import AugmentConfig
 from fastcnn.data.draws import generator
 from fastcnn.errors import UsageError
-from fastcnn.ops import reference_augment
+from fastcnn.ops.reference import augmentation as reference_augment
 
 RATIO = (3 / 4, 4 / 3)  # width to height of a resized crop, as in torchvision
 ATTEMPTS = 10  # at a box that fits, as in torchvision, before the centre is taken

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from fastcnn.ops.reference_augment import draw_alternating_flip
+from fastcnn.ops.reference.augmentation import draw_alternating_flip
 
 Shuffle = bool | Literal["once"]
 """Whether an epoch has an order of its own; "once": one order for all of them; False: as stored."""

@@ -13,7 +13,7 @@ import torch
 
 from fastcnn.data.files import Files
 from fastcnn.data.store import SLOW_IMAGES, Images
-from fastcnn.ops.reference_augment import normalize
+from fastcnn.ops.reference.augmentation import normalize
 
 log = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ class Exported(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.pixels:
-            # as fastcnn.ops.reference_augment.normalize; without .float(), which torch.export would
+            # as ops.reference.augmentation.normalize; without .float(), which torch.export would
             # tie to this device
             images = (images * self.scale + self.bias).permute(0, 3, 1, 2)
         return self.network(images)

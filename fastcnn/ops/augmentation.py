@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.ops.loading import define, ready, schemas
-from fastcnn.ops.reference_augment import FLIPS, require_flip
+from fastcnn.ops.reference.augmentation import FLIPS, require_flip
 
 _ops = torch.ops.fastcnn
 

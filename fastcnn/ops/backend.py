@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastcnn import ops
 from fastcnn.errors import BuildError, FastcnnError
-from fastcnn.ops import build, plans, reference
+from fastcnn.ops import plans, reference
+from fastcnn.ops.native import build
 
 Backend = Literal["auto", "fused", "torch"]
 BACKENDS: tuple[Backend, ...] = ("auto", "fused", "torch")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastcnn.ops import conv_composites, norm_act, plans
 from fastcnn.ops.conv_library import POOL, Pads, Pending, result_shape
-from fastcnn.ops.library import pending_channels
 from fastcnn.ops.loading import product_dtype, ready
+from fastcnn.ops.native.library import pending_channels
 from fastcnn.ops.plans import Kind, Plan
 from fastcnn.ops.reference import product, require_no_residual, require_same_shape
 from fastcnn.ops.tracing import parameter_dtype

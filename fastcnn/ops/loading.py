@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn.ops import build
+from fastcnn.ops.native import build
 
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float64),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastcnn.ops import tracing
 from fastcnn.ops.loading import define, schemas
-from fastcnn.ops.reference_across import require_more_than_one_of_all
+from fastcnn.ops.reference.norm_across import require_more_than_one_of_all
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastcnn.ops import reference, reference_augment
+from fastcnn.ops import reference
+from fastcnn.ops.reference import augmentation as reference_augment
 
 EPS, MOMENTUM = 1e-5, 0.1
 GUARD = 64  # bytes before and after every buffer

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from fastcnn.ops import toolchain
+from fastcnn.ops.native import toolchain
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"

@@ -16,8 +16,8 @@ from fastcnn.data.draws import Shuffle
 from fastcnn.data.loaders.base import Batch, Loader
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.upload import upload
-from fastcnn.ops import reference_augment
 from fastcnn.ops.backend import ops_for
+from fastcnn.ops.reference import augmentation as reference_augment
 
 OFF = AugmentConfig(crop_padding=0, flip="none")
 

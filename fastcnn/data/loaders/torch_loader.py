@@ -26,7 +26,7 @@ from fastcnn.data.normalize import Normalization
 from fastcnn.data.store import Images
 from fastcnn.data.upload import resident
 from fastcnn.errors import DataError, UsageError
-from fastcnn.ops.reference_augment import normalize
+from fastcnn.ops.reference.augmentation import normalize
 from fastcnn.text import first_line, last_line
 
 POLL_S = 2  # between two looks at whether the workers are alive

@@ -24,9 +24,10 @@ from fastcnn.archs.spec import Conv, Linear, Network, Pool
 from fastcnn.cache import LeftBehind, cache_dir, locked
 from fastcnn.config import Config, RunConfig
 from fastcnn.errors import DataError
-from fastcnn.ops import load, plan_cache
+from fastcnn.ops import load
 from fastcnn.ops.backend import choose_backend, choose_convolution
-from fastcnn.ops.toolchain import cpu_name
+from fastcnn.ops.native.toolchain import cpu_name
+from fastcnn.ops.plans import plan_cache
 from fastcnn.train.numerics.half import half_network
 from fastcnn.train.numerics.precision import NO_BF16, cpu_computes_in
 from fastcnn.train.ranks import Ranks

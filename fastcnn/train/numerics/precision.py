@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from fastcnn.errors import UsageError
-from fastcnn.ops.gpu_archs import archs_of_torch, name_of, runs_on
+from fastcnn.ops.native.gpu_archs import archs_of_torch, name_of, runs_on
 
 NO_BF16 = "--amp: this CPU has no bf16 instructions; training runs in fp32"
 NO_FP16 = NO_BF16.replace("bf16", "fp16")

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastcnn.ops.reference_across import batch_norm_across
-from fastcnn.ops.reference_augment import augment
-from fastcnn.ops.reference_update import adam_, find_nonfinite_, sgd_
+from fastcnn.ops.reference.augmentation import augment
+from fastcnn.ops.reference.norm_across import batch_norm_across
+from fastcnn.ops.reference.optimizers import adam_, find_nonfinite_, sgd_
 
 __all__ = [
     "adam_",

@@ -34,9 +34,9 @@ import torch
 from fastcnn.cache import cache_dir
 from fastcnn.errors import BuildError, DataError, FastcnnError, UsageError
 from fastcnn.files import load_json
-from fastcnn.ops import library, toolchain
-from fastcnn.ops.compile import CANNOT, Make, making, publish, temporary
-from fastcnn.ops.gpu_archs import (
+from fastcnn.ops.native import library, toolchain
+from fastcnn.ops.native.compile import CANNOT, Make, making, publish, temporary
+from fastcnn.ops.native.gpu_archs import (
     ALL,
     capability_of,
     check_gpu_code,

@@ -24,7 +24,7 @@ from types import TracebackType
 
 from fastcnn.cache import LeftBehind, locked
 from fastcnn.errors import BuildError
-from fastcnn.ops import toolchain
+from fastcnn.ops.native import toolchain
 from fastcnn.signals import StopRequests
 
 log = logging.getLogger(__name__)

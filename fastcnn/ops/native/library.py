@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from fastcnn.errors import BuildError
-from fastcnn.ops import toolchain
-from fastcnn.ops.compile import Step
-from fastcnn.ops.gpu_archs import gencode_flags
+from fastcnn.ops.native import toolchain
+from fastcnn.ops.native.compile import Step
+from fastcnn.ops.native.gpu_archs import gencode_flags
 
 FORMAT = 1  # of a key and a stamp
 LIBRARY = "libfastcnn_ops.so"
@@ -34,7 +34,7 @@ NVCC_FLAGS = [
 ]
 MODULE_FLAGS = ["-fvisibility=hidden", "-Wl,-rpath,$ORIGIN"]
 CUDA_DEFINES = ["-DFASTCNN_CUDA", "-DUSE_CUDA"]
-PACKAGE = Path(__file__).parent.parent
+PACKAGE = Path(__file__).parents[2]
 
 
 def source_dir() -> Path:

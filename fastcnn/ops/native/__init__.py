@@ -1,0 +1,1 @@
+"""Building the native library: its sources, compilers, architectures and key."""
