@@ -33,7 +33,8 @@ import torch
 from report import Report, option, switched_on
 
 from fastcnn import ops
-from fastcnn.bench.cases import (
+from fastcnn.bench.environment import environment
+from fastcnn.bench.kernels.cases import (
     Case,
     backward_bytes,
     distinct_cases,
@@ -43,9 +44,8 @@ from fastcnn.bench.cases import (
     largest_of_each_kind,
     make_inputs,
 )
-from fastcnn.bench.environment import environment
+from fastcnn.bench.kernels.interleaved import WARMUP_ROUNDS, Function, Turns, check
 from fastcnn.bench.timing import Time, copy_bandwidth, ratios, spread
-from fastcnn.bench.turns import WARMUP_ROUNDS, Function, Turns, check
 from fastcnn.ops import reference
 from fastcnn.train import host
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastcnn.bench.conv_layers import PLAIN
+from fastcnn.bench.kernels.conv_layers import PLAIN
 from fastcnn.bench.options import RIVALS
 from fastcnn.bench.steps import NO_TIME
 from fastcnn.bench.throughput import ONE

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from fastcnn.archs import get_network
-from fastcnn.bench import accuracy, data_rate, layers, plot, run, table, throughput
+from fastcnn.bench import accuracy, data_rate, plot, run, table, throughput
 from fastcnn.bench import options as bench_options
-from fastcnn.bench.cases import layers_of
+from fastcnn.bench.kernels import layers
+from fastcnn.bench.kernels.cases import layers_of
 from fastcnn.bench.options import settings_of
-from fastcnn.bench.variants import Task
+from fastcnn.bench.rivals.variants import Task
 from fastcnn.bench.worker import Worker
 from fastcnn.cli import main, parse
 from fastcnn.data.choose import has_dali

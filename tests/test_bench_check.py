@@ -7,9 +7,10 @@ import pytest
 import torch
 from graph_twin import CpuTwin
 
-from fastcnn.bench import check, judge, ours, rivals, steps, variants
+from fastcnn.bench import steps
+from fastcnn.bench.rivals import baselines, check, correctness, fastcnn_step, variants
+from fastcnn.bench.rivals.variants import Task, Workbench
 from fastcnn.bench.steps import Steps
-from fastcnn.bench.variants import Task, Workbench
 from fastcnn.train import step
 
 TASK = Task("murgolo-improved", 8, "resident", ("eager", "fused"), images=24)
@@ -67,7 +68,7 @@ PLANTED = {
 def test_a_wrong_step_is_seen(bench, monkeypatch, planted):
     what, value, says = PLANTED[planted]
     if what == "loader":
-        right = ours.loader_of
+        right = fastcnn_step.loader_of
 
         def wrong_loader(*arguments):
             loader = right(*arguments)
@@ -76,8 +77,10 @@ def test_a_wrong_step_is_seen(bench, monkeypatch, planted):
 
         monkeypatch.setattr(variants, "loader_of", wrong_loader)
     else:
-        config = ours.OptimConfig
-        monkeypatch.setattr(ours, "OptimConfig", lambda **given: config(**given | {what: value}))
+        config = fastcnn_step.OptimConfig
+        monkeypatch.setattr(
+            fastcnn_step, "OptimConfig", lambda **given: config(**given | {what: value})
+        )
     assert says in why_wrong(bench)
 
 
@@ -98,7 +101,7 @@ def test_an_eager_that_errs_judges_nobody(bench, monkeypatch):
 
 @pytest.mark.full
 def test_wrong_variants_are_named_and_not_timed(library, monkeypatch):
-    class Broken(rivals.RivalStep):
+    class Broken(baselines.RivalStep):
         def __call__(self, images, labels):
             super().__call__(images, labels)
             raise RuntimeError("of this\nkind")
@@ -111,8 +114,8 @@ def test_wrong_variants_are_named_and_not_timed(library, monkeypatch):
 
     right = Workbench.variant
     monkeypatch.setattr(Workbench, "variant", variant)
-    config = ours.OptimConfig
-    monkeypatch.setattr(ours, "OptimConfig", lambda **given: config(**given | {"lr": 0.02}))
+    config = fastcnn_step.OptimConfig
+    monkeypatch.setattr(fastcnn_step, "OptimConfig", lambda **given: config(**given | {"lr": 0.02}))
     found = Steps(Task("cnn-a", 8, "resident", ("eager", "eager-fp32", "fused"), images=24))
     assert found.variants == ["eager"]
     assert found.wrong["eager-fp32"] == "RuntimeError: of this kind"
@@ -152,7 +155,7 @@ def images(count=12, size=8):
 
 def test_the_rivals_images_without_augmentation():
     pixels, labels, mean, std = images()
-    batches = iter(rivals.ResidentImages(pixels, labels, mean, std, 5, torch.float64, False))
+    batches = iter(baselines.ResidentImages(pixels, labels, mean, std, 5, torch.float64, False))
     (x, y), (_, second), (again, third) = (next(batches) for _ in range(3))
     want = (pixels[:5].double() / 255 - mean) / std
     torch.testing.assert_close(x, want.permute(0, 3, 1, 2), atol=1e-5, rtol=0)
@@ -166,7 +169,7 @@ def test_the_rivals_images_without_augmentation():
 def test_the_rivals_crop_and_flip_are_those_of_padding():
     torch.manual_seed(0)
     pixels, labels, mean, std = images()
-    loader = rivals.ResidentImages(pixels, labels, mean, std, 12, torch.float32, True)
+    loader = baselines.ResidentImages(pixels, labels, mean, std, 12, torch.float32, True)
     offsets = torch.tensor([[0, 4, -4], [0, -4, 3]]).unsqueeze(2)
     flips = torch.tensor([[False], [False], [True]])
     chosen = torch.tensor([3, 7, 9])
@@ -193,7 +196,7 @@ def test_augmented_variants_train_on_other_images(bench):
 
 
 def test_our_steps_go_on_over_epochs(bench):
-    step = ours.OurStep(
+    step = fastcnn_step.OurStep(
         bench.model("fused"),
         variants.RECIPE,
         variants.Precision(),
@@ -210,12 +213,12 @@ def test_our_steps_go_on_over_epochs(bench):
 def test_errors_of_small_changes_count_as_rounding():
     truth = {"a": torch.tensor([1e-9]).double(), "b": torch.tensor([1.0]).double()}
     results = {"a": torch.tensor([3e-9]), "b": torch.tensor([1.1])}
-    found = judge.errors_of(results, truth, 0.01)
+    found = correctness.errors_of(results, truth, 0.01)
     assert found["a"] < 1e-6
     assert found["b"] == pytest.approx(0.1)
     slack = {"a": 0.0, "b": 0.2}
     errors = {"eager": dict.fromkeys("ab", 0.0), "fused": found}
-    assert "a errs by" in judge.wrong_ones(errors, slack)["fused"]
+    assert "a errs by" in correctness.wrong_ones(errors, slack)["fused"]
 
 
 def test_launches_by_the_host_and_kernels_on_the_device_are_counted_apart(monkeypatch):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fastcnn.archs import get_network
-from fastcnn.bench import conv_layers, layers, table
-from fastcnn.bench.conv_layers import met_layers, rows_of_convolutions
+from fastcnn.bench import table
+from fastcnn.bench.kernels import conv_layers, layers
+from fastcnn.bench.kernels.conv_layers import met_layers, rows_of_convolutions
 from fastcnn.ops import plans
 from fastcnn.ops.plans import Decision, Plan
 from fastcnn.ops.plans import measurement as plan_measure

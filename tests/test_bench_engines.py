@@ -8,12 +8,13 @@ import torch
 from test_bench import command, content_of
 from torch import nn
 
-from fastcnn.bench import engines, plot, table, throughput
+from fastcnn.bench import plot, table, throughput
 from fastcnn.bench.inference import InferenceBench, LogitsCheck
 from fastcnn.bench.options import CPU_BACKENDS, ENGINES, settings_of
+from fastcnn.bench.rivals import engines
+from fastcnn.bench.rivals.variants import Task
 from fastcnn.bench.run import Run
 from fastcnn.bench.steps import Steps
-from fastcnn.bench.variants import Task
 from fastcnn.errors import FastcnnError
 from fastcnn.export import onnx_file
 

@@ -14,12 +14,13 @@ from fastcnn.archs import NETWORKS
 from fastcnn.archs.fold import Folded
 from fastcnn.archs.layers import ConvNormAct, LinearNormAct, ResidualBlock
 from fastcnn.archs.plain import plain
-from fastcnn.bench import inference, plot, rivals, table, throughput
+from fastcnn.bench import inference, plot, table, throughput
 from fastcnn.bench.inference import Forward, InferenceBench, LogitsCheck
 from fastcnn.bench.options import settings_of
+from fastcnn.bench.rivals import baselines
+from fastcnn.bench.rivals.variants import Task
 from fastcnn.bench.run import Run
 from fastcnn.bench.steps import Steps
-from fastcnn.bench.variants import Task
 from fastcnn.errors import UsageError
 from fastcnn.train.graph import WARM_UP, Replay
 
@@ -54,12 +55,12 @@ def test_the_plain_network_is_the_same_function_in_torchs_modules(name):
 
 
 def test_weights_of_products_are_rounded_once():
-    rival = rivals.cast_products(plain(model_of("vgg11")), torch.bfloat16)
+    rival = baselines.cast_products(plain(model_of("vgg11")), torch.bfloat16)
     for module in rival.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d | nn.BatchNorm1d):
             norm = isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d)
             assert module.weight.dtype is (torch.float32 if norm else torch.bfloat16)
-    assert rivals.cast_products(rival, None) is rival
+    assert baselines.cast_products(rival, None) is rival
 
 
 # what is compared

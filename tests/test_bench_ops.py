@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from fastcnn.archs import NETWORKS, get_network
-from fastcnn.bench import cases as layer_cases
-from fastcnn.bench import judge, timing, turns
-from fastcnn.bench.cases import Case, backward_bytes, calls_of, forward_bytes
+from fastcnn.bench import timing
+from fastcnn.bench.kernels import cases as layer_cases
+from fastcnn.bench.kernels import interleaved
+from fastcnn.bench.kernels.cases import Case, backward_bytes, calls_of, forward_bytes
+from fastcnn.bench.rivals import correctness
 from fastcnn.ops import reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -141,7 +143,7 @@ def test_a_wrong_variant_is_not_timed():
         raise RuntimeError("no compiler")
 
     variants = {"fused": right, "eager": right, "a": wrong, "b": nan, "c": broken}
-    found = turns.check(POOLED, variants, torch.float32, CPU)
+    found = interleaved.check(POOLED, variants, torch.float32, CPU)
     assert found.keys() == {"a", "b", "c"}
     assert found["c"] == "RuntimeError: no compiler"
     assert "errs by nan" in found["b"]
@@ -149,14 +151,14 @@ def test_a_wrong_variant_is_not_timed():
 
 def test_errors_beyond_twice_eagers_are_wrong():
     errors = {"eager": {"y": 1e-3}, "fused": {"y": 2e-3}, "compile": {"y": 2.2e-3}}
-    assert judge.wrong_ones(errors, 1e-4).keys() == {"compile"}
-    assert judge.wrong_ones({"eager": {"y": 0.2}}, 1e-4).keys() == {"eager"}
+    assert correctness.wrong_ones(errors, 1e-4).keys() == {"compile"}
+    assert correctness.wrong_ones({"eager": {"y": 0.2}}, 1e-4).keys() == {"eager"}
 
 
 def test_checks_leave_the_running_statistics_of_the_inputs():
     inputs = layer_cases.make_inputs(CONV, torch.float32, CPU, 0)
     before = inputs.tensors["running_mean"].clone()
-    results = turns.results_of(layer_cases.function_of(CONV, reference), inputs)
+    results = interleaved.results_of(layer_cases.function_of(CONV, reference), inputs)
     assert torch.equal(inputs.tensors["running_mean"], before)
     assert not torch.equal(results["running_mean"], before)
     assert results.keys() == {"y", "dx", "dweight", "dbias", "running_mean", "running_var"}
@@ -174,7 +176,7 @@ def test_sets_are_larger_than_the_cache_and_calls_few_enough():
 
 
 def test_variants_take_turns_over_all_sets(monkeypatch):
-    monkeypatch.setattr(turns, "sets_and_calls", lambda *_: (3, 2))
+    monkeypatch.setattr(interleaved, "sets_and_calls", lambda *_: (3, 2))
     seen = []
 
     def noting(name):
@@ -184,7 +186,7 @@ def test_variants_take_turns_over_all_sets(monkeypatch):
 
         return function
 
-    both = turns.Turns(CONV, {"a": noting("a"), "b": noting("b")}, torch.float32, CPU)
+    both = interleaved.Turns(CONV, {"a": noting("a"), "b": noting("b")}, torch.float32, CPU)
     both()
     both()
     assert [name for name, _ in seen] == ["a", "a", "b", "b"] * 2

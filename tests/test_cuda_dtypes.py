@@ -15,8 +15,8 @@ from fastcnn.archs.elementary import Elementary
 from fastcnn.archs.fold import fold
 from fastcnn.archs.plain import plain
 from fastcnn.archs.spec import layer_table
-from fastcnn.bench.check import Check
-from fastcnn.bench.variants import Task, Workbench
+from fastcnn.bench.rivals.check import Check
+from fastcnn.bench.rivals.variants import Task, Workbench
 from fastcnn.config import OptimConfig
 from fastcnn.export.check import _comparison
 from fastcnn.export.network import Exported

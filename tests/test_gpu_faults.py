@@ -9,9 +9,9 @@ import torch
 from fake_cuda import FakeCuda
 from test_plan_measure import layer_of
 
-from fastcnn.bench import conv_layers, turns
-from fastcnn.bench.cases import Case
 from fastcnn.bench.data_rate import Rates
+from fastcnn.bench.kernels import conv_layers, interleaved
+from fastcnn.bench.kernels.cases import Case
 from fastcnn.bench.steps import Steps
 from fastcnn.errors import CheckpointError
 from fastcnn.ops.gpu_faults import GpuError, require_alive
@@ -57,10 +57,12 @@ def viewed():
 
 def checked(monkeypatch):
     inputs = SimpleNamespace(to=lambda dtype: None)
-    monkeypatch.setattr(turns, "make_inputs", lambda *_: inputs)
-    monkeypatch.setattr(turns, "results_of", lambda function, inputs: function and function())
-    monkeypatch.setattr(turns, "function_of", lambda *_: None)
-    return turns.check(Case("bn_act", (1, 1, 1, 1)), {"ours": failing}, torch.float32, GPU)["ours"]
+    monkeypatch.setattr(interleaved, "make_inputs", lambda *_: inputs)
+    monkeypatch.setattr(interleaved, "results_of", lambda function, inputs: function and function())
+    monkeypatch.setattr(interleaved, "function_of", lambda *_: None)
+    return interleaved.check(Case("bn_act", (1, 1, 1, 1)), {"ours": failing}, torch.float32, GPU)[
+        "ours"
+    ]
 
 
 def prepared(monkeypatch):

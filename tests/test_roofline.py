@@ -4,7 +4,7 @@ import pytest
 
 from fastcnn.archs import NETWORKS, get_network
 from fastcnn.archs.spec import parameters, train_flop
-from fastcnn.bench.roofline import COLUMNS, roofline
+from fastcnn.bench.kernels.roofline import COLUMNS, roofline
 
 BANDWIDTH, RATE, BATCH, BF16 = 4.3e12, 790e12, 1024, 2  # one H200
 

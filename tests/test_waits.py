@@ -28,7 +28,7 @@ REASONS = {
     ("fastcnn/data/examine.py", "result"): FILES,
     ("fastcnn/data/loaders/dali_sources.py", "result"): FILES,
     ("fastcnn/data/loaders/dali_sources.py", "shutdown"): FILES,
-    ("fastcnn/bench/check.py", "result"): "a computation, no wait",
+    ("fastcnn/bench/rivals/check.py", "result"): "a computation, no wait",
     ("fastcnn/bench/inference.py", "result"): "a computation, no wait",
     ("fastcnn/bench/worker.py", "communicate"): "of a process that was killed",
 }

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from fastcnn.bench.rivals.variants import HALVES, Task, Workbench
 from fastcnn.bench.timing import ratios, spread
-from fastcnn.bench.variants import HALVES, Task, Workbench
 from fastcnn.ops.gpu_faults import require_alive
 from fastcnn.train import graph
 

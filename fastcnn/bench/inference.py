@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from fastcnn.archs.fold import Folded
 from fastcnn.archs.plain import plain
-from fastcnn.bench import engines, judge
-from fastcnn.bench.check import FIRST_LOSS_SLACK, verdict
 from fastcnn.bench.options import ENGINES
-from fastcnn.bench.rivals import cast_products, compiled
+from fastcnn.bench.rivals import correctness, engines
+from fastcnn.bench.rivals.baselines import cast_products, compiled
+from fastcnn.bench.rivals.check import FIRST_LOSS_SLACK, verdict
+from fastcnn.bench.rivals.variants import MODES, OURS, Task, Variant, Workbench
 from fastcnn.bench.timing import cache_bytes, sets_and_calls
-from fastcnn.bench.variants import MODES, OURS, Task, Variant, Workbench
 from fastcnn.train.graph import WARM_UP, Replay, recorder_for
 
 CHECKED = 2  # passes: a graph is captured in the first, and the second replays it on other images
@@ -41,7 +41,7 @@ class InferenceBench(Workbench):
             for ending, draw in DRAWN.items():
                 if name.endswith(ending):
                     draw(tensor, generator)
-        backends = (judge.EAGER, *task.backends)  # by eager all are judged
+        backends = (correctness.EAGER, *task.backends)  # by eager all are judged
         dtypes = {self.half(backend) or torch.float32 for backend in backends}
         batch_bytes = task.batch * 3 * self.size**2 * min(dtype.itemsize for dtype in dtypes)
         wanted, _ = sets_and_calls(batch_bytes, self.device.type, cache_bytes(self.device))
@@ -105,7 +105,7 @@ class LogitsCheck:
     def __init__(self, bench: InferenceBench):
         self.half = bench.task.half
         self.truth = true_logits(bench)
-        self.eager = self.errors(self.run(bench.variant(judge.EAGER, augment=False)))
+        self.eager = self.errors(self.run(bench.variant(correctness.EAGER, augment=False)))
 
     def run(
         self, variant: Variant, after_first: Callable[[], None] | None = None
@@ -121,18 +121,18 @@ class LogitsCheck:
         return dict(zip(self.truth, found, strict=True))
 
     def errors(self, logits: dict[str, Tensor]) -> dict[str, float]:
-        return judge.errors_of(logits, self.truth)
+        return correctness.errors_of(logits, self.truth)
 
     def why_wrong(self, backend: str, variant: Variant, logits: dict[str, Tensor]) -> str:
         """What is wrong with a variant that has made its passes; "" if nothing is."""
-        errors = {judge.EAGER: self.eager, backend: self.errors(logits)}
-        return verdict(backend, variant, errors, FIRST_LOSS_SLACK[self.half], judge.MOST)
+        errors = {correctness.EAGER: self.eager, backend: self.errors(logits)}
+        return verdict(backend, variant, errors, FIRST_LOSS_SLACK[self.half], correctness.MOST)
 
 
 @torch.no_grad()
 def true_logits(bench: InferenceBench) -> dict[str, Tensor]:
     """The logits of the passes that are checked, by plain torch in fp64."""
-    model = plain(bench.model(judge.EAGER)).double()
+    model = plain(bench.model(correctness.EAGER)).double()
     passes = range(WARM_UP, WARM_UP + CHECKED)
     sets = bench.first_sets(min(bench.count, passes.stop), torch.float64)
     return {f"logits of pass {i + 1}": model(sets[i % bench.count]) for i in passes}

@@ -14,18 +14,11 @@ import torch
 
 from fastcnn import ops
 from fastcnn.archs import get_network
-from fastcnn.bench import noise
 from fastcnn.bench.environment import environment
-from fastcnn.bench.options import (
-    BATCHES,
-    CPU_BACKENDS,
-    CUDA_BACKENDS,
-    ENGINES,
-    LOADERS,
-    Settings,
-)
+from fastcnn.bench.options import BATCHES, CPU_BACKENDS, CUDA_BACKENDS, ENGINES, LOADERS, Settings
+from fastcnn.bench.rivals import noise
+from fastcnn.bench.rivals.variants import HALVES, Task
 from fastcnn.bench.timing import copy_bandwidth, matmul_rate
-from fastcnn.bench.variants import HALVES, Task
 from fastcnn.errors import UsageError
 from fastcnn.ops import plans
 from fastcnn.ops.backend import choose_backend, choose_convolution
@@ -127,7 +120,7 @@ class Run:
     def _engines_missing(self, named: tuple[str, ...]) -> dict[str, str]:
         """The engines among these that cannot be measured, and why; the file tells them, and the
         versions of the others."""
-        from fastcnn.bench.engines import versions_of, why_not
+        from fastcnn.bench.rivals.engines import versions_of, why_not
 
         wanted = tuple(b for b in named if b in ENGINES)
         found = {name: why_not(name, self.device, self.precision.dtype) for name in wanted}
@@ -222,8 +215,8 @@ def compare(run: Run, mode: str, limits: dict[str, float]) -> None:
 
 def layers(run: Run) -> None:
     """Each layer's parts."""
-    from fastcnn.bench.conv_layers import RIVALS
-    from fastcnn.bench.layers import rows_of_network
+    from fastcnn.bench.kernels.conv_layers import RIVALS
+    from fastcnn.bench.kernels.layers import rows_of_network
 
     run.set(mode="layers", rounds=run.options.rounds, rows=[], left_out=[])
     limits, dtype = run.limits(), run.precision.dtype or torch.float32

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from fastcnn.bench import judge
-from fastcnn.bench.cases import kept_bytes
-from fastcnn.bench.check import Check
 from fastcnn.bench.inference import InferenceBench, LogitsCheck
-from fastcnn.bench.variants import Task, Variant, Workbench, release
+from fastcnn.bench.kernels.cases import kept_bytes
+from fastcnn.bench.rivals import correctness
+from fastcnn.bench.rivals.check import Check
+from fastcnn.bench.rivals.variants import Task, Variant, Workbench, release
 from fastcnn.errors import FastcnnError
 from fastcnn.ops.gpu_faults import require_alive
 
@@ -52,7 +52,7 @@ class Steps:
             self._check = make_check(self.bench) if task.check else None
         except Exception as error:
             require_alive(self.device, error, "the check of the variants")
-            why = f"the check of the variants failed: {judge.reason_of(error)}"
+            why = f"the check of the variants failed: {correctness.reason_of(error)}"
             self.wrong = dict.fromkeys(task.backends, why)
         release(self.device)
         for backend in task.backends:
@@ -72,7 +72,7 @@ class Steps:
             variant, facts = self._prepared(backend)
         except Exception as error:  # too little memory, a compiler's fault: the others go on
             require_alive(self.device, error, backend)
-            self.wrong[backend] = judge.reason_of(error)
+            self.wrong[backend] = correctness.reason_of(error)
             release(self.device)
         else:
             self._variants[backend], self.facts[backend] = variant, facts

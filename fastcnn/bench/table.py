@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from fastcnn.bench.kernels.roofline import FLOOR
 from fastcnn.bench.options import RIVALS
-from fastcnn.bench.roofline import FLOOR
 from fastcnn.bench.throughput import ONE, PAIRS
 
 Content = dict[str, Any]

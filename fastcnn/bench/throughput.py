@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from fastcnn.archs import get_network
+from fastcnn.bench.kernels.roofline import COLUMNS, roofline
 from fastcnn.bench.options import RIVALS
-from fastcnn.bench.roofline import COLUMNS, roofline
+from fastcnn.bench.rivals.variants import HALVES, Task, release
 from fastcnn.bench.steps import Steps
 from fastcnn.bench.timing import ratios, spread
-from fastcnn.bench.variants import HALVES, Task, release
 from fastcnn.bench.worker import Worker
 
 WARM_UP_ROUNDS = 2

@@ -83,8 +83,8 @@ def main(setting: str, task_text: str) -> None:
     import torch
 
     from fastcnn import ops
+    from fastcnn.bench.rivals.variants import Task
     from fastcnn.bench.steps import Steps
-    from fastcnn.bench.variants import Task
 
     task = Task.from_json(task_text)
     if setting == "tuned":

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastcnn.bench.cases import Case, Inputs, function_of, make_inputs
-from fastcnn.bench.judge import EAGER, errors_of, reason_of, wrong_ones
+from fastcnn.bench.kernels.cases import Case, Inputs, function_of, make_inputs
+from fastcnn.bench.rivals.correctness import EAGER, errors_of, reason_of, wrong_ones
 from fastcnn.bench.timing import Phases, Time, cache_bytes, sets_and_calls
 from fastcnn.ops import reference
 from fastcnn.ops.gpu_faults import require_alive

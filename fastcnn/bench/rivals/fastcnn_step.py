@@ -6,7 +6,7 @@ import math
 import torch
 from torch import nn
 
-from fastcnn.bench.rivals import PADDING, Recipe
+from fastcnn.bench.rivals.baselines import PADDING, Recipe
 from fastcnn.config import AugmentConfig, DataConfig, OptimConfig
 from fastcnn.data import Images, Loader, Normalization, make_loader
 from fastcnn.train.graph import GraphMode

@@ -33,7 +33,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from fastcnn.archs.spec import Network, parameters
-from fastcnn.bench.cases import Layer, layers_of
+from fastcnn.bench.kernels.cases import Layer, layers_of
 
 COLUMNS = ("eager", "K1-K3", "K4", "K5")
 FLOOR = "K5"  # the column whose share is told: the least that is thought possible

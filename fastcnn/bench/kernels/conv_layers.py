@@ -30,9 +30,9 @@ from torch.nn import functional as F
 from fastcnn.archs.build import build
 from fastcnn.archs.layers import ConvNormAct
 from fastcnn.archs.spec import Network
-from fastcnn.bench.judge import reason_of
+from fastcnn.bench.kernels.interleaved import WARMUP_ROUNDS
+from fastcnn.bench.rivals.correctness import reason_of
 from fastcnn.bench.timing import Phases, sets_and_calls
-from fastcnn.bench.turns import WARMUP_ROUNDS
 from fastcnn.ops import plans
 from fastcnn.ops.conv_library import POOL
 from fastcnn.ops.gpu_faults import require_alive

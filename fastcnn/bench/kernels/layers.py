@@ -17,10 +17,10 @@ from torch import Tensor
 
 from fastcnn import ops
 from fastcnn.archs import get_network
-from fastcnn.bench.cases import Layer, backward_bytes, forward_bytes, function_of, layers_of
-from fastcnn.bench.conv_layers import RIVALS, rows_of_convolutions
+from fastcnn.bench.kernels.cases import Layer, backward_bytes, forward_bytes, function_of, layers_of
+from fastcnn.bench.kernels.conv_layers import RIVALS, rows_of_convolutions
+from fastcnn.bench.kernels.interleaved import WARMUP_ROUNDS, Turns, check
 from fastcnn.bench.timing import Phases, Time, cache_bytes, ratios, sets_and_calls, spread
-from fastcnn.bench.turns import WARMUP_ROUNDS, Turns, check
 from fastcnn.ops import plans, reference
 
 Row = dict[str, Any]

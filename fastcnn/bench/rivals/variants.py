@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from fastcnn.archs import get_network
 from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
-from fastcnn.bench import noise
-from fastcnn.bench.ours import OurStep, loader_of
-from fastcnn.bench.rivals import Batch, Recipe, ResidentImages, RivalStep
+from fastcnn.bench.rivals import noise
+from fastcnn.bench.rivals.baselines import Batch, Recipe, ResidentImages, RivalStep
+from fastcnn.bench.rivals.fastcnn_step import OurStep, loader_of
 from fastcnn.config import DataConfig
 from fastcnn.data import Images, Loader, Normalization
 from fastcnn.train.graph import WARM_UP

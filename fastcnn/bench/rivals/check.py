@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastcnn.bench import judge
-from fastcnn.bench.variants import RECIPE, Variant, Workbench
+from fastcnn.bench.rivals import correctness
+from fastcnn.bench.rivals.variants import RECIPE, Variant, Workbench
 
 STEPS = 2
 # mean error over mean value that a variant may have beyond twice eager's: roundings, and a few
@@ -36,7 +36,7 @@ class Check:
         self.truth = true_changes(bench)
         means = [t.abs().mean() for t in self.truth.values() if t.dim()]
         self.small = SMALL_CHANGE * torch.stack(means).median().item()
-        eager = bench.variant(judge.EAGER, augment=False)
+        eager = bench.variant(correctness.EAGER, augment=False)
         self.eager = self.errors(eager, self.run(eager))
 
     def run(self, variant: Variant, after_first: Callable[[], None] | None = None) -> list[float]:
@@ -51,13 +51,15 @@ class Check:
 
     def errors(self, variant: Variant, losses: list[float]) -> dict[str, float]:
         """The variant's errors after its steps, by tensor."""
-        return judge.errors_of(changes(self.bench, variant.model, losses), self.truth, self.small)
+        return correctness.errors_of(
+            changes(self.bench, variant.model, losses), self.truth, self.small
+        )
 
     def why_wrong(self, backend: str, variant: Variant, losses: list[float]) -> str:
         """What is wrong with a variant that has made its steps; "" if nothing is."""
         slack = dict.fromkeys(self.truth, SLACK[self.half])
         slack[FIRST_LOSS] = FIRST_LOSS_SLACK[self.half]
-        errors = {judge.EAGER: self.eager, backend: self.errors(variant, losses)}
+        errors = {correctness.EAGER: self.eager, backend: self.errors(variant, losses)}
         return verdict(backend, variant, errors, slack, MOST[self.half])
 
 
@@ -68,12 +70,12 @@ def verdict(
     slack: float | dict[str, float],
     most: float,
 ) -> str:
-    """What is wrong with a variant, by its errors beside eager's (see judge.wrong_ones), or ""."""
+    """What is wrong with a variant, by its errors beside eager's (`correctness.wrong_ones`)."""
     if variant.graphs and not variant.graphs():
         return "none of the steps that were checked was a graph"
-    wrong = judge.wrong_ones(errors, slack, most)
-    if judge.EAGER in wrong:
-        return f"eager, by which it is judged: {wrong[judge.EAGER]}"
+    wrong = correctness.wrong_ones(errors, slack, most)
+    if correctness.EAGER in wrong:
+        return f"eager, by which it is judged: {wrong[correctness.EAGER]}"
     return wrong.get(backend, "")
 
 
@@ -86,7 +88,7 @@ def changes(bench: Workbench, model: nn.Module, losses: list[float]) -> dict[str
 
 def true_changes(bench: Workbench) -> dict[str, Tensor]:
     """The same steps in fp64, by plain torch: SGD with Nesterov momentum as in torch.optim.SGD."""
-    model = bench.model(judge.EAGER).double()
+    model = bench.model(correctness.EAGER).double()
     parameters = list(model.parameters())
     momenta = [torch.zeros_like(p) for p in parameters]
     batches, losses = bench.resident_batches(torch.float64, augment=False), []

@@ -1,0 +1,1 @@
+"""Single ops and layers against others, and against the roofline."""
