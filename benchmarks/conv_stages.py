@@ -37,7 +37,7 @@ MOST_NAMED = 5
 
 def test_files(repository: Path) -> list[str]:
     """The convolution's tests, from the repository's root."""
-    found = (path for pattern in TEST_FILES for path in (repository / "tests").glob(pattern))
+    found = (path for pattern in TEST_FILES for path in (repository / "tests").rglob(pattern))
     return sorted(str(path.relative_to(repository)) for path in found)
 
 

@@ -10,7 +10,10 @@ tests judge precision.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.extend(
+    str(Path(__file__).parents[1].resolve() / "tests" / folder)
+    for folder in ("", "ops", "ops/conv")
+)
 import conv_cases
 import torch
 from conv_cases import ConvCase

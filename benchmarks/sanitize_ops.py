@@ -11,7 +11,10 @@ import itertools
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.extend(
+    str(Path(__file__).parents[1].resolve() / "tests" / folder)
+    for folder in ("", "ops", "ops/update")
+)
 import augment_cases
 import nonfinite_cases
 import torch

@@ -16,7 +16,7 @@ from fastcnn.train.checkpoints.trained import TrainedModel
 
 # Of the largest logit. Both sides compute in fp32: folding rounds a weight once more (6e-8), and
 # sums of up to 4,608 products in another order err by about √4608 · 6e-8 = 4e-6 a layer, less where
-# errors cancel; tests/test_export_zoo.py found 2.3e-6 at most (a CPU, onnxruntime 1.31,
+# errors cancel; tests/export/test_export_zoo.py found 2.3e-6 at most (a CPU, onnxruntime 1.31,
 # 2026-11-22). A norm with another eps, the least fault of such a file, is off by more, as a test
 # shows.
 TOLERANCE = 1e-4

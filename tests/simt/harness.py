@@ -107,7 +107,7 @@ def run_apart(path: Path, program: str) -> str:
 
 def run_program(program: str) -> str:
     """Return what a program prints that finds `chain` and `harness`."""
-    head = f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); from simt import chain, harness"
+    head = f"import sys; sys.path[:0] = {sys.path!r}; from simt import chain, harness"
     command = [sys.executable, "-c", f"{head}\n{program}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

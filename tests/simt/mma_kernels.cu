@@ -1,4 +1,4 @@
-// Kernels that show what csrc/cuda/mma.cuh does, for tests/test_simt_mma.py; and that simt.h sees
+// Kernels that show what csrc/cuda/mma.cuh does, for tests/csrc/test_simt_mma.py; and that simt.h sees
 // the errors that are planted in them.
 #include "../../csrc/cuda/mma.cuh"
 #include "mma_kernels.h"

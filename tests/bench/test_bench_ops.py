@@ -19,12 +19,12 @@ from fastcnn.bench.kernels.cases import Case, backward_bytes, calls_of, forward_
 from fastcnn.bench.rivals import correctness
 from fastcnn.ops import reference
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import bench_ops
 import report
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 CONV = Case("bn_act", (2, 4, 6, 6), post_slope=0.0)
 POOLED = dataclasses.replace(CONV, op="bn_act_pool", pool=(2, 2, 0))

@@ -3,7 +3,6 @@ images stay there or are staged; what a CUDA graph relies on; nothing of a file 
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ def test_images_in_memory_are_read_without_a_copy():
 
 def run_child(program, *arguments):
     """Return what a process of its own prints; it finds the tests' modules."""
-    head = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    head = f"import sys; sys.path[:0] = {sys.path!r}\n"
     command = [sys.executable, "-c", head + program, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, (done.returncode, done.stderr)

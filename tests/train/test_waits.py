@@ -13,7 +13,7 @@ from fastcnn.errors import BuildError
 from fastcnn.ops.native import build, compile, library  # noqa: A004 - the module
 from fastcnn.study import children
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WAITING = {"acquire", "communicate", "get", "join", "recv", "result", "shutdown", "wait"}
 STARTING = {"check_call", "check_output", "run"}
 

@@ -1,6 +1,6 @@
 """Registers and spills of the CUDA kernels, as ptxas reports them at the build.
 
-`python tests/test_ptxas.py` builds the library and writes the table in csrc/README.md.
+`python tests/ops/native/test_ptxas.py` builds the library and writes the table in csrc/README.md.
 """
 
 import itertools
@@ -18,7 +18,7 @@ ARCHS = "8.0;9.0+PTX"
 TARGETS = ("sm_80", "sm_90")
 TYPES = {"f": "f32", "6__half": "f16", "13__nv_bfloat16": "bf16"}
 WIDE = {"f32": 4, "f16": 8, "bf16": 8}
-README = Path(__file__).parents[1] / "csrc" / "README.md"
+README = Path(__file__).parents[3] / "csrc" / "README.md"
 # a multiprocessor's 65,536 registers over 256 threads and so many blocks: kResident of walk.cuh,
 # kBackwardResident of backward.cuh
 MOST_FORWARD, MOST_BACKWARD = 65536 // 256 // 3 // 8 * 8, 65536 // 256 // 2

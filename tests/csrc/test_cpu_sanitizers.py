@@ -9,7 +9,7 @@ from fastcnn.ops.native import toolchain
 
 pytestmark = pytest.mark.full
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = ROOT / "csrc" / "cpu"
 FLAGS = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=fast", "-Wno-psabi", "-pthread"]
 FLAGS += ["-fno-math-errno", f"-I{CPU.parent}", f"-I{CPU}"]

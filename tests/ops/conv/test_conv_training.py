@@ -1,6 +1,7 @@
 """Training through the convolution's kernels, compiled for the CPU, against torch's.
 
-`python tests/test_conv_training.py` trains longer and prints accuracies on held-out digits.
+`PYTHONPATH=tests python tests/ops/conv/test_conv_training.py` trains longer and prints accuracies
+on held-out digits.
 """
 
 import contextlib

@@ -27,7 +27,7 @@ from fastcnn.export.network import exported_network
 from fastcnn.train.checkpoints import checkpoint
 from fastcnn.train.checkpoints.trained import load_trained
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 

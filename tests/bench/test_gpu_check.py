@@ -10,24 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import conv_stages
 import gpu_check
 import sanitize_conv
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 COLLECTED = """\
-tests/test_ops.py::test_values[a-cuda]
-tests/test_ops.py::test_values[b-cuda]
-tests/test_cuda.py::test_run
+tests/ops/test_ops.py::test_values[a-cuda]
+tests/ops/test_ops.py::test_values[b-cuda]
+tests/train/step/test_cuda.py::test_run
 ==================================== ERRORS ====================================
-______________________ ERROR collecting tests/test_cli.py ______________________
-tests/test_cli.py:12: in <module>
+______________________ ERROR collecting tests/commands/test_cli.py ______________________
+tests/commands/test_cli.py:12: in <module>
     from fastcnn.cli import main
 E   ModuleNotFoundError: No module named 'jsonargparse'
 =========================== short test summary info ============================
-ERROR tests/test_cli.py
+ERROR tests/commands/test_cli.py
 """
 JUNIT = """<testsuites><testsuite>
 <testcase classname="tests.test_ops" name="a"/>
@@ -116,8 +116,9 @@ def test_without_a_library_nothing_is_timed(check, monkeypatch):
 
 def test_files_that_cannot_be_imported_are_named():
     files, errors = gpu_check.collected(COLLECTED)
-    assert files == ["tests/test_cuda.py", "tests/test_ops.py"]
-    assert errors == {"tests/test_cli.py": "ModuleNotFoundError: No module named 'jsonargparse'"}
+    assert files == ["tests/train/step/test_cuda.py", "tests/ops/test_ops.py"]
+    reason = "ModuleNotFoundError: No module named 'jsonargparse'"
+    assert errors == {"tests/commands/test_cli.py": reason}
 
 
 def test_outcomes_are_counted(tmp_path):
@@ -173,7 +174,8 @@ def test_the_convolution_and_its_build_fit_into_ten_minutes():
 
 def test_the_convolutions_tests_are_found():
     files = conv_stages.test_files(REPOSITORY)
-    assert {"tests/test_plan_measure.py", "tests/test_bench_conv_layers.py"} <= set(files)
+    found = {Path(file).name for file in files}
+    assert {"test_plan_measure.py", "test_bench_conv_layers.py"} <= found
     assert all((REPOSITORY / file).exists() for file in files)
 
 
@@ -480,8 +482,8 @@ def test_the_convolutions_tests_run_in_their_own_stage_alone(check, monkeypatch)
     monkeypatch.setattr(gpu_check, "_tests", lambda check, budget_s, where: asked.append(where))
     gpu_check.tests(check, 1)
     gpu_check.conv_tests(check, 1)
-    assert "--ignore=tests/test_conv_cuda.py" in asked[0]
-    assert "tests/test_conv_cuda.py" in asked[1]
+    assert "--ignore=tests/ops/conv/test_conv_cuda.py" in asked[0]
+    assert "tests/ops/conv/test_conv_cuda.py" in asked[1]
 
 
 def test_the_convolutions_script_for_sanitizers_judges_its_results(library, monkeypatch):

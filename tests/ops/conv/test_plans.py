@@ -19,7 +19,7 @@ from fastcnn.ops.plans import FUSED, VENDOR, Plan, Planner, plan_cache, plan_of
 from fastcnn.ops.plans.measurement import ConvLayer, Measured
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 KEY = {"device": "a GPU", "library": "torch2-9.0-1234", "torch": "2.11.0", "cudnn": 91900}
 LAYER = ConvLayer(
     *(torch.bfloat16, 128, 32, 32, 64, 96, 3, 3, 1, (1, 1, 1, 1)),

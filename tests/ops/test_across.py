@@ -7,7 +7,6 @@ import copy
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import across_cases
 import pytest
@@ -35,8 +34,7 @@ def _library(library):
 def found(library, tmp_path_factory):
     """What the processes have found, by rank."""
     folder = tmp_path_factory.mktemp("across")
-    root = Path(across_cases.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, across_cases.__file__, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]

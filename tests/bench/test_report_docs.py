@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import report_docs
 
@@ -57,7 +57,7 @@ def test_without_a_folder_it_says_what_it_wants(capsys):
     assert "give the folder" in capsys.readouterr().err
 
 
-DOCUMENTS = sorted((Path(__file__).resolve().parent.parent / "docs" / "reports").glob("*.md"))
+DOCUMENTS = sorted((Path(__file__).resolve().parents[2] / "docs" / "reports").glob("*.md"))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)

@@ -26,7 +26,7 @@ from fastcnn.errors import CheckpointError, DataError, UsageError
 from fastcnn.train.interrupt import StopAtStepEdge
 from fastcnn.train.run import evaluate_run
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 TIMES = {"seconds", "images_per_s"}
 OWN = SMALL | {"epochs": 1, "device": "cpu"}
 

@@ -152,7 +152,7 @@ def test_sanitizers_see_a_planted_overrun(sanitized, tmp_path):
 
 PROGRAM = f"""
 import sys
-sys.path.insert(0, {str(harness.HERE.parent)!r})
+sys.path[:0] = {sys.path!r}
 import torch
 from simt.chain import Chain
 from simt.harness import Path, load_module

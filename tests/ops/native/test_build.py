@@ -277,7 +277,7 @@ def test_changed_cuda_sources_or_nvcc_give_another_build(source, toolkit):
 
 def test_every_package_and_every_source_is_installed():
     tomllib = pytest.importorskip("tomllib")
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[3]
     settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {path.parent.relative_to(root) for path in root.glob("fastcnn/**/__init__.py")}
     assert set(settings["packages"]) == {
