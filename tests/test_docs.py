@@ -159,6 +159,15 @@ def test_links_within_the_project_lead_somewhere(page):
             assert (page.parent / link).exists(), link
 
 
+@EVERY_PAGE
+def test_files_that_a_page_names_exist(page):
+    named = re.findall(
+        r"`((?:fastcnn|csrc|tests|benchmarks|docs)/[\w./*-]+)`", page.read_text("utf-8")
+    )
+    for name in named:
+        assert any(ROOT.glob(name.rstrip("/"))), name
+
+
 def test_readme_is_short_and_its_python_is_that_of_the_guide():
     text = (ROOT / "README.md").read_text("utf-8")
     assert len(text.splitlines()) <= 150
