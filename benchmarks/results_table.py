@@ -1,12 +1,12 @@
-"""Fill README's results from the files in benchmarks/results/, which are never edited.
+"""Fill the results of README and docs/results.md from benchmarks/results/, which is never edited.
 
-    python benchmarks/results_table.py            # write the tables between README's markers
-    python benchmarks/results_table.py --check    # exit code 1 if they are not what README holds
+    python benchmarks/results_table.py            # write the tables between the pages' markers
+    python benchmarks/results_table.py --check    # exit code 1 if a page holds other ones
 
 Files are those of `fastcnn bench --json`, of gpu_check.py and of `bench_data.py --json`, and two
 older forms: accuracies ("accuracy") and steps timed by what `fastcnn bench` grew from
 ("times_as_fast_as_eager"). Of two rows of the same thing on the same machine the later file's is
-taken. Layers are left out.
+taken. Layers are left out. docs/results.md has every row, README those that HEADLINES names.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from report import REPOSITORY
 
@@ -23,6 +23,7 @@ from fastcnn.bench.throughput import ONE, PAIRS
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 README = REPOSITORY / "README.md"
+RESULTS_PAGE = REPOSITORY / "docs" / "results.md"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 Cells = tuple[str, ...]
 # bench_data.py's loaders: ours, and torchvision's with their heads
@@ -83,6 +84,70 @@ TABLES: dict[str, tuple[str, Cells, int]] = {
     ),
     "accuracy": ("Accuracy on test images.", ("command", "top-1", "top-5"), 1),
 }
+
+
+class Headline(NamedTuple):
+    """A row of README: what it says, and the row (by its first cells) and column it is from."""
+
+    what: str
+    table: str
+    key: Cells
+    column: str
+
+
+HEADLINES = (
+    Headline(
+        "training step of vgg16, against eager PyTorch",
+        "cpu",
+        ("vgg16, 64", "fused", "eager"),
+        "both tuned",
+    ),
+    Headline(
+        "training step of vgg16, against torch.compile",
+        "cpu",
+        ("vgg16, 64", "fused", "compile"),
+        "both tuned",
+    ),
+    Headline(
+        "training step of resnet18, against eager PyTorch",
+        "cpu",
+        ("resnet18, 64", "fused", "eager"),
+        "both tuned",
+    ),
+    Headline(
+        "training step of tiny-d (2x2 filters), against eager PyTorch",
+        "cpu",
+        ("tiny-d, 64", "fused", "eager"),
+        "both tuned",
+    ),
+    Headline(
+        "inference with vgg16, against OpenVINO",
+        "cpu-inference",
+        ("vgg16, 64", "fused", "openvino"),
+        "both tuned",
+    ),
+    Headline(
+        "batches of 64x64 images kept in memory, against ImageFolder with 2 workers",
+        "rivals",
+        ("tiny 64x64, 128", "resident"),
+        RIVALS["folder 2"],
+    ),
+    Headline(
+        "top-1 of vgg16 on digits",
+        "accuracy",
+        ("`fastcnn train --arch vgg16 --data digits --amp`",),
+        "top-1",
+    ),
+    Headline(
+        "top-1 of cnn-a on 1,000 images of CIFAR-10, trained on 5,000",
+        "accuracy",
+        (
+            "`fastcnn train --arch cnn-a --data cifar10-images --train-subset 5000 "
+            "--test-subset 1000`",
+        ),
+        "top-1",
+    ),
+)
 Rows = dict[str, dict[Cells, Cells]]
 
 
@@ -226,28 +291,53 @@ def tables(contents: Iterable[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def filled(readme: str, text: str) -> str:
-    """README with the text between its markers; raises ValueError if it has none."""
-    before, found, rest = readme.partition(BEGIN)
+def headlines(contents: Iterable[dict[str, Any]]) -> str:
+    """README's table, each row with the command that measured it; the later file's of two.
+
+    Raises ValueError if a row of HEADLINES is in no file.
+    """
+    found: dict[tuple[str, Cells], tuple[Cells, str]] = {}
+    for content in contents:
+        for name, cells in rows_of(content):
+            command = cells[0] if name == "accuracy" else f"`{content.get('command', '')}`"
+            found[name, cells[: TABLES[name][2]]] = cells, command
+    lines = [("what", "result", "n", "command", "measured on"), ("---",) * 5]
+    for what, name, key, column in HEADLINES:
+        if (name, key) not in found:
+            raise ValueError(f"benchmarks/results has no row {', '.join(key)} of table {name}")
+        cells, command = found[name, key]
+        figure = cells[TABLES[name][1].index(column)]
+        figure += "" if name == "accuracy" else " times as fast"
+        lines.append((what, figure, cells[-2], command, cells[-1]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def filled(name: str, page: str, text: str) -> str:
+    """The page with the text between its markers; raises ValueError if it has none."""
+    before, found, rest = page.partition(BEGIN)
     _, ended, after = rest.partition(END)
     if not (found and ended):
-        raise ValueError(f"README.md has no {BEGIN} and {END}")
+        raise ValueError(f"{name} has no {BEGIN} and {END}")
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 if README is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if a page is stale")
     check = parser.parse_args().check
     contents = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*.json"))]
-    old = README.read_text("utf-8")
-    new = filled(old, tables(contents))
-    if check:
-        if old != new:
-            print("README.md: its results are stale; run python benchmarks/results_table.py")
-        return int(old != new)
-    README.write_text(new, "utf-8")
-    return 0
+    stale = False
+    for page, text in ((README, headlines(contents)), (RESULTS_PAGE, tables(contents))):
+        old = page.read_text("utf-8")
+        new = filled(page.name, old, text)
+        if old == new:
+            continue
+        stale = True
+        if check:
+            print(f"{page.name}: its results are stale; run python benchmarks/results_table.py")
+        else:
+            page.write_text(new, "utf-8")
+    return int(check and stale)
 
 
 if __name__ == "__main__":

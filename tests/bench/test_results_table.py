@@ -1,4 +1,4 @@
-"""README's results: what the files hold, row by row, and that README is not stale."""
+"""The tables of results: what the files hold, row by row, and that no page is stale."""
 
 import json
 import subprocess
@@ -44,35 +44,54 @@ def test_inference_has_tables_of_its_own():
     assert len(cells) == len(results_table.TABLES[name][1]) + 2
 
 
-def test_the_readme_is_not_stale():
+def test_no_page_is_stale():
     command = [sys.executable, str(results_table.REPOSITORY / "benchmarks/results_table.py")]
     found = subprocess.run([*command, "--check"], capture_output=True, text=True)
     assert (found.returncode, found.stdout) == (0, "")
 
 
-def test_a_stale_readme_is_told_and_then_filled(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(results_table, "RESULTS", tmp_path)
-    monkeypatch.setattr(results_table, "README", tmp_path / "README.md")
+def test_stale_pages_are_told_and_then_filled(tmp_path, monkeypatch, capsys):
+    pages = [tmp_path / "README.md", tmp_path / "results.md"]
     text = f"before\n{results_table.BEGIN}\nold\n{results_table.END}\nafter\n"
-    (tmp_path / "README.md").write_text(text)
-    (tmp_path / "a.json").write_text(json.dumps(step(GPU)))
+    for name, page in zip(("README", "RESULTS_PAGE"), pages, strict=True):
+        monkeypatch.setattr(results_table, name, page)
+        page.write_text(text)
+    monkeypatch.setattr(results_table, "RESULTS", tmp_path)
+    row = ("a step", "cpu", ("vgg16, 8", "fused", "eager"), "both tuned")
+    monkeypatch.setattr(results_table, "HEADLINES", (row,))
+    (tmp_path / "a.json").write_text(json.dumps(step(MACHINE) | {"command": "x"}))
     monkeypatch.setattr(sys, "argv", ["results_table.py", "--check"])
     assert results_table.main() == 1
-    assert "stale" in capsys.readouterr().out
-    assert (tmp_path / "README.md").read_text() == text
+    assert capsys.readouterr().out.count("stale") == 2
+    assert [page.read_text() for page in pages] == [text, text]
     monkeypatch.setattr(sys, "argv", ["results_table.py"])
     assert results_table.main() == 0
-    new = (tmp_path / "README.md").read_text()
-    assert new.startswith("before\n")
-    assert new.endswith("after\n")
-    assert "old" not in new
+    for page in pages:
+        new = page.read_text()
+        assert new.startswith("before\n")
+        assert new.endswith("after\n")
+        assert "2.00 (1.00 to 3.00)" in new
+        assert "old" not in new
     monkeypatch.setattr(sys, "argv", ["results_table.py", "--check"])
     assert results_table.main() == 0
 
 
-def test_a_readme_without_markers_is_an_error():
-    with pytest.raises(ValueError, match="has no <!-- results -->"):
-        results_table.filled("nothing", "text")
+def test_a_page_without_markers_is_an_error():
+    with pytest.raises(ValueError, match=r"a\.md has no <!-- results -->"):
+        results_table.filled("a.md", "nothing", "text")
+
+
+def test_headlines_name_the_command_and_take_the_later_file(monkeypatch):
+    row = ("a step", "cpu", ("vgg16, 8", "fused", "eager"), "both tuned")
+    monkeypatch.setattr(results_table, "HEADLINES", (row,))
+    files = [step(MACHINE, n=n) | {"command": f"bench {n}"} for n in (7, 9)]
+    text = results_table.headlines(files)
+    assert text.splitlines()[2:] == [
+        "| a step | 2.00 (1.00 to 3.00) times as fast | 9 | `bench 9` | "
+        "a CPU, 4 threads, torch 2, d, c |"
+    ]
+    with pytest.raises(ValueError, match="no row vgg16, 8, fused, eager of table cpu"):
+        results_table.headlines([])
 
 
 def test_rows_of_a_gpu_name_machine_versions_date_and_n():

@@ -26,7 +26,7 @@ from fastcnn.errors import CheckpointError, DataError, UsageError
 from fastcnn.train.interrupt import StopAtStepEdge
 from fastcnn.train.run import evaluate_run
 
-README = Path(__file__).parents[2] / "README.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "predict.md"
 TIMES = {"seconds", "images_per_s"}
 OWN = SMALL | {"epochs": 1, "device": "cpu"}
 
@@ -71,8 +71,8 @@ def test_the_package_is_called_as_the_function_is():
 
 
 @pytest.mark.full
-def test_the_readmes_example_runs(tmp_path):
-    text = README.read_text(encoding="utf-8")
+def test_the_guides_example_runs(tmp_path):
+    text = GUIDE.read_text(encoding="utf-8")
     code = re.search(r"<!-- python example -->\n```python\n(.*?)```", text, re.DOTALL)[1]
     accuracy, *lines = python(code, cwd=tmp_path).splitlines()
     run = tmp_path / "runs" / "cnn-a-1"

@@ -88,7 +88,7 @@ def run(capsys, *words):
 
 
 def snippet(title):
-    text = (ROOT / "README.md").read_text("utf-8")
+    text = (ROOT / "docs" / "guides" / "export.md").read_text("utf-8")
     [code] = re.findall(rf"<!-- {title} -->\n```python\n(.*?)```", text, re.DOTALL)
     return code
 
@@ -117,7 +117,7 @@ print(json.dumps([told, [name for name in sys.modules if name.startswith("fastcn
 
 
 @pytest.mark.full
-def test_the_lines_in_readme_work_without_fastcnn(files, digits, wanted):
+def test_the_lines_in_the_guide_work_without_fastcnn(files, digits, wanted):
     np.save(files / "pixels.npy", digits)
     code = WITHOUT.format(onnx=snippet("onnx in use"), torch=snippet("torch in use"))
     found = subprocess.run(
