@@ -19,12 +19,12 @@ from fastcnn import api
 from fastcnn.config import PlaceConfig, options_by_name
 from fastcnn.data.cifar import parse_python
 from fastcnn.errors import CheckpointError, DataError, UsageError
-from fastcnn.insight.run_page.kept import kept_sections
 from fastcnn.insight.run_page.page import write_page
+from fastcnn.insight.run_page.saved_sections import saved_sections
 from fastcnn.options import options_of, read_config_file
 from fastcnn.study import record
 from fastcnn.train.checkpoints import checkpoint
-from fastcnn.train.checkpoints.trained import load_trained
+from fastcnn.train.checkpoints.load_run import load_trained
 from fastcnn.train.rundir import RunFolder
 
 CPU = torch.device("cpu")
@@ -216,13 +216,13 @@ def test_pages_take_texts_alone(tmp_path):
             content = {"format": 1, "sections": [SECTION | {name: value}]}
             (tmp_path / "ood.json").write_text(json.dumps(content))
             with pytest.raises(CheckpointError, match=r"ood\.json is not what fastcnn wrote"):
-                kept_sections(tmp_path, "ood")
+                saved_sections(tmp_path, "ood")
             (tmp_path / "key.json").write_text(json.dumps(RECORD | {name: value}))
             with pytest.raises(CheckpointError, match=r"key\.json is not a record"):
                 record.read(tmp_path / "key.json")
     (tmp_path / "ood.json").write_text(json.dumps({"format": 1, "sections": [SECTION]}))
     (tmp_path / "key.json").write_text(json.dumps(RECORD))
-    assert kept_sections(tmp_path, "ood")[0].facts == (("name", "value"),)
+    assert saved_sections(tmp_path, "ood")[0].facts == (("name", "value"),)
     assert record.read(tmp_path / "key.json").table.rows == (("1", "2"),)
 
 

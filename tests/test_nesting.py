@@ -16,12 +16,12 @@ from fastcnn.data.store import load_packed
 from fastcnn.errors import FastcnnError
 from fastcnn.files import DEEPEST
 from fastcnn.insight.run_page import run_files
-from fastcnn.insight.run_page.kept import kept_of, kept_sections
+from fastcnn.insight.run_page.saved_sections import kept_of, saved_sections
 from fastcnn.ops.plans import plan_cache
 from fastcnn.options import read_config_file, read_lists
 from fastcnn.study import record
 from fastcnn.train.checkpoints import checkpoint
-from fastcnn.train.checkpoints.formats import FORMAT
+from fastcnn.train.checkpoints.migrations import FORMAT
 from fastcnn.train.loggers import Loggers
 from fastcnn.train.rundir import RunFolder
 
@@ -78,7 +78,7 @@ READERS = {
     "run/config.yaml": (lists, lambda path: RunFolder(path.parent).read_config()),
     "summary.json": (mixed, lambda path: RunFolder(path.parent).read_summary()),
     "environment.json": (lists, lambda path: run_files.read_json(path.parent, path.name)),
-    "analysis.json": (mixed, lambda path: kept_sections(path.parent, path.stem)),
+    "analysis.json": (mixed, lambda path: saved_sections(path.parent, path.stem)),
     "record.json": (lists, record.read),
     "checkpoints.json": (mixed, lambda path: checkpoint.has_sum(path.with_name("last.pt"))),
     "last.pt": (write_checkpoint, checkpoint.load),

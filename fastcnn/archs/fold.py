@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastcnn.archs.layers import ConvNormAct, LinearNormAct, product_parameters
+from fastcnn.archs.layers import ConvNormAct, LinearNormAct, conv_linear_parameters
 
 Layer = ConvNormAct | LinearNormAct
 
@@ -27,7 +27,7 @@ class Folded:
     """`network`: `model` for inference with its norms folded, which `refresh()` brings up to date.
 
     dtype: of activations and of what convolutions and linear layers multiply with (see
-    `product_parameters`); None: the model's own. Other parameters keep the model's dtype.
+    `conv_linear_parameters`); None: the model's own. Other parameters keep the model's dtype.
 
     The network is in evaluation mode and without gradients, its weights in the model's memory
     formats. What is neither folded nor rounded it reads from the model's own memory, so that a
@@ -49,7 +49,7 @@ class Folded:
     def _rounded(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         """Give the network copies in `dtype` of the weights that no norm is folded into."""
         own = {t.data_ptr() for fold in self._folds for t in (fold.new_weight, fold.new_bias)}
-        rest = [p for p in product_parameters(self.network) if p.data_ptr() not in own]
+        rest = [p for p in conv_linear_parameters(self.network) if p.data_ptr() not in own]
         originals = [parameter.detach() for parameter in rest]
         for parameter, original in zip(rest, originals, strict=True):
             parameter.data = original.to(dtype)
@@ -109,7 +109,7 @@ def _fold_layer(layer: Any, twin: Any, dtype: torch.dtype | None) -> _Fold:
     """Take the norm out of `twin`, a copy of `layer`; what it gets in its place is yet unset."""
     product, own, norm = _product(layer), _product(twin), layer.norm
     own.weight = _constant(torch.empty_like(product.weight, dtype=dtype))
-    # see product_parameters: after a convolution the op adds the bias
+    # see conv_linear_parameters: after a convolution the op adds the bias
     like = own.weight if isinstance(own, nn.Linear) else norm.bias
     own.bias = _constant(torch.empty_like(norm.bias, dtype=like.dtype))
     twin.norm = None

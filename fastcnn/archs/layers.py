@@ -191,7 +191,7 @@ def make(record: spec.Layer, channels: int, backend: str = "auto") -> nn.Module:
             return nn.Flatten(1)
 
 
-def product_parameters(model: nn.Module) -> list[nn.Parameter]:
+def conv_linear_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that convolutions and linear layers take, in the dtype of x.
 
     The others stay fp32 beside half-precision activations: those of norms, and the bias that an op

@@ -78,7 +78,7 @@ def run(given: dict[str, Any], command: list[str]) -> None:
     if own.get("out") is None:
         raise UsageError("ood: --out is missing: images out of distribution, e.g. --out digits")
     # after the check: the rest takes torch's seconds to import
-    from fastcnn.insight.analysis.inner_folders import claimed, origin_of
+    from fastcnn.insight.analysis.analysis_dir import claimed, origin_of
     from fastcnn.insight.html.table import show
     from fastcnn.insight.ood import ood_record
     from fastcnn.insight.ood.ood import detect

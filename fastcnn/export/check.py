@@ -12,7 +12,7 @@ from fastcnn.data.draws import derive_seed
 from fastcnn.data.files import Files
 from fastcnn.data.progress import progress_bar
 from fastcnn.errors import NumbersError
-from fastcnn.train.checkpoints.trained import TrainedModel
+from fastcnn.train.checkpoints.load_run import TrainedModel
 
 # Of the largest logit. Both sides compute in fp32: folding rounds a weight once more (6e-8), and
 # sums of up to 4,608 products in another order err by about √4608 · 6e-8 = 4e-6 a layer, less where

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastcnn.errors import CheckpointError
 from fastcnn.export.network import BATCH, INPUT, OUTPUT
-from fastcnn.train.checkpoints.trained import TrainedModel
+from fastcnn.train.checkpoints.load_run import TrainedModel
 from fastcnn.train.rundir import RunFolder
 from fastcnn.version import __version__
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastcnn.archs.fold import fold
 from fastcnn.archs.plain import plain
 from fastcnn.data.normalize import Normalization
-from fastcnn.train.checkpoints.trained import TrainedModel
+from fastcnn.train.checkpoints.load_run import TrainedModel
 
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 

@@ -16,7 +16,7 @@ from fastcnn.export.formats import SUFFIXES, Format, Names, check_options
 from fastcnn.export.metadata import describe, describe_input
 from fastcnn.export.network import exported_network
 from fastcnn.files import replacing
-from fastcnn.train.checkpoints.trained import (
+from fastcnn.train.checkpoints.load_run import (
     TrainedModel,
     evaluation_data,
     open_trained,

@@ -19,7 +19,7 @@ from fastcnn.archs.build import build
 from fastcnn.archs.layers import ConvNormAct
 from fastcnn.errors import UsageError
 from fastcnn.train.checkpoints import checkpoint
-from fastcnn.train.checkpoints.trained import TrainedModel
+from fastcnn.train.checkpoints.load_run import TrainedModel
 
 # the letters of Simonyan and Zisserman 2014, table 1, by which torchvision lists their layers
 LETTERS = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastcnn.archs.fold import fold
 from fastcnn.data.examine import View
 from fastcnn.errors import NumbersError
-from fastcnn.train.checkpoints.trained import TrainedModel, choose_arithmetic, open_trained
+from fastcnn.train.checkpoints.load_run import TrainedModel, choose_arithmetic, open_trained
 from fastcnn.train.evaluate import predict
 from fastcnn.train.numerics.precision import Precision, choose_device
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcnn.reports import foreign
+from fastcnn.reports import murgolo_ood
 from fastcnn.reports.drawings import draw
 from fastcnn.reports.experiment import Experiment, Report
 from fastcnn.reports.outcome import plain_rows, record_of, results_by_key
@@ -47,7 +47,7 @@ def reproduce(
     images = images_of(report, machine)
     planned = [plan_experiment(report, one, images, options, machine) for one in experiments]
     if not options.tables_only and any("histogram" in one.figures for one in experiments):
-        foreign.check(images, options.ood_data, machine)
+        murgolo_ood.check(images, options.ood_data, machine)
     found = []
     with claimed(planned[0].root):
         for one in planned:
@@ -73,7 +73,7 @@ def _write(
 ) -> Reproduced:
     reached = results_by_key(results(planned.variants, planned.runs))
     if "histogram" in planned.experiment.figures:
-        record, rows, runs = foreign.record_of(
+        record, rows, runs = murgolo_ood.record_of(
             planned, reached, failures, options.ood_data, machine, command
         )
     else:

@@ -71,8 +71,8 @@ def is_finished(planned: PlannedRun) -> bool:
     if not (planned.folder / "config.yaml").is_file():
         return False
     own = folder.read_config()
-    saved = run.forecast(own)
-    wanted = run.as_decided(run.forecast(planned.config), own)
+    saved = run.result_options(own)
+    wanted = run.as_decided(run.result_options(planned.config), own)
     if differing := [name for name in wanted if wanted[name] != saved[name]]:
         changes = [f"{name}: {saved[name]}, now {wanted[name]}" for name in differing]
         more = ", …" if len(changes) > SHOWN_CHANGES else ""

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from fastcnn.archs.fold import Folded
 from fastcnn.data.loaders import Loader
+from fastcnn.train.distributed import ALONE, Distributed
 from fastcnn.train.graph import Recorder, Replay
 from fastcnn.train.metrics import Figures, Metrics, confusion, cross_entropy
 from fastcnn.train.numerics.precision import Precision
-from fastcnn.train.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Evaluator:
         recorder: Recorder | None = None,
         required: bool = False,
         loss: str = "cross-entropy",
-        ranks: Ranks = ALONE,
+        ranks: Distributed = ALONE,
     ):
         self.loader, self.flip, self.loss, self.ranks = loader, flip, loss, ranks
         self.dtype = precision.dtype
@@ -77,7 +77,7 @@ class Evaluator:
                 after_batch()
             if number == batches:
                 break
-        self.ranks.add(self.counts)
+        self.ranks.all_reduce_sum(self.counts)
         figures = self.metrics.gather(self.ranks)
         return Evaluation(figures, self.counts.cpu(), time.perf_counter() - start)
 

@@ -21,8 +21,9 @@ from fastcnn.ops.gpu_faults import require_alive
 from fastcnn.text import first_line
 from fastcnn.train import memory
 from fastcnn.train.checkpoints import checkpoint
+from fastcnn.train.checkpoints.load_run import load_trained
 from fastcnn.train.checkpoints.saver import Saver
-from fastcnn.train.checkpoints.trained import load_trained
+from fastcnn.train.distributed import AGREE_STEPS
 from fastcnn.train.evaluate import Evaluation, Evaluator
 from fastcnn.train.graph import GraphMode
 from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
@@ -33,7 +34,6 @@ from fastcnn.train.numerics.guard import LIMIT
 from fastcnn.train.numerics.precise_bn import PreciseBatchNorm, batches_of, wanted
 from fastcnn.train.numerics.statistics import statistics
 from fastcnn.train.progress import Progress, format_seconds
-from fastcnn.train.ranks import AGREE_STEPS
 from fastcnn.train.rundir import RunFolder, versions
 from fastcnn.train.setup import Setup
 from fastcnn.train.step import TrainStep
@@ -43,7 +43,7 @@ BRIEF = 48  # characters of a value in a message
 
 
 @dataclass
-class Progressed:
+class TrainState:
     """How far a run has come. `trained`: the epoch's steps are done, its evaluation is not."""
 
     epoch: int = 0
@@ -124,24 +124,24 @@ class Training:
         self._rngs: list[dict[str, Any]] = []
         self._evaluators: dict[int, Evaluator] = {}
         self._told_plans = False
-        self.at = Progressed()
+        self.state = TrainState()
 
     def train(self) -> dict[str, Any]:
         """Run the remaining epochs and return the summary; raises Interrupted with all saved."""
         evaluation = None
         writes = self.folder.writes
-        loggers = Loggers(self.setup.config, self.folder.path, self.at.history, writes)
+        loggers = Loggers(self.setup.config, self.folder.path, self.state.history, writes)
         # a logger may wait for its network when it is closed: then Ctrl-C ends at once
         with loggers as self.loggers, StopAtStepEdge() as stop, Saver(writes) as self.saver:
             try:
                 self._gather()
-                while self.at.epoch < self.epochs and not self._stopped_improving():
-                    if not self.at.trained:
+                while self.state.epoch < self.epochs and not self._stopped_improving():
+                    if not self.state.trained:
                         self._train_epoch(stop)
                     evaluation = self._finish_epoch(stop)
                 self.saver.wait()
                 summary = self._finish(evaluation, stop)
-                self.ranks.wait()
+                self.ranks.barrier()
                 return summary
             except Interrupted:
                 self._save()
@@ -151,18 +151,18 @@ class Training:
 
     def _train_epoch(self, stop: StopAtStepEdge) -> None:
         setup, every = self.setup, self.setup.config.run.checkpoint_steps
-        steps_done = self.step.step - self.at.epoch * self.step.steps_per_epoch
+        steps_done = self.step.step - self.state.epoch * self.step.steps_per_epoch
         batch_size = setup.config.data.batch_size
         counted = self.step.metrics.read().images
-        before, start = self.at.seconds, time.perf_counter()
+        before, start = self.state.seconds, time.perf_counter()
         steps = self._telling_plans(self.step.epoch(setup.train_loader))
-        shown = self.progress.epoch(self.at.epoch + 1, steps_done, batch_size, counted)
+        shown = self.progress.epoch(self.state.epoch + 1, steps_done, batch_size, counted)
         with shown as bar, self._advising("--batch-size", batch_size), closing(steps):
             for _ in steps:
                 bar.update(self.step.metrics)
-                self.at.seconds = before + time.perf_counter() - start
+                self.state.seconds = before + time.perf_counter() - start
                 due = bool(every) and self.step.step % every == 0
-                if self._look(stop, due):
+                if self._check_stop(stop, due):
                     break
                 if due:
                     self._gather()
@@ -171,46 +171,46 @@ class Training:
                     break
         self._require_numbers()
         self._gather()
-        self.at.seconds = before + time.perf_counter() - start
-        self.at.trained = True
+        self.state.seconds = before + time.perf_counter() - start
+        self.state.trained = True
 
-    def _look(self, stop: StopAtStepEdge, due: bool) -> bool:
+    def _check_stop(self, stop: StopAtStepEdge, due: bool) -> bool:
         """Whether a step has ended the training; raises Interrupted where a signal has come."""
-        if not due and not self._meet(self.step.step):
+        if not due and not self._is_sync_step(self.step.step):
             return False
         ended = self.step.guard.ended(wait=due)
         try:
-            return self._agree(stop, ended)
+            return self._sync_stop(stop, ended)
         except Interrupted:
             self._gather()
             raise
 
-    def _meet(self, number: int) -> bool:
+    def _is_sync_step(self, number: int) -> bool:
         """Whether ranks look at each other's signals after their batch `number`."""
         on_gpu = self.setup.device.type == "cuda"
         return self.ranks.world == 1 or not on_gpu or number % AGREE_STEPS == 0
 
-    def _agree(self, stop: StopAtStepEdge, ended: bool = False) -> bool:
+    def _sync_stop(self, stop: StopAtStepEdge, ended: bool = False) -> bool:
         """Whether `ended` on any rank; raises Interrupted where a signal has come to any.
 
         Ranks decide together, at batches that all of them come to: a signal to one of them is heard
         by all, and none is left waiting for the others. One that comes meanwhile waits.
         """
-        requested, over = self.ranks.most(stop.requested, ended)
+        requested, over = self.ranks.all_reduce_max(stop.requested, ended)
         if requested:
             stop.note(requested)
         if requested or self.ranks.world == 1:
             stop.check()
         return bool(over)
 
-    def _agreeing(self, loader: Loader, stop: StopAtStepEdge) -> Callable[[], None]:
+    def _stop_checker(self, loader: Loader, stop: StopAtStepEdge) -> Callable[[], None]:
         """What looks for signals after each batch of an evaluation that all ranks come to."""
         done = itertools.count(1)
 
         def look() -> None:
             number = next(done)
-            if number <= loader.common_batches and self._meet(number):
-                self._agree(stop)
+            if number <= loader.common_batches and self._is_sync_step(number):
+                self._sync_stop(stop)
 
         return look
 
@@ -218,7 +218,7 @@ class Training:
         """Bring together what the ranks have of the epoch: rank 0 has all of it from then on, and
         saves it. Return the figures so far."""
         states = checkpoint.rng_state(self.setup.device)
-        each = {name: self.ranks.gather(state.cpu()) for name, state in states.items()}
+        each = {name: self.ranks.all_gather(state.cpu()) for name, state in states.items()}
         self._rngs = [
             {name: found[rank] for name, found in each.items()} for rank in range(self.ranks.world)
         ]
@@ -246,15 +246,15 @@ class Training:
         seconds = time.perf_counter() - start
         self._require_finite(evaluation.figures.loss, "validation loss")
         self._record(trained, evaluation.figures, seconds)
-        self.at.epoch += 1
-        self.at.trained, self.at.seconds = False, 0.0
+        self.state.epoch += 1
+        self.state.trained, self.state.seconds = False, 0.0
         self.step.metrics.reset()
         self.step.guard.reset()
-        self.folder.write_metrics(self.at.history)
-        if self.at.best_epoch == self.at.epoch:
+        self.folder.write_metrics(self.state.history)
+        if self.state.best_epoch == self.state.epoch:
             self._save_best()
         self._save()
-        self.loggers.epoch(self.at.history[-1])
+        self.loggers.epoch(self.state.history[-1])
         return evaluation
 
     def _take_statistics(self, stop: StopAtStepEdge) -> None:
@@ -267,7 +267,7 @@ class Training:
                 self._advising("--batch-size", config.data.batch_size),
                 closing(loader.ahead(batches)) as ahead,
             ):
-                self.precise(ahead, self._agreeing(loader, stop))
+                self.precise(ahead, self._stop_checker(loader, stop))
 
     def _evaluate(self, loader: Loader, stop: StopAtStepEdge) -> Evaluation:
         """Evaluate the model whose accuracy counts; the graphs are kept for the next epoch."""
@@ -276,10 +276,10 @@ class Training:
             self._evaluators[id(loader)] = new_evaluator(setup, self.step, loader)
         # without --sync-norm each rank has its own; as in DistributedDataParallel, those of one
         # count
-        self.ranks.copy_from_first(*statistics(self.step.evaluated_model))
+        self.ranks.broadcast(*statistics(self.step.evaluated_model))
         batches = 1 if setup.config.run.fast_dev_run else None
         with self._advising("--eval-batch-size", setup.config.data.eval_batch_size):
-            return self._evaluators[id(loader)](self._agreeing(loader, stop), batches)
+            return self._evaluators[id(loader)](self._stop_checker(loader, stop), batches)
 
     def _advising(self, option: str, batch_size: int) -> AbstractContextManager[None]:
         return memory.advising(option, batch_size, self.setup.device, self._kept)
@@ -288,7 +288,7 @@ class Training:
         """Note an epoch; `seconds`: of its evaluation."""
         last_step = self.step.step - 1
         row: dict[str, Any] = {
-            "epoch": self.at.epoch + 1,
+            "epoch": self.state.epoch + 1,
             "train_loss": trained.loss,
             "train_top1": trained.top1,
             "val_loss": figures.loss,
@@ -296,18 +296,18 @@ class Training:
             "val_top5": figures.top5,
             "lr": self.step.lr_of(last_step),
             "skipped_steps": self.step.guard.skipped(),
-            "images_per_s": trained.images / max(self.at.seconds, 1e-9),
-            "seconds": self.at.seconds + seconds,
+            "images_per_s": trained.images / max(self.state.seconds, 1e-9),
+            "seconds": self.state.seconds + seconds,
         }
-        self.at.history.append(row)
+        self.state.history.append(row)
         metric = self.setup.config.optim.best_metric
         value = row[metric] if metric == "val_top1" else -row[metric]
-        if self.at.best_value is None or value > self.at.best_value:
-            self.at.best_value, self.at.best_epoch = value, row["epoch"]
+        if self.state.best_value is None or value > self.state.best_value:
+            self.state.best_value, self.state.best_epoch = value, row["epoch"]
         self.progress.say(self._line(row))
 
     def _line(self, row: dict[str, Any]) -> str:
-        left = sum(r["seconds"] for r in self.at.history) / len(self.at.history)
+        left = sum(r["seconds"] for r in self.state.history) / len(self.state.history)
         left *= self.epochs - row["epoch"]
         rest = f"  {format_seconds(left)} left" if left else ""
         if skipped := row["skipped_steps"]:
@@ -321,7 +321,7 @@ class Training:
 
     def _stopped_improving(self) -> bool:
         patience = self.setup.config.optim.early_stop
-        return bool(patience) and self.at.epoch - self.at.best_epoch >= patience
+        return bool(patience) and self.state.epoch - self.state.best_epoch >= patience
 
     def _require_numbers(self) -> None:
         """Raise NumbersError where a step had gradients that the run cannot go on with."""
@@ -330,18 +330,18 @@ class Training:
             return
         if guard.scale is None:
             position = self.step.metrics.batches()
-            number = self.at.epoch * self.step.steps_per_epoch + position + 1
-            place, remedy = f"step {number} (epoch {self.at.epoch + 1})", ""
+            number = self.state.epoch * self.step.steps_per_epoch + position + 1
+            place, remedy = f"step {number} (epoch {self.state.epoch + 1})", ""
             what = "is not finite"
         else:
             position = (self.step.step - 1) % self.step.steps_per_epoch
-            place = f"epoch {self.at.epoch + 1}"
+            place = f"epoch {self.state.epoch + 1}"
             what = (
                 f"is not finite in fp16; {LIMIT} steps in a row were skipped and the loss scale "
                 f"fell to {guard.scale.scale.item():g}"
             )
             remedy = ", or --amp-dtype bf16"
-        where = first_not_finite(self.step, loader, self.at.epoch, position)
+        where = first_not_finite(self.step, loader, self.state.epoch, position)
         raise NumbersError(
             f"{place}: {where} {what}: lower --lr or use --clip-grad 1{remedy}{self._kept()}"
         )
@@ -353,7 +353,7 @@ class Training:
 
     def _require_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):
-            epoch = min(self.at.epoch + 1, self.epochs)
+            epoch = min(self.state.epoch + 1, self.epochs)
             raise NumbersError(
                 f"{what} is {value} in epoch {epoch}: lower --lr or use --clip-grad 1{self._kept()}"
             )
@@ -382,7 +382,7 @@ class Training:
             model = load_trained(self.folder.best, setup.device, setup.backend).model
         else:
             model = copy.deepcopy(self.step.evaluated_model)
-        self.ranks.copy_from_first(*model.state_dict().values())
+        self.ranks.broadcast(*model.state_dict().values())
         optim = setup.config.optim
         evaluator = Evaluator(
             model,
@@ -394,12 +394,12 @@ class Training:
             loss=optim.loss,
             ranks=self.ranks,
         )
-        return evaluator(self._agreeing(loader, stop))
+        return evaluator(self._stop_checker(loader, stop))
 
     def _summary(self, test: Evaluation) -> dict[str, Any]:
-        setup, config, history = self.setup, self.setup.config, self.at.history
+        setup, config, history = self.setup, self.setup.config, self.state.history
         best = config.optim.restore_best
-        row = history[self.at.best_epoch - 1 if best else -1]
+        row = history[self.state.best_epoch - 1 if best else -1]
         trained_s = sum(r["seconds"] for r in history)
         identity = setup.identity()
         return {
@@ -410,7 +410,7 @@ class Training:
             "bad_images": len(setup.dataset.left_out.bad),
             "grey_images_dropped": setup.dataset.left_out.grey,
             "epochs": len(history),
-            "best_epoch": self.at.best_epoch,
+            "best_epoch": self.state.best_epoch,
             "best_val_top1": max(r["val_top1"] for r in history),
             "tested_model": "best" if best else "last",
             "test_flip": config.optim.test_flip,
@@ -436,8 +436,8 @@ class Training:
     def _save_best(self) -> None:
         state = self.setup.identity()
         model = self.step.evaluated_model.state_dict()
-        row = self.at.history[self.at.best_epoch - 1]
-        state |= {"model": model, "epoch": self.at.best_epoch, "val": row}
+        row = self.state.history[self.state.best_epoch - 1]
+        state |= {"model": model, "epoch": self.state.best_epoch, "val": row}
         self.saver.save(state, self.folder.best)
 
     def _save(self) -> None:
@@ -454,7 +454,7 @@ class Training:
             "rng_of_ranks": self._rngs[1:],
             "steps_per_epoch": step.steps_per_epoch,
             "loader": self.setup.train_loader.state_dict(),
-            "progress": vars(self.at) | {"history": [dict(row) for row in self.at.history]},
+            "progress": vars(self.state) | {"history": [dict(row) for row in self.state.history]},
         }
         self.saver.save(state, self.folder.last, self.setup.config.run.keep_checkpoints)
 
@@ -500,7 +500,7 @@ class Training:
             )
         step.load_state_dict(state, source)
         self.setup.train_loader.load_state_dict(state["loader"])
-        self.at = Progressed(**state["progress"])
+        self.state = TrainState(**state["progress"])
         self._restore_rng([state["rng"], *state["rng_of_ranks"]])
         if step.step > self.epochs * step.steps_per_epoch:
             raise UsageError(

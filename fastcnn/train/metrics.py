@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastcnn.train.arriving import Arriving
-from fastcnn.train.ranks import ALONE, Ranks
+from fastcnn.train.async_scalar import AsyncScalar
+from fastcnn.train.distributed import ALONE, Distributed
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Metrics:
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
-        self._arriving = Arriving(device)
+        self._arriving = AsyncScalar(device)
 
     @torch.no_grad()
     def update(
@@ -52,15 +52,15 @@ class Metrics:
         """Batches that this process has counted (synchronises)."""
         return int(self.sums[4])
 
-    def gather(self, ranks: Ranks) -> Figures:
+    def gather(self, ranks: Distributed) -> Figures:
         """Return the figures of all ranks together; rank 0 has their sums from then on, the others
         begin anew."""
         whole = self.sums[:4].clone()
-        ranks.add(whole)
+        ranks.all_reduce_sum(whole)
         self.sums[:4] = whole if ranks.first else 0
         return _figures(torch.cat([whole, self.sums[4:]]))
 
-    def load(self, sums: Tensor, batches: int, ranks: Ranks = ALONE) -> None:
+    def load(self, sums: Tensor, batches: int, ranks: Distributed = ALONE) -> None:
         """Take up what was gathered, `batches` batches into the epoch. Raises ValueError for sums
         of another number."""
         if sums.shape not in ((4,), (5,)):  # batches were not counted before format 3

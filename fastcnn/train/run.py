@@ -12,16 +12,16 @@ from fastcnn.data.store import LeftOut
 from fastcnn.errors import CheckpointError, DataError, NumbersError, UsageError
 from fastcnn.files import remove_leftovers
 from fastcnn.train.checkpoints import checkpoint
-from fastcnn.train.checkpoints.reached import check_history, check_reached
+from fastcnn.train.checkpoints.load_run import feed, open_trained
 from fastcnn.train.checkpoints.space import check_space
-from fastcnn.train.checkpoints.trained import feed, open_trained
+from fastcnn.train.checkpoints.validate_resume import check_history, validate_resume
+from fastcnn.train.distributed import Distributed, joined, require_same
 from fastcnn.train.evaluate import evaluate
 from fastcnn.train.host import tune_process
 from fastcnn.train.loggers import check_loggers
 from fastcnn.train.loop import Training
 from fastcnn.train.numerics.precision import choose_device
 from fastcnn.train.progress import Progress
-from fastcnn.train.ranks import Ranks, joined, require_same
 from fastcnn.train.rundir import BAD_IMAGES, RunFolder, versions
 from fastcnn.train.setup import Setup, prepare
 
@@ -106,7 +106,7 @@ def start(config: Config, place: PlaceConfig, command: list[str], quiet: bool = 
             if temporary:
                 place = replace(place, output=tempfile.mkdtemp(prefix=f"{DEV_RUN}-"))
         own = RunFolder.create(place, config.model.arch) if ranks.first else None
-        path, *_ = ranks.share(str(own.path) if own else "")
+        path, *_ = ranks.all_gather_object(str(own.path) if own else "")
         folder = own or RunFolder(Path(path), writes=False)
         with folder.claimed():
             training = Training(setup, folder, quiet)
@@ -116,7 +116,7 @@ def start(config: Config, place: PlaceConfig, command: list[str], quiet: bool = 
             return Outcome(folder, training.train())
 
 
-def prepared(config: Config, ranks: Ranks) -> Setup:
+def prepared(config: Config, ranks: Distributed) -> Setup:
     """What a run needs; raises UsageError where the ranks would not train the same."""
     # by these they know, each for itself, whether they are to agree on a number format
     told = ("amp", "amp_dtype")
@@ -156,7 +156,7 @@ def _resume(
     explicit: dict[str, Any],
     command: list[str],
     quiet: bool,
-    ranks: Ranks,
+    ranks: Distributed,
 ) -> Outcome:
     if ranks.first:
         remove_leftovers(folder.path)
@@ -170,7 +170,12 @@ def _resume(
     summary = folder.read_summary()
     # of a finished run too, who names a checkpoint wants to go on from it
     whole = state is None or has_tables(folder, state)
-    if summary is not None and whole and forecast(config) == forecast(saved) and not named:
+    if (
+        summary is not None
+        and whole
+        and result_options(config) == result_options(saved)
+        and not named
+    ):
         Progress(0, 0, quiet or not ranks.first).say(
             f"{folder.path} is finished: nothing to continue"
         )
@@ -184,7 +189,7 @@ def _resume(
     if state is not None:
         try:
             training.restore(state, source)
-            check_reached(training)
+            validate_resume(training)
         except (CheckpointError, DataError, OverflowError) as error:
             told = str(error)  # parts of a training know no file
             raise CheckpointError(told if str(source) in told else f"{source}: {told}") from error
@@ -193,7 +198,7 @@ def _resume(
             checkpoint.save(state, folder.last)
     folder.write_resumption(setup.config, command)
     # as the checkpoint knows them: the file may be damaged, or tell of epochs gone back on
-    folder.write_metrics(training.at.history)
+    folder.write_metrics(training.state.history)
     folder.write_bad_images(training.setup.dataset.left_out.bad)
     announce(training)
     return Outcome(folder, training.train())
@@ -217,7 +222,7 @@ def saved_config(state: dict[str, Any], path: Path) -> Config:
         raise CheckpointError(f"{path}: holds no valid configuration ({error})") from error
 
 
-def forecast(config: Config) -> dict[str, Any]:
+def result_options(config: Config) -> dict[str, Any]:
     """The options that decide what a run arrives at."""
     return {k: v for k, v in config.flat().items() if k not in NEUTRAL_ON_RESUME}
 
@@ -236,7 +241,7 @@ def changed_config(saved: Config, wanted: dict[str, Any], allow: bool) -> Config
     with.
     """
     before, after = saved.flat(), Config.from_flat(as_decided(wanted, saved))
-    changes = {k: v for k, v in forecast(after).items() if v != before[k]}
+    changes = {k: v for k, v in result_options(after).items() if v != before[k]}
     listed = "; ".join(f"{name}: {before[name]} → {value}" for name, value in changes.items())
     if changes and not allow:
         raise UsageError(f"--resume: options differ from the run's ({listed}); add --allow-changes")
@@ -314,7 +319,7 @@ def announce(training: Training) -> None:
         )
     where = f"run folder {training.folder.path}"
     if training.step.step:
-        where += f", continued at epoch {training.at.epoch + 1}, step {training.step.step}"
+        where += f", continued at epoch {training.state.epoch + 1}, step {training.step.step}"
     progress.say(where)
 
 

@@ -18,11 +18,11 @@ from fastcnn.data.draws import derive_seed, generator
 from fastcnn.data.files import Files
 from fastcnn.errors import DataError, UsageError
 from fastcnn.ops.backend import choose_backend, choose_convolution
-from fastcnn.train.checkpoints.trained import evaluation_loader, splits
+from fastcnn.train.checkpoints.load_run import evaluation_loader, splits
+from fastcnn.train.distributed import ALONE, Distributed
 from fastcnn.train.host import make_deterministic
 from fastcnn.train.numerics.amp import decided
 from fastcnn.train.numerics.precision import Precision, choose_device, choose_precision
-from fastcnn.train.ranks import ALONE, Ranks
 
 WHITENING_PIXELS = 5000 * 32**2  # of training images that the whitening filters are measured on
 
@@ -44,7 +44,7 @@ class Setup:
     val_loader: Any
     test_loader: Any
     notes: list[str]
-    ranks: Ranks = ALONE
+    ranks: Distributed = ALONE
 
     @property
     def classes(self) -> int:
@@ -77,7 +77,7 @@ class Setup:
         }
 
 
-def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
+def prepare(config: Config, ranks: Distributed = ALONE) -> Setup:
     """Build everything a run needs; raises UsageError or DataError before the first step.
 
     ranks: who share its batches; each prepares the same, but for its part of the images.
@@ -141,7 +141,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     )
 
 
-def device_of(name: str, ranks: Ranks) -> str:
+def device_of(name: str, ranks: Distributed) -> str:
     """The device of this rank: of several GPUs, each process has one of its own."""
     if ranks.world == 1 or name == "cpu" or not torch.cuda.is_available():
         return name
@@ -155,7 +155,7 @@ def device_of(name: str, ranks: Ranks) -> str:
     return f"cuda:{ranks.local}"
 
 
-def part_of_batch(batch_size: int, ranks: Ranks) -> int:
+def part_of_batch(batch_size: int, ranks: Distributed) -> int:
     """This rank's images of a step; raises UsageError where they cannot be shared out evenly."""
     if batch_size % ranks.world:
         fitting = max(batch_size // ranks.world, 1) * ranks.world
@@ -166,7 +166,9 @@ def part_of_batch(batch_size: int, ranks: Ranks) -> int:
     return batch_size // ranks.world
 
 
-def synchronise_norms(model: nn.Module, config: Config, ranks: Ranks, notes: list[str]) -> None:
+def synchronise_norms(
+    model: nn.Module, config: Config, ranks: Distributed, notes: list[str]
+) -> None:
     """Let batch norm count the images of all ranks; raises UsageError with --conv fused, whose
     kernels take the statistics of their own images."""
     if ranks.world == 1:
@@ -175,7 +177,7 @@ def synchronise_norms(model: nn.Module, config: Config, ranks: Ranks, notes: lis
         raise UsageError("--conv fused: not with --sync-norm; leave one of them out")
 
 
-def configure_torch(config: Config, device: torch.device, ranks: Ranks) -> None:
+def configure_torch(config: Config, device: torch.device, ranks: Distributed) -> None:
     """Seed torch and choose the vendor library's algorithms."""
     if config.run.deterministic:
         make_deterministic()
@@ -236,7 +238,7 @@ def check_dataset(dataset: Dataset, config: Config) -> None:
 
 
 def drops_last(
-    samples: int, network: Network, config: Config, notes: list[str], ranks: Ranks
+    samples: int, network: Network, config: Config, notes: list[str], ranks: Distributed
 ) -> bool:
     """Whether the last batch is dropped: on demand, or because a rank would have too few images of
     it: none, or a single one for its batch norm."""

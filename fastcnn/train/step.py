@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastcnn.config import OptimConfig
 from fastcnn.data.upload import upload
 from fastcnn.train.checkpoints.checkpoint import load_weights
+from fastcnn.train.distributed import ALONE, Distributed, parallel
 from fastcnn.train.graph import WARM_UP, GraphMode, Recorder, Replay, recorder_for
 from fastcnn.train.metrics import Metrics, cross_entropy
 from fastcnn.train.numerics.guard import Guard
@@ -27,7 +28,6 @@ from fastcnn.train.optim import mix
 from fastcnn.train.optim.ema import Ema, move_of
 from fastcnn.train.optim.optimizer import Optimizer
 from fastcnn.train.optim.schedule import learning_rate
-from fastcnn.train.ranks import ALONE, Ranks, parallel
 
 PARALLEL_WARM_UP = 11  # steps until DistributedDataParallel has settled its buckets
 
@@ -52,7 +52,7 @@ class TrainStep:
         graph: GraphMode = "off",
         backend: str = "auto",
         recorder: Recorder | None = None,
-        ranks: Ranks = ALONE,
+        ranks: Distributed = ALONE,
         last_weight: float = 1.0,
     ):
         self.model = model
@@ -170,14 +170,14 @@ class TrainStep:
         if self._parallel is not None and not self._settled:
             self._settle(self._parallel, images)
         row = self._table.index_select(0, self._clock)[0]
-        self.guard.keep()
+        self.guard.snapshot()
         loss, logits = self._forward(self._parallel or self.network, images, labels, row)
         gradients = self._gradients(loss * self.scale.scale[0] if self.scale else loss, row[2])
         aligned = self.optimizer.aligned(gradients)
-        uncounted = self.guard.judge(aligned, loss)
+        uncounted = self.guard.check_finite(aligned, loss)
         factor = gradient_factor(gradients, self.config.clip_grad, self.scale)
         self.optimizer.step(aligned, row[:2], factor, self.guard.found)
-        self.guard.settle()
+        self.guard.commit()
         if self.ema:
             self.ema.update_statistics(row[1])
         self.metrics.update(loss.detach(), logits.detach(), labels, uncounted)

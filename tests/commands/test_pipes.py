@@ -12,8 +12,8 @@ from fastcnn.data.cifar import PYTHON_BATCHES
 from fastcnn.data.download import md5_of
 from fastcnn.errors import CheckpointError, DataError, FastcnnError
 from fastcnn.files import check_regular
-from fastcnn.insight.run_page.kept import kept_of
 from fastcnn.insight.run_page.page import write_page
+from fastcnn.insight.run_page.saved_sections import kept_of
 from fastcnn.options import read_config_file, read_lists
 from fastcnn.study import record
 from fastcnn.train.checkpoints import checkpoint

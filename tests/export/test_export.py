@@ -25,7 +25,7 @@ from fastcnn.data import Normalization, load_dataset
 from fastcnn.export import metadata, onnx_file, safetensors_file, torch_file
 from fastcnn.export.network import exported_network
 from fastcnn.train.checkpoints import checkpoint
-from fastcnn.train.checkpoints.trained import load_trained
+from fastcnn.train.checkpoints.load_run import load_trained
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from fastcnn.config import Config, ModelConfig
 from fastcnn.data import Normalization
 from fastcnn.export import check, onnx_file
 from fastcnn.export.network import exported_network
-from fastcnn.train.checkpoints.trained import TrainedModel
+from fastcnn.train.checkpoints.load_run import TrainedModel
 
 pytestmark = pytest.mark.full
 

@@ -27,7 +27,7 @@ from fastcnn.options import options_of, read_config_file, read_lists
 from fastcnn.study.pages import write_pages
 from fastcnn.train import loop, run
 from fastcnn.train.checkpoints import checkpoint
-from fastcnn.train.checkpoints.trained import open_trained
+from fastcnn.train.checkpoints.load_run import open_trained
 from fastcnn.train.rundir import RunFolder
 from fuzzing.guard import Read
 from fuzzing.mutations import (

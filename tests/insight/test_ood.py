@@ -25,8 +25,8 @@ from fastcnn.insight.ood import ood
 from fastcnn.insight.ood.ood import judge
 from fastcnn.insight.ood.ood_scores import ENERGY, PROBABILITY, scores
 from fastcnn.train.checkpoints import checkpoint
-from fastcnn.train.checkpoints import trained as trained_models
-from fastcnn.train.checkpoints.trained import TrainedModel, evaluation_data, load_trained
+from fastcnn.train.checkpoints import load_run as trained_models
+from fastcnn.train.checkpoints.load_run import TrainedModel, evaluation_data, load_trained
 
 CPU = torch.device("cpu")
 NORMALIZATION = Normalization("unit", (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))

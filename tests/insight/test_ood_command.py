@@ -19,7 +19,7 @@ from fastcnn.errors import CheckpointError
 from fastcnn.insight.ood import ood_figures, ood_record
 from fastcnn.insight.ood.ood_judge import QUANTILE, Detection
 from fastcnn.insight.run_page import page
-from fastcnn.insight.run_page.kept import kept_sections
+from fastcnn.insight.run_page.saved_sections import saved_sections
 
 LAYERS = ["ReLU-3", "ReLU-6", "ReLU-9", "ReLU-13"]
 SCORES = [*LAYERS, "max softmax", "energy"]
@@ -95,7 +95,7 @@ def test_each_image_is_named(found):
 
 
 def test_the_section_tells_what_the_table_holds(found):
-    (section,) = kept_sections(found, "ood")
+    (section,) = saved_sections(found, "ood")
     assert (section.title, section.anchor) == ("Out of distribution: my noise", "ood-my-noise")
     rows = read(found / "scores.csv")
     assert section.table.header[:-1] == ood_record.HEADER
@@ -231,6 +231,6 @@ def test_without_matplotlib_the_tables_are_there(place, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert ood(place, run="plain") == 0
     assert "figures: matplotlib is missing" in capsys.readouterr().err
-    (section,) = kept_sections(run / "ood-my-noise", "ood")
+    (section,) = saved_sections(run / "ood-my-noise", "ood")
     assert section.figures == ()
     assert len(section.table.rows) == 6

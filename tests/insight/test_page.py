@@ -16,8 +16,8 @@ from fastcnn.insight.html import document
 from fastcnn.insight.html.document import Figure, Section
 from fastcnn.insight.html.table import Table
 from fastcnn.insight.run_page import page
-from fastcnn.insight.run_page.kept import keep_sections
 from fastcnn.insight.run_page.run_files import read_run
+from fastcnn.insight.run_page.saved_sections import save_sections
 from fastcnn.train.rundir import RunFolder
 
 INVITATION = "adds grids of images, Grad-CAM and calibration"
@@ -139,7 +139,7 @@ def keep(folder, key, *titles):
         Section(title, title.lower(), (f"in {folder.name}",), table, figures=(figure,))
         for title in titles
     ]
-    keep_sections(folder, key, sections)
+    save_sections(folder, key, sections)
 
 
 def test_what_was_found_out_later_is_taken_in(tmp_path):

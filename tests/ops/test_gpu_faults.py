@@ -16,7 +16,7 @@ from fastcnn.bench.steps import Steps
 from fastcnn.errors import CheckpointError
 from fastcnn.ops.gpu_faults import GpuError, require_alive
 from fastcnn.ops.plans import measurement as plan_measure
-from fastcnn.train import ranks
+from fastcnn.train import distributed
 from fastcnn.train.graph import CudaRecorder, Replay
 from fastcnn.train.loop import Training
 
@@ -153,13 +153,13 @@ def test_nothing_waits_for_a_gpu_on_a_cpu(cuda):
 
 
 def test_a_gpu_that_hangs_is_not_another_rank_that_is_out_of_reach(monkeypatch):
-    monkeypatch.setattr(ranks, "launched", lambda: ranks.Ranks(0, 2))
+    monkeypatch.setattr(distributed, "launched", lambda: distributed.Distributed(0, 2))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(ranks.Ranks, "share", lambda self, value: [])
-    monkeypatch.setattr(ranks.Ranks, "gone", lambda self: "")
+    monkeypatch.setattr(distributed.Distributed, "all_gather_object", lambda self, value: [])
+    monkeypatch.setattr(distributed.Distributed, "gone", lambda self: "")
     for error, raised in (
         (torch.AcceleratorError(HUNG), torch.AcceleratorError),
-        (RuntimeError("gloo: connection timed out"), ranks.RankLost),
+        (RuntimeError("gloo: connection timed out"), distributed.ProcessLost),
     ):
-        with pytest.raises(raised), ranks.joined():
+        with pytest.raises(raised), distributed.joined():
             raise error

@@ -26,7 +26,7 @@ from fastcnn.predict.classifier import Classifier, most_probable, open_classifie
 from fastcnn.predict.paths import image_paths, images_below, listed
 from fastcnn.text import shown
 from fastcnn.train.checkpoints.checkpoint import load
-from fastcnn.train.checkpoints.trained import evaluation_data, load_trained
+from fastcnn.train.checkpoints.load_run import evaluation_data, load_trained
 from fastcnn.train.run import evaluate_run
 
 CPU = torch.device("cpu")

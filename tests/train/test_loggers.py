@@ -233,7 +233,7 @@ def test_a_logger_that_fails_is_named_once_and_left(monkeypatch, tmp_path, caplo
 
     def record(self, *arguments):
         original(self, *arguments)
-        if self.at.epoch == 1:  # in the second epoch
+        if self.state.epoch == 1:  # in the second epoch
             shutil.rmtree(self.folder.path / "tensorboard")
             (self.folder.path / "tensorboard").write_text("no folder any more")
 

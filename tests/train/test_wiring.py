@@ -20,10 +20,10 @@ from fastcnn.data.draws import epoch_order
 from fastcnn.recipes import resolve
 from fastcnn.train import run
 from fastcnn.train.checkpoints import checkpoint
+from fastcnn.train.distributed import ALONE
 from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
 from fastcnn.train.metrics import Metrics
 from fastcnn.train.numerics import precision
-from fastcnn.train.ranks import ALONE
 from fastcnn.train.setup import configure_torch, prepare
 
 LOADERS = ["resident", *(["dali"] if has_dali() else []), "torch"]

@@ -19,7 +19,7 @@ from fastcnn.insight.drawing import image_figures
 from fastcnn.insight.drawing.figures import INK, shortened
 from fastcnn.insight.drawing.image_figures import Cell, overlay
 from fastcnn.insight.html.table import as_csv
-from fastcnn.insight.run_page.kept import kept_sections
+from fastcnn.insight.run_page.saved_sections import saved_sections
 from fastcnn.train.rundir import RunFolder
 
 KEY = "analysis"  # the folder in a run, and the file in it that its page reads
@@ -60,7 +60,7 @@ def write_files(folder: Path, found: Findings) -> list[Path]:
 
 def _former_figures(folder: Path) -> set[Path]:
     try:
-        sections = kept_sections(folder, KEY)
+        sections = saved_sections(folder, KEY)
     except CheckpointError:  # what it names may be anybody's
         return set()
     return {figure.path for section in sections for figure in section.figures}

@@ -8,16 +8,16 @@ from typing import Any
 from fastcnn.archs import get_network
 from fastcnn.archs.spec import LayerRow, layer_table
 from fastcnn.errors import UsageError
+from fastcnn.insight.analysis.analysis_dir import claimed, origin_of, word_of
 from fastcnn.insight.analysis.analysis_files import KEY, summary, write_files
 from fastcnn.insight.analysis.analysis_sections import sections_of
 from fastcnn.insight.analysis.feature_maps import stages
 from fastcnn.insight.analysis.findings import find
 from fastcnn.insight.analysis.gradcam import choose_operation, find_operations
-from fastcnn.insight.analysis.inner_folders import claimed, origin_of, word_of
-from fastcnn.insight.analysis.observe import observe, open_tested
+from fastcnn.insight.analysis.predict_split import observe, open_tested
 from fastcnn.insight.run_page import page
-from fastcnn.insight.run_page.kept import keep_sections
-from fastcnn.train.checkpoints.trained import TrainedModel
+from fastcnn.insight.run_page.saved_sections import save_sections
+from fastcnn.train.checkpoints.load_run import TrainedModel
 from fastcnn.train.rundir import RunFolder
 
 
@@ -59,7 +59,7 @@ def analyze(
         seen = observe(trained, device, data, split_name, options)
         found = find(seen, operation, shown, samples, seed)
         files = write_files(target, found)
-        keep_sections(target, KEY, sections_of(target, found, command or []), of)
+        save_sections(target, KEY, sections_of(target, found, command or []), of)
         index = page.write_page(folder)
     names = sorted(path.name for path in files)
     return {**summary(found), "folder": str(target), "page": str(index), "files": names}

@@ -12,7 +12,7 @@ from fastcnn.insight.analysis.calibration import Calibration, calibrate
 from fastcnn.insight.analysis.classes import ClassFigures, class_figures, confusion_counts
 from fastcnn.insight.analysis.feature_maps import feature_maps, first_filters
 from fastcnn.insight.analysis.gradcam import enlarged, gradcam
-from fastcnn.insight.analysis.observe import Observation
+from fastcnn.insight.analysis.predict_split import Observation
 
 BATCH = 32  # images at a time that gradients are computed for
 

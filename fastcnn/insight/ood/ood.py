@@ -20,7 +20,7 @@ from fastcnn.data.progress import progress_bar
 from fastcnn.errors import DataError, UsageError, nearest
 from fastcnn.insight.ood.ood_judge import QUANTILE, Detection, check_quantile, judge
 from fastcnn.insight.ood.ood_scores import ENERGY, PROBABILITY, Scores, activation_names, scores
-from fastcnn.train.checkpoints.trained import (
+from fastcnn.train.checkpoints.load_run import (
     TrainedModel,
     evaluation_data,
     evaluation_loader,
@@ -127,7 +127,7 @@ def detect(
     fit, test = _held_out(own, seed)
     outside = _Part(other, "test", np.arange(len(other.test)))
     parts = [_limited(part, limit, seed) for part in (fit, test, outside)]
-    fitted, held_in, held_out = (_look(trained, part, data_options, device) for part in parts)
+    fitted, held_in, held_out = (_check_stop(trained, part, data_options, device) for part in parts)
     sets = parts[0].described(), parts[1].described(), parts[2].described()
     in_fit, inside, out = (found.by_name() for found in (fitted, held_in, held_out))
     rows = {name: judge(in_fit[name], inside[name], out[name], quantile) for name in in_fit}
@@ -209,7 +209,7 @@ def _reading(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in READING}
 
 
-def _look(
+def _check_stop(
     trained: TrainedModel, part: _Part, options: dict[str, Any], device: torch.device
 ) -> Scores:
     config = replace(trained.config, data=replace(trained.config.data, **_reading(options)))

@@ -8,12 +8,12 @@ from typing import Any
 
 from fastcnn.errors import CheckpointError
 from fastcnn.files import replace_text
-from fastcnn.insight.analysis.inner_folders import word_of
+from fastcnn.insight.analysis.analysis_dir import word_of
 from fastcnn.insight.html.document import Figure, Section
 from fastcnn.insight.html.table import Table, as_csv
 from fastcnn.insight.ood.ood import Result
 from fastcnn.insight.ood.ood_scores import called
-from fastcnn.insight.run_page.kept import keep_sections
+from fastcnn.insight.run_page.saved_sections import save_sections
 
 KEY = "ood"  # the file in a folder of the run that its page reads
 HEADER = ("score", "accuracy, %", "balanced, %", "AUROC, %", "FPR at 95% TPR, %", "threshold")
@@ -144,4 +144,4 @@ def keep(
         figures,
         (("command", shlex.join(command)),),
     )
-    return keep_sections(folder, KEY, [section], of)
+    return save_sections(folder, KEY, [section], of)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from fastcnn.archs import get_network
 from fastcnn.archs.spec import layer_table
 from fastcnn.errors import NumbersError
-from fastcnn.train.checkpoints.trained import TrainedModel
+from fastcnn.train.checkpoints.load_run import TrainedModel
 
 PROBABILITY, ENERGY = "max softmax", "energy"
 ACTIVATIONS = ("ReLU", "LeakyReLU")  # kinds in the table of layers

@@ -12,8 +12,8 @@ from fastcnn.insight.html import document
 from fastcnn.insight.html.document import Figure, Page, Section
 from fastcnn.insight.html.table import Table
 from fastcnn.insight.run_page.curves import run_charts
-from fastcnn.insight.run_page.kept import kept_sections
 from fastcnn.insight.run_page.run_files import RunFiles, read_json, read_run, shown
+from fastcnn.insight.run_page.saved_sections import saved_sections
 from fastcnn.text import first_line
 from fastcnn.train.progress import format_seconds
 from fastcnn.train.rundir import own_file
@@ -96,7 +96,7 @@ def _sections(run: RunFiles, environment: dict[str, Any], without: Path | None) 
         found.append(Section("Curves", "curves", (), NO_TABLE, charts=run_charts(run)))
     # an analysis has drawn the same counts, and their rates
     own = (run.folder / KEPT[0], KEPT[0])
-    drawn = own in places and any("confusion" in part.anchor for part in kept_sections(*own))
+    drawn = own in places and any("confusion" in part.anchor for part in saved_sections(*own))
     if not drawn and (run.folder / "confusion_matrix.png").is_file():
         found.append(_confusion(run.folder))
     facts = tuple(_flat(run.options))
@@ -207,7 +207,7 @@ def _kept(places: list[tuple[Path, str]]) -> Iterable[Section]:
     titles = {"Summary", "Curves", "Confusion matrix", "Configuration", "Environment"}
     anchors = {title.lower().replace(" ", "-") for title in titles}
     for place, key in places:
-        for section in kept_sections(place, key):
+        for section in saved_sections(place, key):
             title, anchor = section.title, section.anchor
             if title in titles:
                 title = f"{title} ({place.name})"

@@ -20,7 +20,7 @@ import torch
 from fastcnn.errors import CheckpointError, DiskError
 from fastcnn.files import check_depth_of, discard, load_json, replace_text, replacing
 from fastcnn.text import first_line
-from fastcnn.train.checkpoints.formats import FORMAT, migrate
+from fastcnn.train.checkpoints.migrations import FORMAT, migrate
 
 SUMS = "checkpoints.json"
 REMEMBERED = 16  # sums of a name, so that an older checkpoint may have it again
@@ -259,7 +259,7 @@ def _is_plain(value: Any) -> bool:
     return dense and value.device.type != "meta"
 
 
-def take_up(tensor: torch.Tensor, saved: Any) -> None:
+def copy_checked_(tensor: torch.Tensor, saved: Any) -> None:
     """Copy a saved tensor; raises ValueError for one of another shape, which would be spread."""
     if saved.shape != tensor.shape:
         raise ValueError(f"a tensor is {tuple(saved.shape)} instead of {tuple(tensor.shape)}")

@@ -28,9 +28,9 @@ from fastcnn.ops import load
 from fastcnn.ops.backend import choose_backend, choose_convolution
 from fastcnn.ops.native.toolchain import cpu_name
 from fastcnn.ops.plans import plan_cache
+from fastcnn.train.distributed import Distributed
 from fastcnn.train.numerics.half import half_network
 from fastcnn.train.numerics.precision import NO_BF16, cpu_computes_in
-from fastcnn.train.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Decision(NamedTuple):
 
 
 def decided(
-    config: Config, device: torch.device, ranks: Ranks, timing: Timing | None = None
+    config: Config, device: torch.device, ranks: Distributed, timing: Timing | None = None
 ) -> tuple[Config, str]:
     """Return the configuration with the format of `--amp` in the place of "auto", and a note.
 
@@ -96,7 +96,7 @@ def decided(
     found = Decision("bf16")
     if device.type == "cpu":
         own = _decide(run, device, timing or step_times) if ranks.first else None
-        found = Decision(*ranks.share(own)[0])
+        found = Decision(*ranks.all_gather_object(own)[0])
     return replace(config, run=replace(run, amp_dtype=found.dtype)), found.note
 
 

@@ -33,7 +33,7 @@ def first_not_finite(step: TrainStep, loader: Any, epoch: int, position: int) ->
         found.append("the loss")
     # ranks go on together, since a synchronised norm waits for all of them; what only another one
     # has seen, that one tells
-    (met,) = step.ranks.most(len(found) > 0)
+    (met,) = step.ranks.all_reduce_max(len(found) > 0)
     if not met and (gradient := _gradient(step, loss)):
         found.append(gradient)
     return found[0] if found else "the loss or a gradient"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastcnn.ops.backend import ops_for
-from fastcnn.train.arriving import Arriving
-from fastcnn.train.checkpoints.checkpoint import take_up
+from fastcnn.train.async_scalar import AsyncScalar
+from fastcnn.train.checkpoints.checkpoint import copy_checked_
 from fastcnn.train.numerics.scaling import LossScale
 from fastcnn.train.numerics.statistics import in_one
 
@@ -42,15 +42,15 @@ class Guard:
         # skipped steps of this epoch, those in a row, whether the training is over
         self._counts = torch.zeros(3, device=device)
         self._over = self.found if scale is None else self._counts[2]
-        self._arriving, self._due = Arriving(device), 0.0
+        self._arriving, self._due = AsyncScalar(device), 0.0
 
-    def keep(self) -> None:
+    def snapshot(self) -> None:
         """Keep the running statistics as they are before the forward pass."""
         if self._before is not None and self.statistics is not None:
             self._before.copy_(self.statistics)
 
     @torch.no_grad()
-    def judge(self, gradients: Sequence[Tensor], loss: Tensor) -> Tensor:
+    def check_finite(self, gradients: Sequence[Tensor], loss: Tensor) -> Tensor:
         """Set `found`; return bool (): whether the figures of the step do not count either.
 
         gradients: in memory without gaps.
@@ -64,7 +64,7 @@ class Guard:
         return (self._over + (loss.detach() - loss.detach())) != 0
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def commit(self) -> None:
         """After the update: take back what the forward pass did to the statistics; count."""
         if self._before is not None and self.statistics is not None:
             skip = self.found != 0
@@ -99,6 +99,6 @@ class Guard:
         return {"counts": self._counts.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        take_up(self._counts, state["counts"])
+        copy_checked_(self._counts, state["counts"])
         if not self._counts.isfinite().all():
             raise ValueError("the counts of skipped steps are not finite")

@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import nn
 
-from fastcnn.archs.layers import product_parameters
+from fastcnn.archs.layers import conv_linear_parameters
 
 Halves = dict[nn.Parameter, nn.Parameter]
 """Copies by their originals."""
@@ -26,7 +26,7 @@ def half_network(model: nn.Module, dtype: torch.dtype | None) -> tuple[nn.Module
     """
     if dtype is None:
         return model, {}
-    originals = product_parameters(model)
+    originals = conv_linear_parameters(model)
     own = {id(parameter) for parameter in originals}
     shared = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in own]
     # deepcopy takes what its memo holds for copied already

@@ -14,9 +14,9 @@ from torch import nn
 
 from fastcnn.archs.layers import ConvNormAct, LinearNormAct
 from fastcnn.data.loaders import Batch, Loader
+from fastcnn.train.distributed import ALONE, Distributed
 from fastcnn.train.numerics.half import half_network, refresh
 from fastcnn.train.numerics.statistics import statistics
-from fastcnn.train.ranks import ALONE, Ranks
 
 IMAGES = 2_048  # 1.3 % of what an epoch on CIFAR-10 computes, its evaluation counted
 # auto: in fewer steps an epoch. In 25, 50, 100, 200 and 390 steps mao-batchnorm gains by it 7, 0.2,
@@ -37,7 +37,9 @@ class PreciseBatchNorm:
     that shares its weights and statistics does, so that no mode of it changes.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, ranks: Ranks = ALONE):
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype | None = None, ranks: Distributed = ALONE
+    ):
         self.dtype, self.ranks = dtype, ranks
         self._network, self._halves = _network_of_batches(model, dtype)
         self._statistics = statistics(model)
@@ -64,7 +66,7 @@ class PreciseBatchNorm:
                 if after_batch:
                     after_batch()
             for mean in means:
-                self.ranks.add(mean)
+                self.ranks.all_reduce_sum(mean)
             torch._foreach_div_(means, self.ranks.world)
         except BaseException:
             torch._foreach_copy_(self._statistics, before)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastcnn.train.checkpoints.checkpoint import take_up
+from fastcnn.train.checkpoints.checkpoint import copy_checked_
 
 # of the scale, as in torch.amp.GradScaler: Micikevicius et al. 2018, section 3.2
 INITIAL, GROWTH, BACKOFF, INTERVAL = 2.0**16, 2.0, 0.5, 2000
@@ -33,8 +33,8 @@ class LossScale:
         return {"scale": self.scale, "good_steps": self._good_steps}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        take_up(self.scale, state["scale"])
-        take_up(self._good_steps, state["good_steps"])
+        copy_checked_(self.scale, state["scale"])
+        copy_checked_(self._good_steps, state["good_steps"])
 
 
 @torch.no_grad()

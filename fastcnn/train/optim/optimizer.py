@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastcnn.config import OptimConfig
 from fastcnn.ops.backend import ops_for
-from fastcnn.train.checkpoints.checkpoint import take_up
+from fastcnn.train.checkpoints.checkpoint import copy_checked_
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam: Kingma and Ba 2015, and torch
 
@@ -122,8 +122,8 @@ class Optimizer:
             raise ValueError("the optimiser's state is that of another network or optimiser")
         for kind, tensors in own.items():
             for name, tensor in tensors.items():
-                take_up(tensor, saved["state"][kind][name])
-        take_up(self.steps, saved["steps"])
+                copy_checked_(tensor, saved["state"][kind][name])
+        copy_checked_(self.steps, saved["steps"])
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from fastcnn.insight.analysis.calibration import calibrate
 from fastcnn.insight.analysis.classes import class_figures, confusion_counts
 from fastcnn.insight.analysis.findings import choose_images, find
 from fastcnn.insight.analysis.gradcam import enlarged, gradcam
-from fastcnn.insight.analysis.observe import observe, open_tested
+from fastcnn.insight.analysis.predict_split import observe, open_tested
 from fastcnn.insight.drawing import image_figures
 from fastcnn.insight.drawing.figures import shortened
 from fastcnn.insight.drawing.image_figures import Cell, draw_cells, overlay
-from fastcnn.insight.run_page.kept import kept_sections
+from fastcnn.insight.run_page.saved_sections import saved_sections
 
 ONE = {"threads": 1}
 
@@ -118,7 +118,7 @@ def test_the_summary_and_the_sections_agree(command, seen):
     assert summary["macro_f1"] == pytest.approx(
         f1_score(labels, predicted, average="macro", labels=range(10), zero_division=0)
     )
-    sections = kept_sections(folder, "analysis")
+    sections = saved_sections(folder, "analysis")
     assert [section.title for section in sections] == [
         *("Classes", "Confusions", "Calibration", "Predictions", "Grad-CAM"),
         "Feature maps and filters",
@@ -177,7 +177,7 @@ def test_other_data_and_splits_have_a_folder_of_their_own(run, tmp_path, monkeyp
     assert [row["image"] for row in rows] == [
         f"test/{c}/{i}.png" for c in range(10) for i in (0, 1)
     ]
-    sections = kept_sections(folder, "analysis")
+    sections = saved_sections(folder, "analysis")
     assert sections[0].title == "Classes (other_images)"
     assert sections[0].anchor == "analysis-other_images-classes"
     found = analyze(str(copy), split_name="train", overrides=ONE)
@@ -273,7 +273,7 @@ def test_a_network_without_mistakes_has_no_page_of_them(run, tmp_path, monkeypat
     quick(monkeypatch)
     copy = shutil.copytree(run, tmp_path / "run")
     monkeypatch.setattr(
-        "fastcnn.insight.analysis.observe._batches",
+        "fastcnn.insight.analysis.predict_split._batches",
         lambda trained, own: (
             (torch.nn.functional.one_hot(labels, 10).float(), labels) for _, labels in own.loader
         ),
@@ -281,7 +281,7 @@ def test_a_network_without_mistakes_has_no_page_of_them(run, tmp_path, monkeypat
     found = analyze(str(copy), samples=3, overrides=ONE)
     assert (found["top1"], found["confusions"]) == (1, [])
     assert not {"predictions_wrong.png", "gradcam_wrong.png"} & {*found["files"]}
-    sections = kept_sections(copy / "analysis", "analysis")
+    sections = saved_sections(copy / "analysis", "analysis")
     assert sections[1].sentences == ("No image was confused.",)
     assert sections[3].sentences == ("No prediction is wrong.",)
 

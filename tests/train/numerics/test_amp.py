@@ -15,10 +15,10 @@ from fastcnn.errors import UsageError
 from fastcnn.ops.plans import plan_cache
 from fastcnn.recipes import resolve
 from fastcnn.train import run
+from fastcnn.train.distributed import ALONE, Distributed
 from fastcnn.train.interrupt import Interrupted
 from fastcnn.train.numerics import amp
 from fastcnn.train.numerics.amp import Times
-from fastcnn.train.ranks import ALONE, Ranks
 
 CPU = torch.device("cpu")
 SLOWER, FASTER = Times(0.8, 1.0), Times(1.0, 0.5)
@@ -90,8 +90,8 @@ def test_nothing_is_timed_where_the_hardware_decides(monkeypatch):
 
 
 def test_the_first_rank_decides_for_all():
-    class Second(Ranks):
-        def share(self, value):
+    class Second(Distributed):
+        def all_gather_object(self, value):
             return [["fp32", "told"], value]
 
     timing = Timing()

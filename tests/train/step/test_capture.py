@@ -14,9 +14,9 @@ from fastcnn.archs import NETWORKS
 from fastcnn.archs.build import build
 from fastcnn.config import OptimConfig
 from fastcnn.train import graph, step
+from fastcnn.train.distributed import Distributed
 from fastcnn.train.graph import CudaRecorder, Replay
 from fastcnn.train.numerics.precision import Precision
-from fastcnn.train.ranks import Ranks
 from fastcnn.train.step import TrainStep
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -135,7 +135,7 @@ def test_ranks_exchange_gradients_on_the_stream_of_the_captures(monkeypatch):
     twin, seen = CpuTwin(), []
     monkeypatch.setattr(step, "parallel", lambda *_: seen.append(twin.is_aside))
     model = build(NETWORKS["murgolo-base"], 32, 10, "torch")
-    options = {"backend": "torch", "ranks": Ranks(0, 2)}
+    options = {"backend": "torch", "ranks": Distributed(0, 2)}
     TrainStep(model, OptimConfig(), Precision(), 1, 0, CPU, recorder=twin, **options)
     TrainStep(model, OptimConfig(), Precision(), 1, 0, CPU, **options)
     assert seen == [True, False]

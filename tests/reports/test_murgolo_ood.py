@@ -9,7 +9,7 @@ from study_results import TRIAL, planned, reached
 from fastcnn.errors import DataError
 from fastcnn.insight.ood.ood import Detection, Result
 from fastcnn.insight.ood.ood_scores import Scores
-from fastcnn.reports import foreign
+from fastcnn.reports import murgolo_ood
 from fastcnn.study.runner import Failure
 
 NAMES = ("ReLU-2", "ReLU-9", "max softmax", "energy")
@@ -33,8 +33,8 @@ def asked(monkeypatch):
         calls.append((folder, out_data, rest))
         return found(2 * len(calls) - 1)  # 1, 3
 
-    monkeypatch.setattr(foreign, "detect", detect)
-    monkeypatch.setattr(foreign, "draw_histogram", lambda *given: drawn.append(given))
+    monkeypatch.setattr(murgolo_ood, "detect", detect)
+    monkeypatch.setattr(murgolo_ood, "draw_histogram", lambda *given: drawn.append(given))
     return calls, drawn
 
 
@@ -46,7 +46,7 @@ def one(tmp_path):
 def record(one, runs=2, failures=(), ood_data="path/to/others", machine=None):
     [row] = one.rows
     results = reached(one, {row.key: [(60.0, 95.0, 1)] * runs})
-    return foreign.record_of(one, results, list(failures), ood_data, machine or {}, ["fastcnn"])
+    return murgolo_ood.record_of(one, results, list(failures), ood_data, machine or {}, ["fastcnn"])
 
 
 def test_each_figure_is_the_mean_of_the_runs_in_its_place(one, asked):
@@ -96,8 +96,8 @@ def test_what_failed_or_is_missing_is_said(one, asked):
 
 def test_foreign_images_are_read_before_anything_is_trained(tmp_path):
     with pytest.raises(DataError):
-        foreign.check(TRIAL, str(tmp_path), {})
-    foreign.check(TRIAL, "digits", {})  # told in the table: a trial has no foreign images
+        murgolo_ood.check(TRIAL, str(tmp_path), {})
+    murgolo_ood.check(TRIAL, "digits", {})  # told in the table: a trial has no foreign images
 
 
 def test_own_images_are_not_foreign(tmp_path, asked):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class Arriving:
+class AsyncScalar:
     """Each call asks for the values as they are once the device has come to this point, and returns
     what the call before asked for: None where that has not arrived, or nobody asked."""
 

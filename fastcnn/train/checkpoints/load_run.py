@@ -18,8 +18,8 @@ from fastcnn.errors import CheckpointError, DataError, UsageError
 from fastcnn.ops.backend import Backend, choose_backend, choose_convolution, convolution_of_run
 from fastcnn.text import first_line
 from fastcnn.train.checkpoints import checkpoint
+from fastcnn.train.distributed import ALONE, Distributed
 from fastcnn.train.numerics.precision import Precision, choose_precision
-from fastcnn.train.ranks import ALONE, Ranks
 from fastcnn.train.rundir import RunFolder
 
 log = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ def evaluation_loader(
     device: torch.device,
     backend: str,
     precision: Precision,
-    ranks: Ranks = ALONE,
+    ranks: Distributed = ALONE,
 ) -> Any:
     """Every image once, in order, without augmentation; shared out among `ranks`."""
     return make_loader(

@@ -13,7 +13,7 @@ from fastcnn.data.files import Files
 from fastcnn.data.progress import progress_bar
 from fastcnn.data.store import SLOW_IMAGES
 from fastcnn.errors import NumbersError
-from fastcnn.train.checkpoints.trained import Feed, TrainedModel, feed, open_trained
+from fastcnn.train.checkpoints.load_run import Feed, TrainedModel, feed, open_trained
 from fastcnn.train.evaluate import predict
 from fastcnn.train.host import tune_process
 from fastcnn.train.numerics.precision import choose_device

@@ -18,7 +18,7 @@ from fastcnn.text import first_line
 FORMAT = 1
 
 
-def keep_sections(folder: Path, key: str, sections: list[Section], of: Sequence[str] = ()) -> Path:
+def save_sections(folder: Path, key: str, sections: list[Section], of: Sequence[str] = ()) -> Path:
     """Write <key>.json; the sections' figures are files of `folder`. Charts, numbers and folded
     facts are not kept. of: which data they tell of.
 
@@ -30,9 +30,9 @@ def keep_sections(folder: Path, key: str, sections: list[Section], of: Sequence[
     return replace_text(folder / f"{key}.json", text)
 
 
-def kept_sections(folder: Path, key: str) -> list[Section]:
+def saved_sections(folder: Path, key: str) -> list[Section]:
     """The sections that <key>.json holds, without figures whose files were taken away; none where
-    there is no such file. Raises CheckpointError where it is not what `keep_sections` wrote."""
+    there is no such file. Raises CheckpointError where it is not what `save_sections` wrote."""
     path = folder / f"{key}.json"
     if not path.is_file():
         return []

@@ -4,8 +4,8 @@ import pytest
 from run_folders import make_run
 
 from fastcnn.cli import main
-from fastcnn.insight.analysis.inner_folders import claimed, origin_of, word_of
-from fastcnn.insight.run_page.kept import keep_sections
+from fastcnn.insight.analysis.analysis_dir import claimed, origin_of, word_of
+from fastcnn.insight.run_page.saved_sections import save_sections
 
 COMMANDS = [("analyze", "analysis"), ("ood", "ood-digits")]
 
@@ -104,13 +104,13 @@ def test_data_of_the_same_name_have_a_folder_each(run):
     def held(of):
         with claimed(run, "ood-images", "ood", [of]) as folder:
             folder.mkdir(exist_ok=True)
-            keep_sections(folder, "ood", [], [of])
+            save_sections(folder, "ood", [], [of])
         return folder.name
 
     found = [held(of) for of in ("/a/images", "/b/images", "/a/images", "/c/images", "/b/images")]
     assert found == ["ood-images", *(f"ood-images{n}" for n in ("-2", "", "-3", "-2"))]
     # of an older version, which did not say whose it is
-    keep_sections(run / "ood-images", "ood", [])
+    save_sections(run / "ood-images", "ood", [])
     assert held("/d/images") == "ood-images"
 
 

@@ -28,12 +28,12 @@ from fastcnn.config import Config
 from fastcnn.errors import UsageError
 from fastcnn.ops.plans import plan_cache
 from fastcnn.recipes import resolve
-from fastcnn.train import loop, ranks, setup
+from fastcnn.train import distributed, loop, setup
 from fastcnn.train.checkpoints import checkpoint
+from fastcnn.train.distributed import ALONE, Distributed
 from fastcnn.train.interrupt import Interrupted, StopAtStepEdge
 from fastcnn.train.numerics import amp
 from fastcnn.train.numerics.precise_bn import PreciseBatchNorm, batches_of
-from fastcnn.train.ranks import ALONE, Ranks
 from fastcnn.train.run import evaluate_run
 
 # no dropout, which draws anew on each rank; SGD, whose steps are no larger than what they come from
@@ -219,7 +219,7 @@ def test_a_signal_to_one_rank_in_an_evaluation_is_heard_by_all(tmp_path):
 def test_a_rank_that_stops_waits_until_the_first_has_saved():
     store = torch.distributed.HashStore()
     here = (socket.gethostname(), os.getpid())
-    first, second = (Ranks(number, 2, number, 2, [here, here], store) for number in range(2))
+    first, second = (Distributed(number, 2, number, 2, [here, here], store) for number in range(2))
     begun = time.monotonic()
     threading.Timer(0.3, first.stopped).start()
     second.stopped()
@@ -228,14 +228,16 @@ def test_a_rank_that_stops_waits_until_the_first_has_saved():
         pass
     begun = time.monotonic()
     own = [(here[0], gone.pid), here]
-    Ranks(1, 2, 1, 2, own, torch.distributed.HashStore()).stopped()
+    Distributed(1, 2, 1, 2, own, torch.distributed.HashStore()).stopped()
     assert time.monotonic() - begun < 5
 
 
 def test_all_is_saved_before_the_others_are_let_go(tmp_path, monkeypatch):
     saved = []
     last = tmp_path / "run" / "last.pt"
-    monkeypatch.setattr(Ranks, "stopped", lambda self: saved.append(checkpoint.load(last)["step"]))
+    monkeypatch.setattr(
+        Distributed, "stopped", lambda self: saved.append(checkpoint.load(last)["step"])
+    )
     stop_at_check(monkeypatch, 2)
     with pytest.raises(Interrupted):
         start(tmp_path)
@@ -245,15 +247,15 @@ def test_all_is_saved_before_the_others_are_let_go(tmp_path, monkeypatch):
 def test_a_signal_that_comes_while_ranks_agree_waits_for_the_next_time():
     """The others have not heard of it: who left alone would keep them waiting."""
 
-    class Two(Ranks):
-        def most(self, *numbers):
+    class Two(Distributed):
+        def all_reduce_max(self, *numbers):
             heard.note(signal.SIGTERM)  # after the numbers were sent
             return list(numbers)
 
     heard, training = StopAtStepEdge(), SimpleNamespace(ranks=Two(0, 2, 0, 2))
-    assert loop.Training._agree(training, heard) is False
+    assert loop.Training._sync_stop(training, heard) is False
     with pytest.raises(Interrupted, match="stopped by SIGTERM"):
-        loop.Training._agree(training, heard)
+        loop.Training._sync_stop(training, heard)
 
 
 @pytest.mark.full
@@ -359,20 +361,20 @@ def test_other_commands_are_for_one_process(tmp_path, monkeypatch, capsys):
 
 
 def test_a_torchrun_environment_that_is_none_is_refused(monkeypatch):
-    assert ranks.launched() is ALONE
+    assert distributed.launched() is ALONE
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="not as torchrun does"):
-        ranks.launched()
+        distributed.launched()
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert ranks.launched() == Ranks(0, 2, 0, 2)
+    assert distributed.launched() == Distributed(0, 2, 0, 2)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert ranks.launched() is ALONE
+    assert distributed.launched() is ALONE
 
 
 def test_a_batch_is_shared_evenly_or_not_at_all():
-    three = Ranks(1, 3, 1, 3)
+    three = Distributed(1, 3, 1, 3)
     assert setup.part_of_batch(24, three) == 8
     with pytest.raises(UsageError, match="take a multiple of 3, such as 24"):
         setup.part_of_batch(26, three)
@@ -383,13 +385,13 @@ def test_a_batch_is_shared_evenly_or_not_at_all():
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert setup.device_of("auto", Ranks(3, 4, 1, 2)) == "cuda:1"
-    assert setup.device_of("cpu", Ranks(3, 4, 1, 2)) == "cpu"
+    assert setup.device_of("auto", Distributed(3, 4, 1, 2)) == "cuda:1"
+    assert setup.device_of("cpu", Distributed(3, 4, 1, 2)) == "cpu"
     assert setup.device_of("cuda:0", ALONE) == "cuda:0"
     with pytest.raises(UsageError, match="torchrun gives each process its own GPU"):
-        setup.device_of("cuda:0", Ranks(0, 2, 0, 2))
+        setup.device_of("cuda:0", Distributed(0, 2, 0, 2))
     with pytest.raises(UsageError, match="there are 2 GPUs here"):
-        setup.device_of("auto", Ranks(3, 4, 3, 4))
+        setup.device_of("auto", Distributed(3, 4, 3, 4))
 
 
 @settings(deadline=None)  # of a machine that does other things too
@@ -437,7 +439,9 @@ def test_a_last_batch_that_is_too_small_for_all_is_dropped(
 
     config = Config.from_flat({"arch": arch, "batch_size": batch_size})
     notes: list[str] = []
-    found = setup.drops_last(samples, get_network(arch), config, notes, Ranks(0, world, 0, world))
+    found = setup.drops_last(
+        samples, get_network(arch), config, notes, Distributed(0, world, 0, world)
+    )
     assert found is dropped
     assert len(notes) == dropped
 
@@ -447,7 +451,7 @@ def test_ranks_that_would_have_too_few_images_are_refused():
 
     config = Config.from_flat({"arch": "vgg11", "batch_size": 4})
     with pytest.raises(UsageError, match="4 processes need at least 8 images a batch"):
-        setup.drops_last(100, get_network("vgg11"), config, [], Ranks(0, 4, 0, 4))
+        setup.drops_last(100, get_network("vgg11"), config, [], Distributed(0, 4, 0, 4))
 
 
 def test_the_run_is_that_of_one_process_in_its_files(alone):
@@ -481,7 +485,7 @@ def trained_in_parts(config, world):
     """The weights that `world` processes come to without --sync-norm, by one process: each part
     of a batch goes through the network by itself, and the statistics are those of the first, or
     with --precise-bn the means of those that each takes."""
-    setups = [setup.prepare(config, Ranks(r, world, r, world)) for r in range(world)]
+    setups = [setup.prepare(config, Distributed(r, world, r, world)) for r in range(world)]
     whole = loop.new_step(dataclasses.replace(setups[0], ranks=ALONE))
     model, statistics = whole.network.train(), whole.guard.statistics
     none = torch.zeros(())
@@ -535,7 +539,7 @@ def test_synchronised_norms_are_for_several_processes_and_no_fused_convolution(l
     setup.synchronise_norms(model, config, ALONE, notes)
     assert notes == ["--sync-norm: changes nothing in one process; torchrun starts several"]
     with pytest.raises(UsageError, match="--conv fused: not with --sync-norm"):
-        setup.synchronise_norms(model, config, Ranks(0, 2, 0, 2), notes)
+        setup.synchronise_norms(model, config, Distributed(0, 2, 0, 2), notes)
 
 
 SCRIPT = """
@@ -552,7 +556,7 @@ def test_an_exchange_waits_until_its_threads_have_let_go():
     """A thread lets go of the object in Python last, and needs the lock of Python for it."""
     tensor, held = torch.ones(1), []
     before = sys.getrefcount(tensor)
-    with ranks.released(tensor):
+    with distributed.released(tensor):
         held.append(tensor)
         threading.Timer(0.2, held.clear).start()
     assert sys.getrefcount(tensor) == before

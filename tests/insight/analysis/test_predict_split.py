@@ -7,9 +7,9 @@ from image_files import write_folder
 from small_runs import start
 
 from fastcnn.errors import DataError, NumbersError, UsageError
-from fastcnn.insight.analysis.observe import observe, open_tested
+from fastcnn.insight.analysis.predict_split import observe, open_tested
 from fastcnn.train.checkpoints import checkpoint
-from fastcnn.train.checkpoints.trained import evaluation_data, load_trained
+from fastcnn.train.checkpoints.load_run import evaluation_data, load_trained
 from fastcnn.train.run import evaluate_run
 
 CPU = torch.device("cpu")

@@ -8,10 +8,10 @@ from fastcnn.train.loop import Training, brief
 from fastcnn.train.rundir import COLUMNS
 
 
-def check_reached(training: Training) -> None:
+def validate_resume(training: Training) -> None:
     """Raise CheckpointError where steps, epochs and figures that a training has taken up do not go
     together, or are no numbers to go on with."""
-    at, step, sums = training.at, training.step.step, training.step.metrics.sums
+    at, step, sums = training.state, training.step.step, training.step.metrics.sums
     check_history(at.history)
     # an epoch of --fast-dev-run has one step
     steps = 1 if training.setup.config.run.fast_dev_run else training.step.steps_per_epoch

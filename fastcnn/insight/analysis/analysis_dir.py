@@ -10,7 +10,7 @@ from pathlib import Path
 from fastcnn.cache import locked
 from fastcnn.config import DATA_NAMES
 from fastcnn.errors import CheckpointError
-from fastcnn.insight.run_page.kept import kept_of
+from fastcnn.insight.run_page.saved_sections import kept_of
 
 
 def word_of(data: str) -> str:

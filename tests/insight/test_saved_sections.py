@@ -9,7 +9,7 @@ from PIL import Image
 from fastcnn.errors import CheckpointError
 from fastcnn.insight.html.document import Figure, Page, Section, write_page
 from fastcnn.insight.html.table import Table
-from fastcnn.insight.run_page.kept import keep_sections, kept_sections
+from fastcnn.insight.run_page.saved_sections import save_sections, saved_sections
 
 
 @pytest.fixture
@@ -22,22 +22,22 @@ def sections(tmp_path):
 
 
 def test_sections_come_back_as_they_were(tmp_path, sections):
-    keep_sections(tmp_path, "analysis", sections)
-    assert kept_sections(tmp_path, "analysis") == sections
-    assert kept_sections(tmp_path, "ood") == []
+    save_sections(tmp_path, "analysis", sections)
+    assert saved_sections(tmp_path, "analysis") == sections
+    assert saved_sections(tmp_path, "ood") == []
 
 
 def test_a_figure_that_was_taken_away_is_left_out(tmp_path, sections):
-    keep_sections(tmp_path, "analysis", sections)
+    save_sections(tmp_path, "analysis", sections)
     (tmp_path / "one.png").unlink()
-    assert kept_sections(tmp_path, "analysis")[0].figures == ()
+    assert saved_sections(tmp_path, "analysis")[0].figures == ()
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"format": 9, "sections": []}', '{"format": 1}'])
 def test_another_file_is_refused(tmp_path, text):
     (tmp_path / "analysis.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"analysis\.json is not what fastcnn wrote"):
-        kept_sections(tmp_path, "analysis")
+        saved_sections(tmp_path, "analysis")
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "", ".", "link.png", "a/b.png"])
@@ -48,22 +48,22 @@ def test_a_page_takes_no_file_from_outside(tmp_path, sections, name):
     (tmp_path / "secret.png").write_bytes(b"secret")
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     (tmp_path / "one.png").rename(folder / "one.png")
-    keep_sections(folder, "analysis", sections)
+    save_sections(folder, "analysis", sections)
     path = folder / "analysis.json"
     path.write_text(path.read_text().replace('"one.png"', json.dumps(name)))
     with pytest.raises(CheckpointError, match=r"analysis\.json is not what fastcnn wrote"):
-        kept_sections(folder, "analysis")
+        saved_sections(folder, "analysis")
 
 
 @pytest.mark.full
 def test_a_value_of_another_kind_is_refused_or_shown(tmp_path, sections):
     """A page is drawn at the end of a run, which no file of an analysis shall end."""
-    path = keep_sections(tmp_path, "analysis", sections)
+    path = save_sections(tmp_path, "analysis", sections)
     refused, shown = [], 0
     for content in mutated(json.loads(path.read_text())):
         path.write_text(json.dumps(content))
         try:
-            found = kept_sections(tmp_path, "analysis")
+            found = saved_sections(tmp_path, "analysis")
         except CheckpointError as error:
             refused.append(str(error))
         else:

@@ -41,12 +41,12 @@ LOST = re.compile(
 )
 
 
-class RankLost(FastcnnError):
+class ProcessLost(FastcnnError):
     """Another process of the run has died, or is out of reach."""
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Distributed:
     """This process, `rank` of `world`; `local` of `local_world` on this machine.
 
     peers: machine and process id of each rank. store: where ranks leave each other notes.
@@ -64,20 +64,20 @@ class Ranks:
         """Whether this is the process that writes."""
         return self.rank == 0
 
-    def add(self, tensor: Tensor) -> None:
+    def all_reduce_sum(self, tensor: Tensor) -> None:
         """Replace `tensor` in place by its sum over the ranks."""
         if self.world > 1:
             with released(tensor):
                 torch.distributed.all_reduce(tensor)
 
-    def copy_from_first(self, *tensors: Tensor) -> None:
+    def broadcast(self, *tensors: Tensor) -> None:
         """Replace the tensors in place by those of rank 0."""
         if self.world > 1:
             for tensor in tensors:
                 with released(tensor):
                     torch.distributed.broadcast(tensor, 0)
 
-    def most(self, *numbers: int) -> list[int]:
+    def all_reduce_max(self, *numbers: int) -> list[int]:
         """The largest value over the ranks of each number; exchanged by the hosts."""
         if self.world == 1:
             return list(numbers)
@@ -86,7 +86,7 @@ class Ranks:
             torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
         return [int(value) for value in values]
 
-    def gather(self, tensor: Tensor) -> list[Tensor]:
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """That tensor of each rank, of one shape and dtype on the host, in their order."""
         found = [torch.empty_like(tensor) for _ in range(self.world)]
         if self.world == 1:
@@ -95,19 +95,19 @@ class Ranks:
             torch.distributed.all_gather(found, tensor)
         return found
 
-    def share(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """What each rank has of a value of plain types, in their order. Nothing is unpickled."""
         if self.world == 1:
             return [value]
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        longest, *_ = self.most(len(own))
+        longest, *_ = self.all_reduce_max(len(own))
         padded = torch.full((longest,), ord(" "), dtype=torch.uint8)
         padded[: len(own)] = own
-        return [json.loads(bytes(one.tolist())) for one in self.gather(padded)]
+        return [json.loads(bytes(one.tolist())) for one in self.all_gather(padded)]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Return when every rank has come here."""
-        self.most(0)
+        self.all_reduce_max(0)
 
     def stopped(self) -> None:
         """Return when rank 0 has saved what an interruption leaves: were another one to end before,
@@ -143,10 +143,10 @@ class Ranks:
             time.sleep(0.1)
 
 
-ALONE = Ranks()
+ALONE = Distributed()
 
 
-def launched() -> Ranks:
+def launched() -> Distributed:
     """This process as torchrun's environment describes it; ALONE without torchrun."""
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         return ALONE
@@ -158,14 +158,14 @@ def launched() -> Ranks:
             f"RANK and WORLD_SIZE are set, but not as torchrun does ({error}); unset them, or use "
             "torchrun"
         ) from error
-    return Ranks(rank, world, local, local_world) if world > 1 else ALONE
+    return Distributed(rank, world, local, local_world) if world > 1 else ALONE
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Ranks]:
+def joined() -> Iterator[Distributed]:
     """Meet the other ranks, if torchrun started any, and part from them after the block.
 
-    Raises RankLost where one is gone, at whatever place of the block that was noticed.
+    Raises ProcessLost where one is gone, at whatever place of the block that was noticed.
     """
     ranks = launched()
     if ranks.world == 1:
@@ -182,7 +182,7 @@ def joined() -> Iterator[Ranks]:
             place: dict[str, Any] = {"store": store, "rank": ranks.rank, "world_size": ranks.world}
             torch.distributed.init_process_group(backend, timeout=limit, **place)
             ranks = replace(ranks, store=store)
-        peers = ranks.share([socket.gethostname(), os.getpid()])
+        peers = ranks.all_gather_object([socket.gethostname(), os.getpid()])
         ranks.peers.extend((str(host), int(pid)) for host, pid in peers)
         yield ranks
     except RuntimeError as error:
@@ -213,19 +213,19 @@ def _holders(tensors: Sequence[Any]) -> list[tuple[int, int]]:
     return [(tensor._use_count(), sys.getrefcount(tensor)) for tensor in tensors]
 
 
-def lost(ranks: Ranks, error: Exception) -> RankLost:
+def lost(ranks: Distributed, error: Exception) -> ProcessLost:
     """What to say of a rank that does not answer."""
     with StopRequests():  # torchrun ends whoever is left while this one looks who is gone
         who = ranks.gone()
     told = f"{who} has ended" if who else f"another rank is out of reach ({first_line(error)})"
-    return RankLost(
+    return ProcessLost(
         f"{told}: start the same torchrun command again with --resume and the run's folder"
     )
 
 
-def require_same(ranks: Ranks, facts: dict[str, Any]) -> None:
+def require_same(ranks: Distributed, facts: dict[str, Any]) -> None:
     """Raise UsageError where ranks differ in options, images or versions: {name: value}."""
-    everyone = ranks.share(facts)
+    everyone = ranks.all_gather_object(facts)
     for number, theirs in enumerate(everyone):
         if different := [name for name in facts if theirs.get(name) != everyone[0].get(name)]:
             listed = "; ".join(
@@ -235,7 +235,7 @@ def require_same(ranks: Ranks, facts: dict[str, Any]) -> None:
             raise UsageError(f"the ranks differ: {listed}; start all of them alike")
 
 
-def parallel(network: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module | None:
+def parallel(network: nn.Module, ranks: Distributed, device: torch.device) -> nn.Module | None:
     """The network as one whose gradients are averaged over the ranks; None for one process."""
     if ranks.world == 1:
         return None
