@@ -17,7 +17,7 @@ from fastcnn.bench.kernels.conv_layers import PLAIN
 from fastcnn.bench.options import RIVALS
 from fastcnn.bench.steps import NO_TIME
 from fastcnn.bench.throughput import ONE
-from fastcnn.ops.plans import MODES
+from fastcnn.ops.conv_autotune import MODES
 
 Result = dict[str, Any]
 Bench = Callable[[str, float, list[str]], Result]

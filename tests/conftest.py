@@ -61,9 +61,9 @@ def _own_cache(tmp_path_factory):
     os.environ["FASTCNN_CACHE"] = folder
     # a test that has a cache of its own has it for images: in all tests a process chooses its
     # convolutions as those do that it starts, whose bits may be compared with its own
-    from fastcnn.ops import plans
+    from fastcnn.ops import conv_autotune
 
-    plans.cache_dir = lambda: Path(folder)
+    conv_autotune.cache_dir = lambda: Path(folder)
 
 
 def _of_all_workers(tmp_path_factory):
@@ -158,11 +158,11 @@ def reset_process():
 
     Results on the CPU are bit-equal only at a fixed number of threads.
     """
-    from fastcnn.ops import plans
+    from fastcnn.ops import conv_autotune
 
     for name in ("CUBLAS_WORKSPACE_CONFIG", "GOMP_SPINCOUNT"):
         os.environ.pop(name, None)
-    plans.set_mode("auto")
+    conv_autotune.set_mode("auto")
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.benchmark = False  # an error after an import that froze these settings
     logger = logging.getLogger("fastcnn")
@@ -176,11 +176,11 @@ def reset_process():
 @pytest.fixture
 def torchs_convolutions():
     """Convolutions are torch's: their rounding is not what is tested, nor may a timing choose."""
-    from fastcnn.ops import plans
+    from fastcnn.ops import conv_autotune
 
-    plans.set_mode("vendor")
+    conv_autotune.set_mode("vendor")
     yield
-    plans.set_mode("auto")
+    conv_autotune.set_mode("auto")
 
 
 def pytest_addoption(parser):

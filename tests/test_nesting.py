@@ -17,7 +17,7 @@ from fastcnn.errors import FastcnnError
 from fastcnn.files import DEEPEST
 from fastcnn.insight.run_page import run_files
 from fastcnn.insight.run_page.saved_sections import kept_of, saved_sections
-from fastcnn.ops.plans import plan_cache
+from fastcnn.ops.conv_autotune import plan_cache
 from fastcnn.options import read_config_file, read_lists
 from fastcnn.study import record
 from fastcnn.train.checkpoints import checkpoint

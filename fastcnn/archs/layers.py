@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcnn.archs import spec
-from fastcnn.ops import Pending, plans
+from fastcnn.ops import Pending, conv_autotune
 from fastcnn.ops.backend import BACKENDS, ops_for
 
 if TYPE_CHECKING:
@@ -74,7 +74,9 @@ class ConvNormAct(nn.Module):
         ops = ops_for(self.backend, x, conv.bias if norm is None else norm.weight)
         across = _group(self)
         defer = (
-            self.defers and across is None and plans.may_defer(x.x if isinstance(x, Pending) else x)
+            self.defers
+            and across is None
+            and conv_autotune.may_defer(x.x if isinstance(x, Pending) else x)
         )
         rest = (self.stride, self.pads, self.pool, residual, defer)
         if norm is None:

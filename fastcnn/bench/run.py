@@ -20,7 +20,7 @@ from fastcnn.bench.rivals import noise
 from fastcnn.bench.rivals.variants import HALVES, Task
 from fastcnn.bench.timing import copy_bandwidth, matmul_rate
 from fastcnn.errors import UsageError
-from fastcnn.ops import plans
+from fastcnn.ops import conv_autotune
 from fastcnn.ops.backend import choose_backend, choose_convolution
 from fastcnn.train.host import tune_process
 from fastcnn.train.numerics.precision import choose_device, choose_precision
@@ -220,7 +220,7 @@ def layers(run: Run) -> None:
 
     run.set(mode="layers", rounds=run.options.rounds, rows=[], left_out=[])
     limits, dtype = run.limits(), run.precision.dtype or torch.float32
-    if run.options.backends and (why := plans.why_vendor(run.device, dtype)):
+    if run.options.backends and (why := conv_autotune.why_vendor(run.device, dtype)):
         raise UsageError(f"--backends: means nothing to --layers here ({why})")
     rivals = tuple(b for b in RIVALS if b in (run.options.backends or RIVALS))
     for name, batch in itertools.product(run.options.arch, run.batches):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastcnn import ops
 from fastcnn.errors import BuildError, FastcnnError
-from fastcnn.ops import plans, reference
+from fastcnn.ops import conv_autotune, reference
 from fastcnn.ops.native import build
 
 Backend = Literal["auto", "fused", "torch"]
@@ -49,25 +49,25 @@ def choose_backend(
 
 
 def choose_convolution(
-    mode: plans.Mode, backend: str, device: torch.device, dtype: torch.dtype | None
+    mode: conv_autotune.Mode, backend: str, device: torch.device, dtype: torch.dtype | None
 ) -> None:
-    """Make `mode` the one by which this process chooses convolutions (`plans.set_mode`).
+    """Make `mode` the one by which this process chooses convolutions (`conv_autotune.set_mode`).
 
     backend: as `choose_backend` has chosen; dtype: of autocast, or None for fp32.
     Raises BuildError where "fused" is asked for and cannot be had.
     """
     if mode == "fused" and (reason := _why_not_fused(backend, device, dtype)):
         raise BuildError(f"--conv fused: {reason}")
-    plans.set_mode(mode)
+    conv_autotune.set_mode(mode)
 
 
 def convolution_of_run(
-    mode: plans.Mode,
+    mode: conv_autotune.Mode,
     deterministic: bool,
     backend: str,
     device: torch.device,
     dtype: torch.dtype | None,
-) -> plans.Mode:
+) -> conv_autotune.Mode:
     """Return the mode by which the network of a run with such options is evaluated: the run's own.
 
     "auto" where its "fused" cannot be had here, "vendor" for the "auto" of a deterministic run.
@@ -83,7 +83,7 @@ def _why_not_fused(backend: str, device: torch.device, dtype: torch.dtype | None
         return (
             "needs --backend fused, which cannot be had here or was not asked for; use --conv auto"
         )
-    reason = plans.why_vendor(device, dtype or torch.float32)
+    reason = conv_autotune.why_vendor(device, dtype or torch.float32)
     return reason and f"{reason}; {_remedy(device, dtype)}"
 
 

@@ -3,8 +3,8 @@
 The vendor's way is torch's convolution and one op for the rest (norm_act.py). The fused way, for
 half precision on a GPU and 3x3 filters in fp32 on a CPU, is the library's own convolution: what the
 layer before left pending is applied while its input is loaded, the statistics of batch norm and a
-max-pool come out of the product, and inference is one kernel. plans.py chooses, for each layer and
-gradient. Both ways compute the same, up to rounding.
+max-pool come out of the product, and inference is one kernel. conv_autotune chooses, for each layer
+and gradient. Both ways compute the same, up to rounding.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastcnn.ops import conv_composites, norm_act, plans
+from fastcnn.ops import conv_autotune, conv_composites, norm_act
+from fastcnn.ops.conv_autotune import Kind, Plan
 from fastcnn.ops.conv_library import POOL, Pads, Pending, result_shape
 from fastcnn.ops.loading import product_dtype, ready
 from fastcnn.ops.native.library import pending_channels
-from fastcnn.ops.plans import Kind, Plan
 from fastcnn.ops.reference import product, require_no_residual, require_same_shape
 from fastcnn.ops.tracing import parameter_dtype
 
@@ -59,7 +59,8 @@ def conv_bn_act(
     weight, bias, running_mean, running_var, training, momentum, eps, slopes, residual, result and
     errors: as for `bn_act` and `bn_act_pool`; ValueError for a residual with a pool.
     defer: leave normalisation and activation to the next convolution, where gradients may be wanted
-    (ValueError with a pool or a residual). plan: who computes what; None: `plans.plan_for` says it.
+    (ValueError with a pool or a residual). plan: who computes what; None: as
+    `conv_autotune.plan_for` says.
     across: as for `bn_act`. In training the convolution is then the vendor's, whatever mode and
     measurements say: a product of our own kernel would come with this process's statistics alone.
     ValueError with defer or another plan.
@@ -71,7 +72,7 @@ def conv_bn_act(
     geometry, norm = (stride, pads), (running_mean, running_var, training, momentum, eps, pre_slope)
     if training and across is not None:
         _require_vendor(plan, defer)
-        y, _ = _convolve(x, filter, conv_bias, geometry, None, plans.VENDOR)
+        y, _ = _convolve(x, filter, conv_bias, geometry, None, conv_autotune.VENDOR)
         rest = (weight, bias, running_mean, running_var, True, momentum, eps, pre_slope, post_slope)
         if pool:
             return norm_act.bn_act_pool(y, *rest, pool, across)
@@ -150,7 +151,7 @@ def _require_deferrable(
 
 
 def _require_vendor(plan: Plan | None, defer: bool) -> None:
-    if defer or plan not in (None, plans.VENDOR):
+    if defer or plan not in (None, conv_autotune.VENDOR):
         raise ValueError(
             "across: expected neither defer nor a fused plan, whose statistics are one process's"
         )
@@ -185,7 +186,7 @@ def _plan(
     pending = _pending(x)
     is_pending = not pending.is_plain
     wants_data_gradient = is_pending or pending.x.requires_grad
-    return plans.plan_for(
+    return conv_autotune.plan_for(
         pending.x, filter, *geometry, kind, is_pending, training, wants_data_gradient, with_bias
     )
 

@@ -16,7 +16,7 @@ from fastcnn.archs.spec import parameters
 from fastcnn.data.draws import derive_seed
 from fastcnn.data.loaders import Loader
 from fastcnn.errors import CheckpointError, NumbersError, UsageError
-from fastcnn.ops import plans
+from fastcnn.ops import conv_autotune
 from fastcnn.ops.gpu_faults import require_alive
 from fastcnn.text import first_line
 from fastcnn.train import memory
@@ -227,11 +227,11 @@ class Training:
     def _telling_plans(self, steps: Iterator[None]) -> Generator[None]:
         """The steps; after the first of the run, say how many of its convolutions are fused."""
         if not self._told_plans:
-            with plans.noted() as taken:
+            with conv_autotune.noted() as taken:
                 if next(steps, DONE) is DONE:
                     return
             self._told_plans = True
-            if line := plans.summary(taken, self.setup.device):
+            if line := conv_autotune.summary(taken, self.setup.device):
                 self.progress.say(line)
             yield
         yield from steps

@@ -19,7 +19,7 @@ from fastcnn.bench.worker import Worker
 from fastcnn.cli import main, parse
 from fastcnn.data.choose import has_dali
 from fastcnn.errors import BuildError, FastcnnError, UsageError
-from fastcnn.ops import plans
+from fastcnn.ops import conv_autotune
 from fastcnn.recipes import resolve
 
 SMALL = ["--arch", "cnn-a", "--batch-size", "4", "--threads", "1", "--device", "cpu"]
@@ -127,7 +127,7 @@ def test_backends_and_defaults_of_a_device(monkeypatch):
 def test_fused_convolutions_are_refused_where_there_are_none(
     library, capsys, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(plans, "why_vendor", lambda *_: NONE)
+    monkeypatch.setattr(conv_autotune, "why_vendor", lambda *_: NONE)
     path = tmp_path / "bench.json"
     code, out, err = command(capsys, *SMALL, "--conv", "fused", "--json", str(path))
     assert (code, out) == (BuildError.exit_code, "")
@@ -135,14 +135,14 @@ def test_fused_convolutions_are_refused_where_there_are_none(
     assert not path.exists()
 
 
-@pytest.mark.parametrize("rule", plans.MODES)
+@pytest.mark.parametrize("rule", conv_autotune.MODES)
 def test_the_rule_of_convolutions_is_the_one_that_is_measured_under(library, monkeypatch, rule):
-    monkeypatch.setattr(plans, "_mode", "vendor" if rule == "auto" else "auto")
-    monkeypatch.setattr(plans, "why_vendor", lambda *_: "")
+    monkeypatch.setattr(conv_autotune, "_mode", "vendor" if rule == "auto" else "auto")
+    monkeypatch.setattr(conv_autotune, "why_vendor", lambda *_: "")
     met = []
 
     def compare(run, mode, limits):
-        met.append((mode, plans.mode()))
+        met.append((mode, conv_autotune.mode()))
         run.set(rows=[], left_out=["all"])
 
     monkeypatch.setattr(run, "compare", compare)
@@ -392,7 +392,7 @@ def test_every_part_of_every_layer_is_told(library, capsys, tmp_path):
 
 @pytest.mark.full
 def test_without_fused_convolutions_products_tell_why(library, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(plans, "why_vendor", lambda *_: NONE)
+    monkeypatch.setattr(conv_autotune, "why_vendor", lambda *_: NONE)
     words = [*SMALL, "--layers", "--rounds", "7", "--json", str(tmp_path / "x.json")]
     code, out, _ = command(capsys, *words)
     assert code == 0
@@ -427,7 +427,7 @@ def test_a_layers_floor_is_the_larger_of_its_two():
 @pytest.mark.full
 def test_a_refused_chain_is_named(library, monkeypatch):
     monkeypatch.setattr(layers, "check", lambda *_: {"fused": "y errs by 1"})
-    monkeypatch.setattr(plans, "why_vendor", lambda *_: NONE)
+    monkeypatch.setattr(conv_autotune, "why_vendor", lambda *_: NONE)
     rows = layers.rows_of_network("cnn-a", 2, torch.float32, torch.device("cpu"), 7, {})
     refused = [row for row in rows if "why" in row]
     assert [row["layer"] for row in refused] == ["conv1", "conv2", "conv3", "conv4", "fc1"]

@@ -10,9 +10,9 @@ from fastcnn.archs import get_network
 from fastcnn.bench import table
 from fastcnn.bench.kernels import conv_layers, layers
 from fastcnn.bench.kernels.conv_layers import met_layers, rows_of_convolutions
-from fastcnn.ops import plans
-from fastcnn.ops.plans import Decision, Plan
-from fastcnn.ops.plans import measurement as plan_measure
+from fastcnn.ops import conv_autotune
+from fastcnn.ops.conv_autotune import Decision, Plan
+from fastcnn.ops.conv_autotune import measurement as plan_measure
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -99,7 +99,7 @@ def test_the_layers_are_called_under_the_plan_that_they_stand_for(quick, monkeyp
 
     def note(self, *given):
         if given[0].device == CPU:  # not the call without memory, which asks what is met
-            seen.append((plans.mode(), self.backend, self.training))
+            seen.append((conv_autotune.mode(), self.backend, self.training))
         return forward(self, *given)
 
     monkeypatch.setattr(conv_layers.ConvNormAct, "forward", note)
@@ -110,7 +110,7 @@ def test_the_layers_are_called_under_the_plan_that_they_stand_for(quick, monkeyp
         ("vendor", "fused", True),
         ("fused", "fused", True),
     }
-    assert plans.mode() == "auto"
+    assert conv_autotune.mode() == "auto"
 
 
 def test_the_eager_layer_computes_what_ours_does():

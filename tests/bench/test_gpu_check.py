@@ -116,7 +116,7 @@ def test_without_a_library_nothing_is_timed(check, monkeypatch):
 
 def test_files_that_cannot_be_imported_are_named():
     files, errors = gpu_check.collected(COLLECTED)
-    assert files == ["tests/train/step/test_cuda.py", "tests/ops/test_ops.py"]
+    assert files == ["tests/ops/test_ops.py", "tests/train/step/test_cuda.py"]
     reason = "ModuleNotFoundError: No module named 'jsonargparse'"
     assert errors == {"tests/commands/test_cli.py": reason}
 
@@ -175,7 +175,7 @@ def test_the_convolution_and_its_build_fit_into_ten_minutes():
 def test_the_convolutions_tests_are_found():
     files = conv_stages.test_files(REPOSITORY)
     found = {Path(file).name for file in files}
-    assert {"test_plan_measure.py", "test_bench_conv_layers.py"} <= found
+    assert {"test_conv_measurement.py", "test_bench_conv_layers.py"} <= found
     assert all((REPOSITORY / file).exists() for file in files)
 
 

@@ -24,7 +24,7 @@ from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
 from fastcnn.archs.layers import synchronise
 from fastcnn.archs.spec import Conv, Linear, Network, Pool, Residual
-from fastcnn.ops import norm_across, plans, reference
+from fastcnn.ops import conv_autotune, norm_across, reference
 
 RANKS = 3
 MODULES = {"fused": ops, "torch": reference}
@@ -171,8 +171,8 @@ def step(model: nn.Module, images, labels):
 def everything_fused():
     """As on a GPU whose every plan is "fused"."""
     with (
-        mock.patch.object(plans, "plan_for", return_value=plans.FUSED),
-        mock.patch.object(plans, "may_defer", return_value=True),
+        mock.patch.object(conv_autotune, "plan_for", return_value=conv_autotune.FUSED),
+        mock.patch.object(conv_autotune, "may_defer", return_value=True),
     ):
         yield
 

@@ -20,7 +20,7 @@ from torch import nn
 from fastcnn import ops
 from fastcnn.archs.layers import ConvNormAct, synchronise
 from fastcnn.archs.spec import Conv
-from fastcnn.ops import plans, reference
+from fastcnn.ops import conv_autotune, reference
 
 DOUBLE = TOLERANCE[torch.float64]
 
@@ -265,8 +265,8 @@ def test_synchronise_reaches_every_norm_and_takes_itself_back(alone):
 
 
 def test_a_layer_over_processes_is_never_left_to_the_next(alone, monkeypatch):
-    monkeypatch.setattr(plans, "plan_for", lambda *a, **k: plans.FUSED)
-    monkeypatch.setattr(plans, "may_defer", lambda x: True)
+    monkeypatch.setattr(conv_autotune, "plan_for", lambda *a, **k: conv_autotune.FUSED)
+    monkeypatch.setattr(conv_autotune, "may_defer", lambda x: True)
     layer = ConvNormAct(3, Conv(8, 3, norm=True, post_slope=0.0), "fused")
     layer = layer.to(memory_format=torch.channels_last)
     layer.defers = True
@@ -277,7 +277,7 @@ def test_a_layer_over_processes_is_never_left_to_the_next(alone, monkeypatch):
     assert isinstance(layer.eval()(x), ops.Pending)
     norm = layer.norm
     arguments = (norm.weight, norm.bias, norm.running_mean, norm.running_var, True)
-    for wrong in ({"defer": True}, {"plan": plans.FUSED}):
+    for wrong in ({"defer": True}, {"plan": conv_autotune.FUSED}):
         with pytest.raises(ValueError, match="across: expected neither defer nor a fused plan"):
             ops.conv_bn_act(x, layer.conv.weight, None, *arguments, **wrong, across=alone)
 

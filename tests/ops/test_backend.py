@@ -18,7 +18,7 @@ from fastcnn.archs.spec import Conv
 from fastcnn.config import PlaceConfig
 from fastcnn.data import Normalization, load_dataset, make_loader
 from fastcnn.errors import BuildError
-from fastcnn.ops import backend, plans, reference
+from fastcnn.ops import backend, conv_autotune, reference
 from fastcnn.recipes import resolve
 from fastcnn.train import run
 from fastcnn.train.checkpoints import checkpoint
@@ -133,7 +133,7 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def mode():
-    return plans.mode
+    return conv_autotune.mode
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_a_run_and_an_evaluation_choose_their_convolutions(tmp_path, mode):
     folder = start(tmp_path, epochs=1, conv="vendor").folder.path
     assert mode() == "vendor"
     assert "conv: vendor" in (folder / "config.yaml").read_text()
-    plans.set_mode("auto")
+    conv_autotune.set_mode("auto")
     run.evaluate_run(str(folder))
     assert mode() == "vendor"
     run.evaluate_run(str(folder), overrides={"conv": "auto"})
@@ -225,7 +225,7 @@ def test_an_evaluation_follows_its_run(with_kernels, conv, deterministic, wanted
 def test_a_resumed_run_keeps_its_choice_or_takes_another(tmp_path, mode, monkeypatch):
     folder = start(tmp_path, epochs=1, conv="vendor").folder.path
     (folder / "summary.json").unlink()
-    plans.set_mode("auto")
+    conv_autotune.set_mode("auto")
     resume(folder)
     assert mode() == "vendor"
     (folder / "summary.json").unlink()
@@ -239,8 +239,8 @@ def test_the_plans_of_a_run_are_said_once_after_its_first_step(tmp_path, monkeyp
 
     def plan_and_work(self, images, labels):
         steps.append(None)
-        for taken in plans._noting:
-            taken.extend([plans.FUSED, plans.VENDOR])
+        for taken in conv_autotune._noting:
+            taken.extend([conv_autotune.FUSED, conv_autotune.VENDOR])
         work(self, images, labels)
 
     monkeypatch.setattr(TrainStep, "_work", plan_and_work)

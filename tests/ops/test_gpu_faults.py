@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fake_cuda import FakeCuda
-from test_plan_measure import layer_of
+from test_conv_measurement import layer_of
 
 from fastcnn.bench.data_rate import Rates
 from fastcnn.bench.kernels import conv_layers, interleaved
 from fastcnn.bench.kernels.cases import Case
 from fastcnn.bench.steps import Steps
 from fastcnn.errors import CheckpointError
+from fastcnn.ops.conv_autotune import measurement as plan_measure
 from fastcnn.ops.gpu_faults import GpuError, require_alive
-from fastcnn.ops.plans import measurement as plan_measure
 from fastcnn.train import distributed
 from fastcnn.train.graph import CudaRecorder, Replay
 from fastcnn.train.loop import Training
@@ -103,7 +103,7 @@ CATCHERS = [measured, captured, compared, viewed, checked, judged, prepared, fed
 @pytest.mark.parametrize("catcher", CATCHERS, ids=lambda f: f.__name__)
 def test_where_an_error_is_taken_for_a_refusal_a_lost_gpu_is_not(cuda, monkeypatch, catcher):
     monkeypatch.setattr(plan_measure, "draw", failing)
-    monkeypatch.setattr("fastcnn.ops.plans.decision_for", lambda layer, device: None)
+    monkeypatch.setattr("fastcnn.ops.conv_autotune.decision_for", lambda layer, device: None)
     given = (monkeypatch,) * (catcher.__code__.co_argcount)
     assert "illegal memory access" in catcher(*given)
     cuda.lost = ILLEGAL

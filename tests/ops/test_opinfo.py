@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch_tables import import_tables
 
 from fastcnn import ops
-from fastcnn.ops.plans import FUSED, VENDOR
+from fastcnn.ops.conv_autotune import FUSED, VENDOR
 
 DTYPES = ops.DTYPES["cpu"]
 # reference fp32, since torch computes a sum in another order

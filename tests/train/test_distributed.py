@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from fastcnn.config import Config
 from fastcnn.errors import UsageError
-from fastcnn.ops.plans import plan_cache
+from fastcnn.ops.conv_autotune import plan_cache
 from fastcnn.recipes import resolve
 from fastcnn.train import distributed, loop, setup
 from fastcnn.train.checkpoints import checkpoint

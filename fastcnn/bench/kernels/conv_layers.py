@@ -3,7 +3,7 @@ of them a run takes.
 
 Three views of a layer:
 
-    conv ...     what the plan of a layer rests on (ops.plans.measurement): the product with its
+    conv ...     what the plan of a layer rests on (ops.conv_autotune): the product with its
                  statistics or its pool, and its two gradients, from the vendor and fused; what is
                  pending of the input is applied by either. "recomputed": the vendor's gradient of
                  the filter behind a fused forward
@@ -33,12 +33,12 @@ from fastcnn.archs.spec import Network
 from fastcnn.bench.kernels.interleaved import WARMUP_ROUNDS
 from fastcnn.bench.rivals.correctness import reason_of
 from fastcnn.bench.timing import Phases, sets_and_calls
-from fastcnn.ops import plans
+from fastcnn.ops import conv_autotune
+from fastcnn.ops.conv_autotune import Decision
+from fastcnn.ops.conv_autotune import measurement as plan_measure
+from fastcnn.ops.conv_autotune.measurement import ConvLayer, Tensors, Variants
 from fastcnn.ops.conv_library import POOL
 from fastcnn.ops.gpu_faults import require_alive
-from fastcnn.ops.plans import Decision
-from fastcnn.ops.plans import measurement as plan_measure
-from fastcnn.ops.plans.measurement import ConvLayer, Tensors, Variants
 from fastcnn.ops.reference import split_pads
 from fastcnn.train.numerics.half import half_network
 
@@ -79,11 +79,11 @@ def _asked(
     found: dict[str, Any] = {}
     under_way: list[tuple[str, Any]] = []
 
-    def plan_for(*arguments: Any) -> plans.Plan:
-        layer = plans.layer_of(*arguments)._replace(dtype=dtype)
+    def plan_for(*arguments: Any) -> conv_autotune.Plan:
+        layer = conv_autotune.layer_of(*arguments)._replace(dtype=dtype)
         name, shapes = under_way[-1]
         found[name] = (*shapes, layer)
-        return plans.VENDOR
+        return conv_autotune.VENDOR
 
     def enter(name: str, _: nn.Module, given: tuple[Any, ...]) -> None:
         residual = given[1] if len(given) > 1 else None
@@ -91,8 +91,8 @@ def _asked(
         under_way.append((name, (tuple(given[0].shape), shape)))
 
     size = network.image_sizes[0]
-    asking = mock.patch.object(plans, "plan_for", plan_for)
-    deferring = mock.patch.object(plans, "may_defer", return_value=training)
+    asking = mock.patch.object(conv_autotune, "plan_for", plan_for)
+    deferring = mock.patch.object(conv_autotune, "may_defer", return_value=training)
     with asking, deferring, torch.device("meta"), torch.set_grad_enabled(training):
         model = build(network, size, network.classes, "fused").train(training)
         for name, module in model.named_modules():
@@ -140,20 +140,20 @@ def _compiled(module: nn.Module) -> Callable[..., Tensor]:
     return lambda *given: made()(*given)
 
 
-def _under(mode: plans.Mode, module: nn.Module, *given: Tensor) -> Tensor:
+def _under(mode: conv_autotune.Mode, module: nn.Module, *given: Tensor) -> Tensor:
     with choosing(mode):
         return module(*given)
 
 
 @contextmanager
-def choosing(mode: plans.Mode) -> Iterator[None]:
+def choosing(mode: conv_autotune.Mode) -> Iterator[None]:
     """Plans by another mode than the process has."""
-    before = plans.mode()
-    plans.set_mode(mode)
+    before = conv_autotune.mode()
+    conv_autotune.set_mode(mode)
     try:
         yield
     finally:
-        plans.set_mode(before)
+        conv_autotune.set_mode(before)
 
 
 def measured_parts(
@@ -166,8 +166,8 @@ def measured_parts(
     """Return the seconds of each part by variant, the decisions of training and inference, and what
     was not timed: a rival ("backend", in a "view") or a view as a whole ("backend"), and "why"."""
     decisions = {
-        "training": plans.decision_for(met.training, device),
-        "inference": plans.decision_for(met.inference, device),
+        "training": conv_autotune.decision_for(met.training, device),
+        "inference": conv_autotune.decision_for(met.inference, device),
     }
     parts: dict[str, Seconds] = {}
     wrong: list[dict[str, str]] = []

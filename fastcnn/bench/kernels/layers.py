@@ -21,7 +21,7 @@ from fastcnn.bench.kernels.cases import Layer, backward_bytes, forward_bytes, fu
 from fastcnn.bench.kernels.conv_layers import RIVALS, rows_of_convolutions
 from fastcnn.bench.kernels.interleaved import WARMUP_ROUNDS, Turns, check
 from fastcnn.bench.timing import Phases, Time, cache_bytes, ratios, sets_and_calls, spread
-from fastcnn.ops import plans, reference
+from fastcnn.ops import conv_autotune, reference
 
 Row = dict[str, Any]
 Seconds = dict[str, list[float]]  # a round each, by variant
@@ -59,11 +59,11 @@ def rows_of_network(
             for v, why in wrong.items()
         ]
     _add_shares([row for row in rows if "part" in row], times)
-    if why := plans.why_vendor(device, dtype):
+    if why := conv_autotune.why_vendor(device, dtype):
         convolutions = {layer.name for layer in layers if len(layer.x) == 4}
         for row in rows:
             if row["layer"] in convolutions and row.get("part") in PRODUCTS:
-                row |= {"plan": list(plans.VENDOR), "plan_reason": why}
+                row |= {"plan": list(conv_autotune.VENDOR), "plan_reason": why}
         return rows
     figures = partial(_figures_of_part, limits=limits)
     return rows + rows_of_convolutions(

@@ -26,8 +26,8 @@ from fastcnn.config import Config, RunConfig
 from fastcnn.errors import DataError
 from fastcnn.ops import load
 from fastcnn.ops.backend import choose_backend, choose_convolution
+from fastcnn.ops.conv_autotune import plan_cache
 from fastcnn.ops.native.toolchain import cpu_name
-from fastcnn.ops.plans import plan_cache
 from fastcnn.train.distributed import Distributed
 from fastcnn.train.numerics.half import half_network
 from fastcnn.train.numerics.precision import NO_BF16, cpu_computes_in

@@ -17,8 +17,8 @@ from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
 from fastcnn.archs.layers import ConvNormAct, ResidualBlock
 from fastcnn.archs.spec import Conv, Linear, Network, Pool
-from fastcnn.ops import conv_library, plans
-from fastcnn.ops.plans import FUSED, VENDOR, Plan
+from fastcnn.ops import conv_autotune, conv_library
+from fastcnn.ops.conv_autotune import FUSED, VENDOR, Plan
 from fastcnn.train.numerics.half import half_network
 
 NAMES = ["cnn-a", "cnn-b", "vgg11", "tiny-d", "mao-batchnorm", "murgolo-improved", "resnet18"]
@@ -35,8 +35,8 @@ def _library(library):
 @pytest.fixture
 def chained(monkeypatch):
     """Every layer fused, and deferring where it may."""
-    monkeypatch.setattr(plans, "plan_for", lambda *a, **k: FUSED)
-    monkeypatch.setattr(plans, "may_defer", lambda x: True)
+    monkeypatch.setattr(conv_autotune, "plan_for", lambda *a, **k: FUSED)
+    monkeypatch.setattr(conv_autotune, "may_defer", lambda x: True)
 
 
 class Called(TorchDispatchMode):
@@ -128,7 +128,7 @@ def test_layers_defer_to_a_convolution_that_takes_their_result_alone(name):
 def test_layers_of_different_plans_are_chained(name, chained, monkeypatch):
     made = [VENDOR, FUSED, Plan("fused", "vendor", "fused"), Plan("fused", "fused", "vendor")]
     plan = itertools.cycle([*made, VENDOR])
-    monkeypatch.setattr(plans, "plan_for", lambda *a, **k: next(plan))
+    monkeypatch.setattr(conv_autotune, "plan_for", lambda *a, **k: next(plan))
     (fused, plain), x = twins(name)
     assert_close(step(fused, x), step(plain, x), **DOUBLE)
 
@@ -154,7 +154,7 @@ def test_a_frozen_first_layer_leaves_the_other_gradients(
     layers = (Conv(4, **first), middle, Conv(5, norm=True, post_slope=0.0), Linear())
     for around in (FUSED, VENDOR):
         plan = itertools.cycle([around, second, around])
-        monkeypatch.setattr(plans, "plan_for", lambda *a, plan=plan, **k: next(plan))
+        monkeypatch.setattr(conv_autotune, "plan_for", lambda *a, plan=plan, **k: next(plan))
         models, x = twins(Network("small", "", (9,), 10, layers))
         for model in models:
             assert model.conv1.defers
@@ -250,6 +250,6 @@ def kept_bytes(model, x):
 def test_a_chain_keeps_less_for_the_backward(name, share, torchs_convolutions, monkeypatch):
     (fused, _), x = twins(name, torch.float32)
     vendor = kept_bytes(fused, x)
-    monkeypatch.setattr(plans, "plan_for", lambda *a, **k: FUSED)
-    monkeypatch.setattr(plans, "may_defer", lambda x: True)
+    monkeypatch.setattr(conv_autotune, "plan_for", lambda *a, **k: FUSED)
+    monkeypatch.setattr(conv_autotune, "may_defer", lambda x: True)
     assert kept_bytes(fused, x) <= share * vendor

@@ -13,7 +13,7 @@ from fastcnn import ops
 from fastcnn.archs import NETWORKS
 from fastcnn.archs.build import build
 from fastcnn.archs.layers import ConvNormAct
-from fastcnn.ops import load, plans, reference
+from fastcnn.ops import conv_autotune, load, reference
 
 BOUND = {torch.float32: 5e-5, torch.float64: 1e-12}  # of the largest value
 PLAIN = (None, None, None, None, False, 1.0, 1.0)
@@ -141,7 +141,7 @@ def test_inference_is_one_kernel(pool, residual, kind, dtype):
         return ops.conv_bias_act(cast(x), cast(filters), bias, 0.2, *rest, **plan)
 
     with torch.no_grad():
-        got = layer(ops, lambda t: t, plan=plans.FUSED)
+        got = layer(ops, lambda t: t, plan=conv_autotune.FUSED)
         want = layer(reference, torch.Tensor.double)
     assert (got - want).abs().max() <= BOUND[dtype] * want.abs().max()
 

@@ -12,7 +12,7 @@ from fastcnn import ops
 from fastcnn.archs import NETWORKS
 from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
-from fastcnn.ops import plans, reference
+from fastcnn.ops import conv_autotune, reference
 from fastcnn.train.numerics.half import half_network
 
 pytestmark = pytest.mark.cuda
@@ -227,8 +227,8 @@ def step(model, x, labels):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["cnn-b", "mao-batchnorm", "tiny-d", "vgg13", "resnet18"])
 def test_networks_err_at_most_twice_as_much_as_torch(name, dtype, monkeypatch):
-    monkeypatch.setattr(plans, "plan_for", lambda *a, **k: plans.FUSED)
-    monkeypatch.setattr(plans, "may_defer", lambda x: True)
+    monkeypatch.setattr(conv_autotune, "plan_for", lambda *a, **k: conv_autotune.FUSED)
+    monkeypatch.setattr(conv_autotune, "may_defer", lambda x: True)
     network = NETWORKS[name]
     size = network.image_sizes[0]
     found = []
@@ -268,7 +268,7 @@ def test_two_ways_of_a_layer_agree():
     running = [torch.zeros(64, device=DEVICE), torch.ones(64, device=DEVICE)]
     weight, bias = t["bias"].abs() + 0.5, t["bias"]
     results = []
-    for plan in (plans.VENDOR, plans.FUSED):
+    for plan in (conv_autotune.VENDOR, conv_autotune.FUSED):
         moved = [r.clone() for r in running]
         y = ops.conv_bn_act(
             *(t["x"], t["filter"], None, weight, bias, *moved, True),

@@ -9,9 +9,9 @@ from conv_cases import EPS, GEOMETRIES, ConvCase, Noted, drawn, pending_of, tens
 from op_cases import SAME_BITS, wide
 
 from fastcnn import ops
-from fastcnn.ops import plans, reference
+from fastcnn.ops import conv_autotune, reference
+from fastcnn.ops.conv_autotune import FUSED, VENDOR, Plan
 from fastcnn.ops.native import library
-from fastcnn.ops.plans import FUSED, VENDOR, Plan
 
 LIBRARY = torch.ops.fastcnn
 CLOSE = TOLERANCE[torch.float64]
@@ -174,7 +174,7 @@ def test_autocast_casts_as_for_torchs_convolution(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         want = conv_bn_act(reference, case, t, False)
         vendor = conv_bn_act(ops, case, t, False)
-        monkeypatch.setattr(plans, "plan_for", plan_for)
+        monkeypatch.setattr(conv_autotune, "plan_for", plan_for)
         fused = conv_bn_act(ops, case, t, False)
     assert vendor.dtype == fused.dtype == want.dtype == torch.bfloat16
     assert seen == [(torch.bfloat16, torch.bfloat16)]
@@ -190,7 +190,7 @@ def test_the_plan_is_asked_for_what_the_layer_does(monkeypatch):
         asked.append((x.shape, filter.shape, *rest))
         return FUSED
 
-    monkeypatch.setattr(plans, "plan_for", plan_for)
+    monkeypatch.setattr(conv_autotune, "plan_for", plan_for)
     case = ConvCase((2, 3, 6, 5), 4, stride=2, pads=(1, 0, 1, 1))
     t = layer_tensors(case)
     pending = {"x": pending_of(ConvCase(case.x, 4, pending="norm"), t)}

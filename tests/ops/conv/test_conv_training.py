@@ -24,8 +24,8 @@ from fastcnn.archs.build import build
 from fastcnn.archs.fold import fold
 from fastcnn.archs.init import initialise
 from fastcnn.archs.spec import Conv, Linear
-from fastcnn.ops import plans
-from fastcnn.ops.plans import FUSED
+from fastcnn.ops import conv_autotune
+from fastcnn.ops.conv_autotune import FUSED
 from fastcnn.train.numerics.half import half_network, refresh
 
 STEPS, BATCH, SEED = 30, 8, 0
@@ -121,8 +121,8 @@ def train(name, seed, dtype=torch.bfloat16, backend="fused", followers=()):
 @contextlib.contextmanager
 def through(kernels):
     """Every convolution by the kernels, deferring where it may."""
-    plan = mock.patch.object(plans, "plan_for", return_value=FUSED)
-    defer = mock.patch.object(plans, "may_defer", lambda x: x.dtype == torch.bfloat16)
+    plan = mock.patch.object(conv_autotune, "plan_for", return_value=FUSED)
+    defer = mock.patch.object(conv_autotune, "may_defer", lambda x: x.dtype == torch.bfloat16)
     with plan, defer, as_ops(kernels) as calls:
         yield calls
 

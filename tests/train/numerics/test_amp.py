@@ -12,7 +12,7 @@ from small_runs import SMALL, assert_same, final_state, resume, start, stop_at_c
 from fastcnn import ops
 from fastcnn.config import PlaceConfig
 from fastcnn.errors import UsageError
-from fastcnn.ops.plans import plan_cache
+from fastcnn.ops.conv_autotune import plan_cache
 from fastcnn.recipes import resolve
 from fastcnn.train import run
 from fastcnn.train.distributed import ALONE, Distributed

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from fastcnn.cache import cache_dir
 from fastcnn.errors import DataError
+from fastcnn.ops.conv_autotune import plan_cache
+from fastcnn.ops.conv_autotune.measurement import ConvLayer, Measured, Times, measure
 from fastcnn.ops.conv_library import Pads
 from fastcnn.ops.loading import load
 from fastcnn.ops.native.toolchain import cpu_name
-from fastcnn.ops.plans import plan_cache
-from fastcnn.ops.plans.measurement import ConvLayer, Measured, Times, measure
 
 log = logging.getLogger(__name__)
 

@@ -45,7 +45,7 @@ Clock = Callable[[Call, int], float]  # seconds a call, of so many calls
 
 
 class ConvLayer(NamedTuple):
-    """What a measurement depends on beside the device and the library; see `plans.plan_for`."""
+    """What a measurement depends on beside device and library; see `conv_autotune.plan_for`."""
 
     dtype: torch.dtype
     n: int

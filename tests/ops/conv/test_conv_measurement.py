@@ -8,10 +8,10 @@ import torch
 from fastcnn.archs import get_network
 from fastcnn.archs.build import build
 from fastcnn.archs.layers import ConvNormAct
-from fastcnn.ops import conv_composites, plans
-from fastcnn.ops.plans import measurement as plan_measure
-from fastcnn.ops.plans import plan_cache
-from fastcnn.ops.plans.measurement import ConvLayer, measure
+from fastcnn.ops import conv_autotune, conv_composites
+from fastcnn.ops.conv_autotune import measurement as plan_measure
+from fastcnn.ops.conv_autotune import plan_cache
+from fastcnn.ops.conv_autotune.measurement import ConvLayer, measure
 from fastcnn.train.numerics.half import half_network
 
 CPU = torch.device("cpu")
@@ -68,8 +68,8 @@ def test_every_kind_of_layer_is_measured_and_the_composites_agree(layer):
         assert measured.times["weight_gradient"].keys() == {"vendor", "fused"} | recomputed
     assert all(value > 0 for part in measured.times.values() for value in part.values())
     # a file must give back what plans wants
-    assert plans._times_of({"times": measured.times}, layer) == measured.times
-    plans.plan_of(measured.times)
+    assert conv_autotune._times_of({"times": measured.times}, layer) == measured.times
+    conv_autotune.plan_of(measured.times)
 
 
 def test_the_shape_of_the_result_is_torchs():
@@ -83,7 +83,7 @@ def test_everything_is_timed_in_turn_and_medians_are_told():
     clock = Ticks(**{"Fused.forward": 0.5e-3})
     times = measure(layer_of("bias"), CPU, clock).times
     assert times["forward"] == {"vendor": 2e-3, "fused": 0.5e-3}
-    assert plans.plan_of(times) == plans.Plan("fused", "vendor", "vendor")
+    assert conv_autotune.plan_of(times) == conv_autotune.Plan("fused", "vendor", "vendor")
     names = [name for name, _ in clock.order]
     a_round = [
         *("Vendor.forward", "Fused.forward", "Vendor.data_gradient", "Fused.data_gradient"),
@@ -201,13 +201,13 @@ def test_nothing_is_left_of_a_measurement(monkeypatch):
 def measured_on_the_cpu(monkeypatch, tmp_path):
     """CPU tensors in half precision count as those of a GPU; the file of their measurements."""
     path = plan_cache.file_of(tmp_path, {})
-    planner = plans.Planner(CPU, path, {})
-    monkeypatch.setattr(plans, "why_vendor", lambda device, dtype: "")
-    monkeypatch.setattr(plans, "_can_be_fused", lambda x: x.dtype in plans.HALVES)
-    monkeypatch.setattr(plans, "_takes", lambda *shape: True)
-    monkeypatch.setattr(plans, "_planner_of", lambda device: planner)
+    planner = conv_autotune.Planner(CPU, path, {})
+    monkeypatch.setattr(conv_autotune, "why_vendor", lambda device, dtype: "")
+    monkeypatch.setattr(conv_autotune, "_can_be_fused", lambda x: x.dtype in conv_autotune.HALVES)
+    monkeypatch.setattr(conv_autotune, "_takes", lambda *shape: True)
+    monkeypatch.setattr(conv_autotune, "_planner_of", lambda device: planner)
     yield path
-    plans.set_mode("auto")
+    conv_autotune.set_mode("auto")
 
 
 @pytest.mark.parametrize("name", ["mao-batchnorm", "cnn-a"])
@@ -221,7 +221,7 @@ def test_a_network_is_measured_in_its_first_step_and_trains_alike(measured_on_th
     x = torch.randn(4, 3, 32, 32).bfloat16().to(memory_format=torch.channels_last)
 
     def gradients():
-        with plans.noted() as taken:
+        with conv_autotune.noted() as taken:
             y = model(x)
         return taken, torch.autograd.grad(y.float().square().mean(), list(model.parameters()))
 
@@ -235,7 +235,7 @@ def test_a_network_is_measured_in_its_first_step_and_trains_alike(measured_on_th
     assert plan_cache.read(measured_on_the_cpu) == known
     results = {}
     for mode in ("vendor", "fused"):
-        plans.set_mode(mode)
+        conv_autotune.set_mode(mode)
         noted, results[mode] = gradients()
         assert {plan.forward for plan in noted} == {mode}
     for vendor, fused in zip(results["vendor"], results["fused"], strict=True):
@@ -244,7 +244,7 @@ def test_a_network_is_measured_in_its_first_step_and_trains_alike(measured_on_th
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", plans.HALVES)
+@pytest.mark.parametrize("dtype", conv_autotune.HALVES)
 @pytest.mark.parametrize("layer", [case for case in CASES if case.dtype != torch.float32], ids=str)
 def test_on_a_gpu_the_kernels_agree_and_memory_is_given_back(layer, dtype):
     device = torch.device("cuda", 0)

@@ -1,6 +1,6 @@
 """Which implementation a convolution layer gets: the rule, the cache, and when nothing is measured.
 
-The measurement itself is that of test_plan_measure.py; here its result is given.
+The measurement itself is that of test_conv_measurement.py; here its result is given.
 """
 
 import json
@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastcnn.ops import plans
-from fastcnn.ops.plans import FUSED, VENDOR, Plan, Planner, plan_cache, plan_of
-from fastcnn.ops.plans.measurement import ConvLayer, Measured
+from fastcnn.ops import conv_autotune
+from fastcnn.ops.conv_autotune import FUSED, VENDOR, Plan, Planner, plan_cache, plan_of
+from fastcnn.ops.conv_autotune.measurement import ConvLayer, Measured
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[3]
@@ -53,9 +53,9 @@ def gpu(monkeypatch):
     """CPU tensors count as those of a GPU with the kernels; the planner that decides on them."""
     measuring = Measuring()
     planner = Planner(CPU, None, KEY, measuring)
-    monkeypatch.setattr(plans, "why_vendor", lambda device, dtype: "")
-    monkeypatch.setattr(plans, "_can_be_fused", lambda x: True)
-    monkeypatch.setattr(plans, "_planner_of", lambda device: planner)
+    monkeypatch.setattr(conv_autotune, "why_vendor", lambda device, dtype: "")
+    monkeypatch.setattr(conv_autotune, "_can_be_fused", lambda x: True)
+    monkeypatch.setattr(conv_autotune, "_planner_of", lambda device: planner)
     planner.measuring = measuring
     return planner
 
@@ -63,7 +63,7 @@ def gpu(monkeypatch):
 def ask(n=128, kind="bn", pending=True, training=True, **asked):
     x = torch.empty(n, 64, 32, 32, dtype=torch.bfloat16, device="meta")
     filters = torch.empty(96, 64, 3, 3, dtype=torch.bfloat16, device="meta")
-    return plans.plan_for(x, filters, 1, (1, 1, 1, 1), kind, pending, training, **asked)
+    return conv_autotune.plan_for(x, filters, 1, (1, 1, 1, 1), kind, pending, training, **asked)
 
 
 # the rule
@@ -211,7 +211,7 @@ def test_a_write_that_fails_leaves_the_old_file(path, monkeypatch):
 WRITER = """
 import sys
 from pathlib import Path
-from fastcnn.ops.plans import plan_cache
+from fastcnn.ops.conv_autotune import plan_cache
 name, path = sys.argv[1], Path(sys.argv[2])
 for i in range(20):
     assert plan_cache.add(path, {}, {f"{name}-{i}": {"times": {}}})
@@ -276,13 +276,15 @@ SHAPES = [  # filters (K, C, R, S), stride, pads, whether the CPU has kernels
 def test_what_the_cpu_fuses(monkeypatch, dtype, filters, stride, pads, has_kernels):
     measuring = Measuring()
     planner = Planner(CPU, None, KEY, measuring)
-    monkeypatch.setattr(plans, "_planner_of", lambda device: planner)
+    monkeypatch.setattr(conv_autotune, "_planner_of", lambda device: planner)
     x = torch.zeros(2, 3, 8, 8, dtype=dtype)
     has_kernels = has_kernels and dtype != torch.bfloat16
     plan = {}
-    for mode in plans.MODES:
-        plans.set_mode(mode)
-        plan[mode] = plans.plan_for(x, torch.zeros(filters), stride, pads, "bn", False, True)
+    for mode in conv_autotune.MODES:
+        conv_autotune.set_mode(mode)
+        plan[mode] = conv_autotune.plan_for(
+            x, torch.zeros(filters), stride, pads, "bn", False, True
+        )
     measured = has_kernels and dtype == torch.float32  # fp64 is for checks
     assert plan["vendor"] == VENDOR
     assert plan["fused"] == (FUSED if has_kernels else VENDOR)
@@ -294,38 +296,40 @@ def test_modes(gpu):
     x = torch.empty(1, 1, 1, 1)
     assert ask() == FUSED
     assert len(gpu.measuring.layers) == 1
-    plans.set_mode("vendor")
+    conv_autotune.set_mode("vendor")
     assert ask() == VENDOR
-    assert not plans.may_defer(x)
-    plans.set_mode("fused")
+    assert not conv_autotune.may_defer(x)
+    conv_autotune.set_mode("fused")
     assert ask(n=7) == FUSED
-    assert plans.may_defer(x)
+    assert conv_autotune.may_defer(x)
     assert len(gpu.measuring.layers) == 1
     with pytest.raises(ValueError, match="mode: expected one of auto, fused, vendor, got 'fast'"):
-        plans.set_mode("fast")
+        conv_autotune.set_mode("fast")
 
 
 @pytest.mark.parametrize(("proven", "plan"), [(False, VENDOR), (True, FUSED)])
 def test_on_a_gpu_auto_measures_only_kernels_that_have_passed_on_one(
     gpu, monkeypatch, proven, plan
 ):
-    monkeypatch.setattr(plans, "MEASURED_ON_GPU", proven)
-    monkeypatch.setattr(plans, "_is_capturing", lambda device: False)  # which needs a driver
-    monkeypatch.setattr(plans, "_known_sizes", lambda device: (128, 32))
+    monkeypatch.setattr(conv_autotune, "MEASURED_ON_GPU", proven)
+    monkeypatch.setattr(
+        conv_autotune, "_is_capturing", lambda device: False
+    )  # which needs a driver
+    monkeypatch.setattr(conv_autotune, "_known_sizes", lambda device: (128, 32))
     with FakeTensorMode():
         x = torch.empty(128, 64, 32, 32, dtype=torch.bfloat16, device="cuda")
         filters = torch.empty(96, 64, 3, 3, dtype=torch.bfloat16, device="cuda")
     asked = (x, filters, 1, (1, 1, 1, 1), "bn", True, True)
-    assert plans.plan_for(*asked) == plan
-    assert plans.may_defer(x) == proven
+    assert conv_autotune.plan_for(*asked) == plan
+    assert conv_autotune.may_defer(x) == proven
     assert len(gpu.measuring.layers) == proven
-    assert ("--conv fused takes the library's" in plans.summary([plan], x.device)) != proven
+    assert ("--conv fused takes the library's" in conv_autotune.summary([plan], x.device)) != proven
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     gpu.decide(LAYER)  # as another process may have, which is read when code is compiled
-    assert plans.plan_for(*asked) == plan
-    plans.set_mode("fused")
-    assert plans.plan_for(*asked) == FUSED
-    assert plans.may_defer(x)
+    assert conv_autotune.plan_for(*asked) == plan
+    conv_autotune.set_mode("fused")
+    assert conv_autotune.plan_for(*asked) == FUSED
+    assert conv_autotune.may_defer(x)
 
 
 def test_kernels_count_as_proven_by_a_committed_check_alone():
@@ -333,7 +337,7 @@ def test_kernels_count_as_proven_by_a_committed_check_alone():
     assert found
     checks = [one for one in found if isinstance(one, dict) and "stages" in one]
     proven = any(one["passed"] and "conv-tests" in one["stages"] for one in checks)
-    assert proven or not plans.MEASURED_ON_GPU
+    assert proven or not conv_autotune.MEASURED_ON_GPU
 
 
 def test_every_argument_is_part_of_what_is_measured(gpu):
@@ -353,14 +357,14 @@ def test_nothing_is_chosen_by_timings_in_deterministic_mode(gpu):
     ask()
     torch.use_deterministic_algorithms(True)
     assert ask() == VENDOR
-    assert not plans.may_defer(torch.empty(1, 1, 1, 1))
-    plans.set_mode("fused")
+    assert not conv_autotune.may_defer(torch.empty(1, 1, 1, 1))
+    conv_autotune.set_mode("fused")
     assert ask() == FUSED
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(gpu, monkeypatch):
     capturing = True
-    monkeypatch.setattr(plans, "_is_capturing", lambda device: capturing)
+    monkeypatch.setattr(conv_autotune, "_is_capturing", lambda device: capturing)
     assert ask() == VENDOR
     assert gpu.measuring.layers == []
     capturing = False
@@ -372,7 +376,7 @@ def test_nothing_is_measured_while_a_graph_is_captured(gpu, monkeypatch):
 
 def test_nothing_is_measured_while_torch_compile_traces(gpu):
     def fused(x, filters):
-        return x + (plans.plan_for(x, filters, 1, (1,) * 4, "bn", True, True) == FUSED)
+        return x + (conv_autotune.plan_for(x, filters, 1, (1,) * 4, "bn", True, True) == FUSED)
 
     def is_fused(n):
         x = torch.zeros(n, 64, 32, 32, dtype=torch.bfloat16)
@@ -385,9 +389,9 @@ def test_nothing_is_measured_while_torch_compile_traces(gpu):
     torch._dynamo.reset()
     ask()
     assert is_fused(128)
-    plans.set_mode("vendor")
+    conv_autotune.set_mode("vendor")
     assert not is_fused(128)  # compiled again
-    plans.set_mode("auto")
+    conv_autotune.set_mode("auto")
     # another batch, which torch makes a symbol of
     assert not is_fused(64)
     assert not is_fused(32)
@@ -397,14 +401,14 @@ def test_nothing_is_measured_while_torch_compile_traces(gpu):
 
 def test_torch_compile_follows_the_rule_by_which_layers_defer(gpu):
     def defers(x):
-        return x + plans.may_defer(x)
+        return x + conv_autotune.may_defer(x)
 
     compiled = torch.compile(defers, backend="eager", fullgraph=True)
     x = torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16)
     assert compiled(x).max() == 1
-    plans.set_mode("vendor")
+    conv_autotune.set_mode("vendor")
     assert compiled(x).max() == 0
-    plans.set_mode("auto")
+    conv_autotune.set_mode("auto")
     torch._dynamo.reset()
     torch.use_deterministic_algorithms(True)
     assert compiled(x).max() == 0
@@ -416,16 +420,16 @@ def test_torch_compile_follows_the_rule_by_which_layers_defer(gpu):
 
 def test_a_run_is_told_how_many_layers_are_fused(gpu, caplog):
     caplog.set_level(logging.INFO)
-    with plans.noted() as taken:
+    with conv_autotune.noted() as taken:
         ask()
         ask()
-        plans.set_mode("vendor")
+        conv_autotune.set_mode("vendor")
         ask()
     ask()
     assert taken == [FUSED, FUSED, VENDOR]
-    assert plans.summary(taken, CPU) == "convolutions: 2 of 3 fused (--conv vendor)"
-    plans.set_mode("auto")
-    assert plans.summary(taken, CPU) == (
+    assert conv_autotune.summary(taken, CPU) == "convolutions: 2 of 3 fused (--conv vendor)"
+    conv_autotune.set_mode("auto")
+    assert conv_autotune.summary(taken, CPU) == (
         "convolutions: 2 of 3 fused (measured; `fastcnn bench --layers` shows why)"
     )
-    assert plans.summary([], CPU) == ""
+    assert conv_autotune.summary([], CPU) == ""
