@@ -132,7 +132,7 @@ class Option:
         for value in values if self.choices else ():
             self._check_choice(value)
         if repeated := [value for value, count in Counter(values).items() if count > 1]:
-            raise UsageError(f"{self.flag}: {', '.join(repeated)} stands there twice")
+            raise UsageError(f"{self.flag}: {', '.join(repeated)} is given twice")
 
     def _check_bounds(self, value: float) -> None:
         low, high = self.bounds.get("low"), self.bounds.get("high")
@@ -230,7 +230,7 @@ def _mapping(path: str) -> dict[Any, Any]:
     if not isinstance(found, dict):
         raise UsageError(f"--config {path}: expected lines of 'option: value'")
     if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
-        raise UsageError(f"--config {path}: {', '.join(repeated[:SHOWN])} stands there twice")
+        raise UsageError(f"--config {path}: {', '.join(repeated[:SHOWN])} is given twice")
     return found
 
 

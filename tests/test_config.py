@@ -85,7 +85,7 @@ def test_a_number_is_refused_or_kept(value, name):
         (list[str], [], "expected one or more names"),
         (list[str], "a", "expected one or more names"),
         (list[str], [1], "expected one or more names"),
-        (list[str], ["a", "a"], "a stands there twice"),
+        (list[str], ["a", "a"], "a is given twice"),
         (list[Literal["red", "blue"]], ["red", "bleu"], "'bleu' is not one of red, blue; did you"),
         (list[Literal["red", "blue"]], ["blue", "red"], ""),
         (list[int], ["3", "x"], "expected whole numbers from 1 up"),

@@ -92,7 +92,7 @@ def result_text(result: dict[str, Any]) -> str:
     ]
     for pair in result["confusions"][:CONFUSIONS_PRINTED]:
         lines.append(
-            f"  {shown(pair['true'])} taken for {shown(pair['predicted'])}: "
+            f"  {shown(pair['true'])} predicted as {shown(pair['predicted'])}: "
             f"{pair['images']:,} images, {pair['share']:.1%} of {shown(pair['true'])}"
         )
     lines.append(f"Grad-CAM of {result['grad_cam']}")

@@ -52,7 +52,8 @@ def one_line(message: str, parser: Parser) -> str:
         words = found[1].split() or ["''"]
         word = next((w for w in words if w.startswith("-")), None)
         if word is None:
-            return f"nothing takes '{words[0]}'; files and folders go together, before the options"
+            where = "files and folders go together, before the options"
+            return f"unexpected argument '{words[0]}'; {where}"
         return f"unknown option {word}{nearest(word.split('=')[0], parser._option_string_actions)}"
     if found := re.match(r"the following arguments are required: (.*)", message):
         names = [word.rpartition(".")[2] for word in found[1].split(", ")]

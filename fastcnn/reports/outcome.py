@@ -28,7 +28,7 @@ HEADER = (
     "n",
     "top-1, %",
     "sd",
-    "least to greatest",
+    "min to max",
     "95 %",
     "published",
     "verdict",

@@ -56,10 +56,10 @@ def carry_out(
     # the lines of a run, where they would not be overwritten by the next ones
     quiet = quiet or sys.stderr is None or not sys.stderr.isatty()
     open_runs = [one for one in planned if not is_finished(one)]
-    told = Told(len(planned), len(planned) - len(open_runs), say)
+    reporter = ProgressReporter(len(planned), len(planned) - len(open_runs), say)
     if jobs == 1 or len(open_runs) < 2:
-        return _one_by_one(open_runs, command, quiet, told)
-    return _side_by_side(open_runs, command, jobs, told)
+        return _one_by_one(open_runs, command, quiet, reporter)
+    return _side_by_side(open_runs, command, jobs, reporter)
 
 
 def is_finished(planned: PlannedRun) -> bool:
@@ -174,7 +174,7 @@ def _epochs(count: int) -> str:
 
 
 @dataclass
-class Told:
+class ProgressReporter:
     """Says how far a study has come."""
 
     total: int
@@ -202,23 +202,23 @@ class Told:
 
 
 def _one_by_one(
-    planned: Sequence[PlannedRun], command: list[str], quiet: bool, told: Told
+    planned: Sequence[PlannedRun], command: list[str], quiet: bool, reporter: ProgressReporter
 ) -> list[Failure]:
     failures = []
     for one in planned:
-        told.begin(one)
+        reporter.begin(one)
         try:
             train_one(one, command, quiet)
         except NumbersError as error:
             failures.append(Failure(one, str(error)))
-            told.fail(failures[-1])
+            reporter.fail(failures[-1])
         else:
-            told.end(one)
+            reporter.end(one)
     return failures
 
 
 def _side_by_side(
-    planned: Sequence[PlannedRun], command: list[str], jobs: int, told: Told
+    planned: Sequence[PlannedRun], command: list[str], jobs: int, reporter: ProgressReporter
 ) -> list[Failure]:
     """Up to `jobs` runs at a time, each in a process of its own."""
     waiting, failures = list(planned), []
@@ -230,16 +230,16 @@ def _side_by_side(
                 stop.check()
                 while waiting and places:
                     one = waiting.pop(0)
-                    told.begin(one)
+                    reporter.begin(one)
                     children.append(Child(placed(one, places[0], jobs), command, places.pop(0)))
                 for child in [child for child in children if child.process.poll() is not None]:
                     children.remove(child)
                     places.append(child.place)
                     if reason := child.outcome():
                         failures.append(Failure(child.planned, reason))
-                        told.fail(failures[-1])
+                        reporter.fail(failures[-1])
                     else:
-                        told.end(child.planned)
+                        reporter.end(child.planned)
                 time.sleep(POLL_S)
         finally:
             # after an error or a signal: what still trains saves itself

@@ -19,7 +19,7 @@ def values_of(option: Option, given: Any) -> list[Any]:
     """The values of an option: one or several, as text of the command line or read from a file.
 
     A list's elements are joined by commas: --milestones 30,45 40,55 are two values. Raises
-    UsageError for a wrong value, and for one that stands there twice.
+    UsageError for a wrong value, and for one that is given twice.
     """
     texts = given if isinstance(given, list) else [given]
     if option.scalar is list and texts and not any(isinstance(t, str | list) for t in texts):
@@ -29,7 +29,7 @@ def values_of(option: Option, given: Any) -> list[Any]:
     values = [_value(option, text) for text in texts]
     for place, value in enumerate(values):
         if value in values[:place] and type(value) is type(values[values.index(value)]):
-            raise UsageError(f"{option.flag}: {value} stands there twice")
+            raise UsageError(f"{option.flag}: {value} is given twice")
     return values
 
 

@@ -18,7 +18,7 @@ HEADER = (
     "n",
     "top-1, %",
     "sd",
-    "least to greatest",
+    "min to max",
     "95 %",
     "against the first",
     "95 %",

@@ -42,7 +42,7 @@ def command(capsys, *words):
         ("--backends eager fusd", "--backends: 'fusd' is not one of eager-fp32, eager, "),
         ("--backends eager fusd", "did you mean 'fused'?"),
         ("--backends", "--backends: expected one or more names"),
-        ("--backends eager eager", "--backends: eager stands there twice"),
+        ("--backends eager eager", "--backends: eager is given twice"),
         ("--arch cnn-a vgg61", "unknown architecture 'vgg61'; did you mean 'vgg16'?"),
         ("--arch cnn-a+nrm", "unknown architecture 'cnn-a+nrm'; did you mean"),
         ("--loader residnt", "did you mean 'resident'?"),

@@ -49,7 +49,7 @@ def said(folder):
 
 
 def pairs(found):
-    """Names and values; of a name that stands there twice, the first value."""
+    """Names and values; of a name that is given twice, the first value."""
     return dict(reversed([*zip(found.texts["dt"], found.texts["dd"], strict=True)]))
 
 
@@ -127,7 +127,7 @@ def test_the_confusion_matrix_tells_its_largest_errors(tmp_path):
         "d<o>g for cat (4 of 10), cat for d<o>g (1 of 4)."
     )
     (folder / "confusion_matrix.csv").write_text("x,a,b\na,3,0\nb,0,6\n")
-    assert "None is taken for another class." in page.write_page(folder).read_text()
+    assert "None is predicted as another class." in page.write_page(folder).read_text()
 
 
 def keep(folder, key, *titles):

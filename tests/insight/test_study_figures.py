@@ -215,7 +215,7 @@ def test_curves_of_one_variant(tmp_path, caught):
     assert (band[:, 1].min(), band[:, 1].max()) == (0.5, 3.0)
     assert [axis.get_title("left") for axis in caught[0].axes] == ["loss", "top-1, %", "top-5, %"]
     words = said(caught[0])
-    assert {"training", "validation", "line: mean of the runs, band: least to greatest"} <= {*words}
+    assert {"training", "validation", "line: mean of the runs, band: min to max"} <= {*words}
 
 
 def test_curves_of_several_variants_have_a_colour_each(tmp_path, caught):

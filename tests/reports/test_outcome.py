@@ -37,7 +37,7 @@ def test_each_figure_stands_in_its_place(table1):
     assert found["epochs"] == "100"
     assert found["top-1, %"] == f"{top1.mean:.1f}"
     assert found["sd"] == f"{top1.std:.1f}"
-    assert found["least to greatest"] == "58.0 to 60.1"
+    assert found["min to max"] == "58.0 to 60.1"
     assert found["95 %"] == "{:.1f} to {:.1f}".format(*top1.interval)
     assert found["published"] == "59.3 (54.9 to 62.6)"
     assert found["top-5, %"] == f"{top5.mean:.1f}"

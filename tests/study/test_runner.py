@@ -261,7 +261,7 @@ def test_jobs_take_the_places_that_are_free(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, "Child", Ended)
     monkeypatch.setattr(runner, "POLL_S", 0)
-    monkeypatch.setattr(runner.Told, "end", lambda self, planned: None)
+    monkeypatch.setattr(runner.ProgressReporter, "end", lambda self, planned: None)
     one = Variant("a", "a", TINY)
     failures = carry_out(plan([one], {"a": range(6)}, tmp_path), COMMAND, jobs=2)
     # seeds with an odd number end at once: what comes next is in their place

@@ -42,7 +42,7 @@ def test_values_are_read_as_the_option_says(name, given, values):
     ("name", "given", "words"),
     [
         ("lr", ["0.1", "fast"], "--lr: expected a number, got 'fast'"),
-        ("lr", ["0.1", "0.10"], "--lr: 0.1 stands there twice"),
+        ("lr", ["0.1", "0.10"], "--lr: 0.1 is given twice"),
         ("lr", [], "--lr: expected a number, got ''"),
         ("amp", ["maybe"], "--amp: expected true or false, got 'maybe'"),
         ("arch", [""], "--arch: expected a text, got none"),

@@ -337,7 +337,7 @@ def test_options_name_loggers_or_none():
     assert resolve({}).run.loggers == []
     with pytest.raises(UsageError, match="did you mean 'tensorboard'"):
         Config.from_flat({"loggers": ["tensorbord"]})
-    with pytest.raises(UsageError, match="stands there twice"):
+    with pytest.raises(UsageError, match="is given twice"):
         Config.from_flat({"loggers": ["wandb", "wandb"]})
     assert Config.from_flat({"loggers": []}).run.loggers == []
 

@@ -35,7 +35,7 @@ def claimed(run: Path, name: str, key: str, of: Sequence[str]) -> Iterator[Path]
         if folder.is_symlink():
             raise CheckpointError(f"{folder} is a link, which may lead out of the run; remove it")
         if folder.exists() and not folder.is_dir():
-            raise CheckpointError(f"{folder} is in the way, a file; move it")
+            raise CheckpointError(f"{folder} is a file where a folder is needed; move it")
         if kept_of(folder, key) in (None, [*of]):
             break
     with contextlib.ExitStack() as held:

@@ -96,7 +96,7 @@ def _confusions(folder: Path, found: Findings) -> Section:
     if pairs:
         top = pairs[0]
         most = (
-            f"Most often {names[top.true]} was taken for {names[top.predicted]}: {top.count:,} "
+            f"Most often {names[top.true]} was predicted as {names[top.predicted]}: {top.count:,} "
             f"images, {_percent(top.share)} of them."
         )
     far = "" if len(names) <= NUMBERED_CLASSES else " Classes by their numbers in classes.csv."

@@ -39,7 +39,7 @@ class ClassFigures:
 
 @dataclass(frozen=True)
 class Confusion:
-    """`count` images of class `true` were taken for class `predicted`, `share` of that class."""
+    """`count` images of class `true` were predicted as class `predicted`, `share` of that class."""
 
     true: int
     predicted: int

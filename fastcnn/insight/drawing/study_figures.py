@@ -177,7 +177,7 @@ def _finish(
         Line2D([], [], color=color, linestyle=dash, label=named(text)) for text, color, dash in keys
     ]
     if any(one.runs > 1 for one in found):
-        label = "line: mean of the runs, band: least to greatest"
+        label = "line: mean of the runs, band: min to max"
         handles.append(Patch(color=INK, alpha=lines.BAND, linewidth=0, label=label))
     if any(one.lost for one in found):
         look: dict[str, Any] = {"linestyle": "", "marker": "x", "color": INK, "markersize": 5}

@@ -99,7 +99,7 @@ def _lost(run: list[tuple[float, float]]) -> tuple[float, float] | None:
 
 
 def draw(axis: Any, found: Spread | None, color: str, band: float = BAND, **look: Any) -> None:
-    """Draw the mean as a line, least to greatest as a band, an × where a run's values end."""
+    """Draw the mean as a line, min to max as a band, an × where a run's values end."""
     if found is None:
         return
     marker = "o" if len(found.epochs) < 3 else None

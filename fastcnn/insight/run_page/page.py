@@ -183,7 +183,7 @@ def _most_confused(classes: list[str], counts: list[list[int]]) -> str:
         if count and true != predicted
     ]
     if not pairs:
-        return f"{rows}None is taken for another class."
+        return f"{rows}None is predicted as another class."
     words = [
         f"{classes[true]} for {classes[predicted]} ({count:,} of {sum(counts[true]):,})"
         for count, true, predicted in sorted(pairs, key=lambda pair: -pair[0])[:3]

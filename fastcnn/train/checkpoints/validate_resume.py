@@ -28,8 +28,8 @@ def validate_resume(training: Training) -> None:
     for name, (value, holds) in right.items():
         if not holds:
             raise CheckpointError(
-                f"no run arrives at {name} {brief(value)}, with {at.epoch} epochs of "
-                f"{steps} steps done; give an older checkpoint"
+                f"{name} {brief(value)} is not possible after {at.epoch} epochs of {steps} steps; "
+                "give an older checkpoint"
             )
 
 

@@ -33,7 +33,7 @@ def refused(capsys, command, run):
 
 def a_file(run, name):
     (run / name).write_text("mine")
-    return f"{name} is in the way, a file; move it"
+    return f"{name} is a file where a folder is needed; move it"
 
 
 def a_link(run, name):

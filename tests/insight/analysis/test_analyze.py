@@ -97,7 +97,7 @@ def test_the_terminal_says_what_matters_and_where_the_files_are(command, seen):
     assert f"ECE {calibrate(seen.logits, seen.labels).ece:.4f}" in text
     assert "Grad-CAM of MaxPool2d-7" in text
     assert f"in {folder / 'analysis'}" in text
-    assert re.search(r"\d taken for \d: \d+ images", text)
+    assert re.search(r"\d predicted as \d: \d+ images", text)
 
 
 def test_names_of_classes_are_told_in_one_line_that_no_terminal_obeys():
@@ -106,7 +106,7 @@ def test_names_of_classes_are_told_in_one_line_that_no_terminal_obeys():
     words = dict.fromkeys(("arch", "checkpoint", "split", "grad_cam", "folder", "page"), "x")
     found = {**numbers, **words, "data": "d\x07", "confusions": [pair], "files": []}
     text = result_text(found)
-    assert r"  a\nb taken for \x1b[31mred: 3 images, 50.0% of a\nb" in text.splitlines()
+    assert r"  a\nb predicted as \x1b[31mred: 3 images, 50.0% of a\nb" in text.splitlines()
     assert {*text} & {"\x1b", "\x07"} == set()
 
 
