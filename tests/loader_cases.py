@@ -9,9 +9,8 @@ from image_files import encoded, make_images, noise, write
 
 from fastcnn.config import AugmentConfig, DataConfig
 from fastcnn.data import Normalization, make_loader
-from fastcnn.data.files import Files
+from fastcnn.data.images import Files, Images
 from fastcnn.data.loaders.on_device import DeviceLoader
-from fastcnn.data.store import Images
 
 FUSED = AugmentConfig(cutout=3, flip="alternating")  # all of it by the kernel
 EVERYTHING = AugmentConfig(rotation=10, shift=0.1, cutout=3, color_jitter=0.3)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcnn.config import OptimConfig
-from fastcnn.data.upload import upload
+from fastcnn.data.loaders.upload import upload
 from fastcnn.train import mix
 from fastcnn.train.checkpoint import load_weights
 from fastcnn.train.ema import Ema, move_of

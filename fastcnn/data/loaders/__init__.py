@@ -7,7 +7,7 @@ import torch
 from fastcnn.config import AugmentConfig, DataConfig
 from fastcnn.data import augment as augmentation
 from fastcnn.data.draws import Shuffle
-from fastcnn.data.files import Files
+from fastcnn.data.images import Files
 from fastcnn.data.loaders.base import Batch, Loader
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.store import Images

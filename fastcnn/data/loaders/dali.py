@@ -23,12 +23,11 @@ import torch
 from fastcnn.config import AugmentConfig
 from fastcnn.data.choose import import_dali
 from fastcnn.data.examine import cores
-from fastcnn.data.files import Files
+from fastcnn.data.images import Files, Images
 from fastcnn.data.loaders.dali_sources import Fed, FileSource, PackedSource, Source
 from fastcnn.data.loaders.on_device import DeviceLoader
+from fastcnn.data.loaders.upload import upload
 from fastcnn.data.normalize import Normalization
-from fastcnn.data.store import Images
-from fastcnn.data.upload import upload
 from fastcnn.errors import DataError, UsageError
 
 AHEAD = 2  # batches that DALI works on while the step runs

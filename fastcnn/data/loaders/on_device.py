@@ -14,8 +14,8 @@ from fastcnn.config import AugmentConfig
 from fastcnn.data import augment as augmentation
 from fastcnn.data.draws import Shuffle
 from fastcnn.data.loaders.base import Batch, Loader
+from fastcnn.data.loaders.upload import upload
 from fastcnn.data.normalize import Normalization
-from fastcnn.data.upload import upload
 from fastcnn.ops import reference_augment
 from fastcnn.ops.backend import ops_for
 

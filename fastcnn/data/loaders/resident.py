@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from fastcnn.config import AugmentConfig
+from fastcnn.data.images import Images
 from fastcnn.data.loaders.on_device import DeviceLoader
+from fastcnn.data.loaders.upload import resident
 from fastcnn.data.normalize import Normalization
-from fastcnn.data.store import Images
-from fastcnn.data.upload import resident
 
 
 class ResidentLoader(DeviceLoader):

@@ -20,11 +20,10 @@ from torch.utils.data import dataloader, default_collate
 
 from fastcnn.config import AugmentConfig
 from fastcnn.data.draws import Shuffle, alternating_flip, derive_seed
-from fastcnn.data.files import Files
+from fastcnn.data.images import Files, Images
 from fastcnn.data.loaders.base import Batch, Loader
+from fastcnn.data.loaders.upload import resident
 from fastcnn.data.normalize import Normalization
-from fastcnn.data.store import Images
-from fastcnn.data.upload import resident
 from fastcnn.errors import DataError, UsageError
 from fastcnn.ops.reference_augment import normalize
 from fastcnn.text import first_line, last_line

@@ -7,16 +7,17 @@
 A single folder around either layout is looked through. Hidden files are left out.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 
 from fastcnn.data.decode import EXTENSIONS
 from fastcnn.data.draws import derive_seed
-from fastcnn.data.paths import check_utf8
-from fastcnn.data.store import SPLITS, check_labels
+from fastcnn.data.sources.base import SPLITS, Contents, Encoded, check_labels
+from fastcnn.data.sources.paths import check_utf8
 from fastcnn.errors import DataError
 
 TEST_SPLIT_SEED = 0  # class folders are split alike in every run, whatever its seed
@@ -41,6 +42,30 @@ class Layout:
             split: np.array([label for _, label in items], dtype=np.int64)
             for split, items in self.splits.items()
         }
+
+    @property
+    def positions(self) -> dict[str, tuple[str, int]]:
+        """Split and position there of every image, by path."""
+        return {
+            path: (split, position)
+            for split, items in self.splits.items()
+            for position, (path, _) in enumerate(items)
+        }
+
+    def contents(
+        self, encoded: Callable[[], Iterator[Encoded]], mean_bytes: float, **where: Any
+    ) -> Contents:
+        """Return what a source with this layout holds, whose images `encoded` yields."""
+        paths = {split: [path for path, _ in items] for split, items in self.splits.items()}
+        return Contents(
+            self.classes,
+            self.labels,
+            encoded,
+            paths=paths,
+            mean_bytes=mean_bytes,
+            ignored=self.ignored,
+            **where,
+        )
 
     def refuse_useless(self, where: str) -> "Layout":
         """Return the layout; raises DataError, which names `where`, for fewer than two classes

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import PurePosixPath
 
 from fastcnn.data.decode import EXTENSIONS
-from fastcnn.data.listing import Layout
-from fastcnn.data.paths import check_utf8
+from fastcnn.data.sources.layout import Layout
+from fastcnn.data.sources.paths import check_utf8
 from fastcnn.errors import DataError
 
 log = logging.getLogger(__name__)

@@ -5,22 +5,18 @@ nothing is extracted.
 """
 
 import os
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from fastcnn.cache import cache_dir
 from fastcnn.config import DataConfig
-from fastcnn.data.download import check_md5, download
-from fastcnn.data.files import Stamp
-from fastcnn.data.folder import image_key, list_folder, load_layout, warn_ignored
-from fastcnn.data.left_out import checked
-from fastcnn.data.listing import Layout
-from fastcnn.data.paths import given_path, kind_of
-from fastcnn.data.store import Dataset, fingerprint, load_packed, pack
-from fastcnn.data.tiny_layout import ANNOTATIONS, WNIDS, tiny_layout
-from fastcnn.data.zip import zip_contents
+from fastcnn.data.sources.base import Contents, Packed
+from fastcnn.data.sources.download import check_md5, download
+from fastcnn.data.sources.folder import Folder, list_folder
+from fastcnn.data.sources.paths import given_path, kind_of
+from fastcnn.data.sources.tiny_layout import ANNOTATIONS, WNIDS, tiny_layout
+from fastcnn.data.sources.zip import Zip
 from fastcnn.errors import DataError
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -28,31 +24,46 @@ NAME, ARCHIVE, FOLDER = "tiny-imagenet", "tiny-imagenet-200.zip", "tiny-imagenet
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
-def load_tiny_imagenet(config: DataConfig) -> Dataset:
-    """Return the training images and, for testing, the validation images: those have labels.
+@dataclass(frozen=True)
+class TinyImageNet:
+    """The official zip: training images and, for testing, the validation images, which have
+    labels."""
 
-    From the official zip, looked for in `config.data_dir` or, without one, in the cache folder's
-    tiny-imagenet/, and downloaded into it if missing (unpacked_folder is asked first). Raises
-    DataError for a zip with another MD5, whatever tiny_layout refuses, and a download that fails.
+    where: Path
+    name: str = NAME
+    kind: str = "data set by name"
+    in_files: bool = False
+
+    def identity(self, seen: list[Any]) -> list[Any]:
+        return [NAME, MD5, seen]
+
+    def contents(self) -> Contents:
+        return Zip(self.where, 0.0).contents()  # whose splits no option decides
+
+
+def open_tiny_imagenet(config: DataConfig, packed: Packed) -> TinyImageNet:
+    """Return the official zip, looked for in `config.data_dir` or, without one, in the cache
+    folder's tiny-imagenet/, and downloaded into it if missing (unpacked_folder is asked first).
+
+    Raises DataError for a zip with another MD5 and a download that fails.
     """
-    if config.data_dir is None and (packed := load_packed(NAME, _key(config))) is not None:
-        return checked(packed, cache_dir() / NAME / ARCHIVE, config)
-    archive = _place(config)[1] / ARCHIVE
-    if archive.exists():
-        check_md5(archive, MD5)
+    source = TinyImageNet(_place(config)[1] / ARCHIVE)
+    if config.data_dir is None and packed(source):
+        return source
+    if source.where.exists():
+        check_md5(source.where, MD5)
     else:
         otherwise = f"put {ARCHIVE} into the folder of --data-dir"
-        download("Tiny ImageNet", URL, archive, MD5, otherwise)
-    packed = pack(NAME, _key(config), partial(zip_contents, archive, config))
-    return checked(packed, archive, config)
+        download("Tiny ImageNet", URL, source.where, MD5, otherwise)
+    return source
 
 
-def unpacked_folder(config: DataConfig) -> Path | None:
+def unpacked_folder(config: DataConfig, packed: Packed) -> Path | None:
     """Return the unpacked folder that --data tiny-imagenet stands for: the one of --data-dir, or
     inside it, where the zip is not. Raises DataError for a --data-dir that is no folder."""
-    if config.data_dir is None and load_packed(NAME, _key(config)) is not None:
-        return None
     what, folder = _place(config)
+    if config.data_dir is None and packed(TinyImageNet(folder / ARCHIVE)):
+        return None
     if kind_of(what, folder) not in ("folder", None):
         raise DataError(f"{what} {folder}: not a folder; give the one that holds {ARCHIVE}")
     return None if kind_of(what, folder / ARCHIVE) == "file" else tiny_folder(folder)
@@ -62,10 +73,6 @@ def _place(config: DataConfig) -> tuple[str, Path]:
     if config.data_dir is None:
         return "cache folder", cache_dir() / NAME
     return "--data-dir", given_path("--data-dir", config.data_dir)
-
-
-def _key(config: DataConfig) -> str:
-    return fingerprint(NAME, MD5, image_key(config))
 
 
 def tiny_folder(path: Path) -> Path | None:
@@ -87,15 +94,8 @@ def tiny_folder(path: Path) -> Path | None:
     return None
 
 
-def load_tiny_folder(path: Path, config: DataConfig, device: torch.device) -> Dataset:
-    """Read the unpacked folder. Raises DataError for whatever tiny_layout or load_layout refuse."""
-    files, layout = list_tiny_folder(path)
-    warn_ignored(path, layout)
-    return load_layout(path, files, layout, config, device)
-
-
-def list_tiny_folder(path: Path) -> tuple[dict[str, Stamp], Layout]:
-    """Return what list_folder finds in the unpacked folder, and what it means."""
+def open_tiny_folder(path: Path) -> Folder:
+    """List the unpacked folder. Raises DataError for whatever list_folder or tiny_layout refuse."""
     files, _ = list_folder(path)
 
     def read(name: str) -> bytes:
@@ -104,4 +104,4 @@ def list_tiny_folder(path: Path) -> tuple[dict[str, Stamp], Layout]:
         except OSError as error:
             raise DataError(f"cannot read {path / name}: {error.strerror}") from error
 
-    return files, tiny_layout(str(path), files, read)
+    return Folder(path, files, tiny_layout(str(path), files, read), "folder of Tiny ImageNet")
