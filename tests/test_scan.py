@@ -44,7 +44,7 @@ def scanning(root, where=None):
     files, _ = list_folder(root)
     layout = Layout(("x",), {"train": [(path, 0) for path in sorted(files)]}, 0)
     contents = Folder(root, files, layout).contents()
-    return scan_images(replace(contents, root=where or root), OWN_SIZE, keep_pixels=False)
+    return scan_images(replace(contents, where=where or root), OWN_SIZE, keep_pixels=False)
 
 
 def assert_same(first, second):

@@ -44,7 +44,7 @@ def load_dataset(config: DataConfig, default_size: int, device: torch.device = C
     @functools.cache
     def contents() -> Contents:  # of an archive only where it is not packed yet
         found = source.contents()
-        warn_ignored(source.where, found)
+        warn_ignored(found)
         return found
 
     if source.in_files:
@@ -53,8 +53,7 @@ def load_dataset(config: DataConfig, default_size: int, device: torch.device = C
     in_files = choice is not None and choice.store == "files"
 
     def selected() -> Selection:
-        scanning = scan_images(contents(), view, keep_pixels=not in_files)
-        return select_images(source.where, contents(), scanning, config)
+        return select_images(scan_images(contents(), view, keep_pixels=not in_files), config)
 
     if in_files:
         dataset = leave_in_files(source.name, selected())

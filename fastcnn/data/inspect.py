@@ -47,7 +47,7 @@ def check(config: DataConfig) -> dict[str, Any]:
         return _report(
             config, "data set by name", packed_counts(dataset), _packed_sizes(dataset), 0
         )
-    source = open_path(path, config)
+    source = open_path(path, config.test_fraction)
     contents = source.contents()
     found = scan_images(contents, View.of(config), keep_pixels=False).finish()
     readable = np.ones(len(found.grey), dtype=bool)

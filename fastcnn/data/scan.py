@@ -78,10 +78,11 @@ class Scanning:
     """A scan under way: `found` is whole once `chunks`, what is examined now, are at their end.
     `blocks`: the images of a source that has nothing to decode. All as `view` shows them."""
 
+    contents: Contents
+    view: View
     found: Scan
     chunks: Generator[Chunk]
     blocks: Iterator[Block]
-    view: View
 
     def finish(self) -> Scan:
         """Examine what is left, and return what is known of all images."""
@@ -103,7 +104,7 @@ def scan_images(contents: Contents, view: View, keep_pixels: bool) -> Scanning:
         chunks = _examined(contents, contents.images(), found, view, keep_pixels)
         if not keep_pixels:
             chunks = _with_bar(chunks, len(contents))
-    return Scanning(found, chunks, _resized(contents.blocks, view), view)
+    return Scanning(contents, view, found, chunks, _resized(contents.blocks, view))
 
 
 def _examined(
@@ -148,7 +149,7 @@ def is_readable_now(contents: Contents, left_out: LeftOut) -> bool:
     stamps = contents.stamps or {}
     for path in left_out.unread:
         with contextlib.suppress(BadImageError):
-            read_whole(contents.root / path, stamps[path][0])
+            read_whole(contents.where / path, stamps[path][0])
             return True
     return False
 
@@ -156,7 +157,7 @@ def is_readable_now(contents: Contents, left_out: LeftOut) -> bool:
 def _scan_files(
     contents: Contents, stamps_by_path: dict[str, Stamp], view: View
 ) -> tuple[Scan, Generator[Chunk]]:
-    key = fingerprint("scan", RULES, str(contents.root.resolve()), view.side, view.resize)
+    key = fingerprint("scan", RULES, str(contents.where.resolve()), view.side, view.resize)
     cached = cache_dir() / f"{key}.scan.npz"
     names = contents.names
     stamps = np.array([stamps_by_path[name] for name in names], dtype=np.int64).reshape(-1, 3)

@@ -6,7 +6,7 @@ import hashlib
 import io
 import logging
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,9 +15,8 @@ import numpy as np
 from fastcnn.cache import cache_dir, fingerprint
 from fastcnn.config import DataConfig, options_by_name
 from fastcnn.data.draws import derive_seed
-from fastcnn.data.examine import View
 from fastcnn.data.images import Dataset, Files, Images, LeftOut
-from fastcnn.data.scan import Chunk, Scan, Scanning
+from fastcnn.data.scan import Scanning
 from fastcnn.data.sources.base import Block, Contents
 from fastcnn.errors import DataError, UsageError
 
@@ -29,59 +28,44 @@ Shaped = tuple[str, tuple[int, int], bool]  # path, height and width, and greyne
 
 
 @dataclass
-class Chosen:
-    """Which of a source's encoded images are used; whole once Selection.blocks are at their end.
-
-    kept: bool (N,) per split; the others are left out, and no block holds them. sides: height and
-    width of the images as evaluation sees them.
-    """
-
-    contents: Contents
-    found: Scan
-    view: View
-    kept: dict[str, np.ndarray] = field(default_factory=dict)
-    left_out: LeftOut = LeftOut()
-    sides: tuple[int, int] = (0, 0)
-
-
-@dataclass(frozen=True)
 class Selection:
     """What the store gets.
 
     `labels` holds int64 (N,) per split. `blocks` yields (split, positions, pixels), pixels uint8
-    (n, H, W, 3), in any order, every position once but for those that `chosen` then leaves out;
-    none of images that stay in their files.
+    (n, H, W, 3), in any order, every position once but for those that are left out; none of images
+    that stay in their files. At their end, what a `scanning` of encoded images tells is whole:
+    kept: bool (N,) per split, what is not left out. sides: height and width of the images as
+    evaluation sees them.
     """
 
     classes: tuple[str, ...]
     labels: dict[str, np.ndarray]
     blocks: Iterator[Block]
-    chosen: Chosen | None = None
+    scanning: Scanning | None = None
+    kept: dict[str, np.ndarray] = field(default_factory=dict)
+    left_out: LeftOut = LeftOut()
+    sides: tuple[int, int] = (0, 0)
 
 
-def select_images(
-    where: Path, contents: Contents, scanning: Scanning, config: DataConfig
-) -> Selection:
+def select_images(scanning: Scanning, config: DataConfig) -> Selection:
     """Return the images that are used, examined as their blocks are asked for.
 
-    `where` stands in the DataError for files that cannot be decoded (all are tried, the first few
-    named) unless the options leave them out, for images of different sizes without --image-size,
-    and for a class of which nothing is left.
+    Then DataError is raised for files that cannot be decoded (all are tried, the first few named)
+    unless the options leave them out, for images of different sizes without --image-size, and for a
+    class of which nothing is left.
     """
-    if contents.encoded is None:
-        return Selection(contents.classes, contents.labels, scanning.blocks)
-    chosen = Chosen(contents, scanning.found, scanning.view)
-    blocks = _blocks(where, scanning.chunks, config, chosen)
-    return Selection(contents.classes, contents.labels, blocks, chosen)
+    contents = scanning.contents
+    selection = Selection(contents.classes, contents.labels, scanning.blocks)
+    if contents.encoded is not None:
+        selection.scanning, selection.blocks = scanning, _blocks(scanning, selection, config)
+    return selection
 
 
-def _blocks(
-    where: Path, chunks: Generator[Chunk], config: DataConfig, chosen: Chosen
-) -> Iterator[Block]:
+def _blocks(scanning: Scanning, selection: Selection, config: DataConfig) -> Iterator[Block]:
     """Yield the images that were kept in memory; choose, and refuse, at the end, so that every
     unreadable file is known."""
-    one_size = OneSize(where, config)
-    with contextlib.closing(chunks):
+    one_size = OneSize(scanning.contents.where, config)
+    with contextlib.closing(scanning.chunks) as chunks:
         for chunk in chunks:
             one_size((s.path, r.shape, r.grey) for s, r in chunk if not r.reason)
             good: dict[str, list[tuple[int, np.ndarray]]] = {}
@@ -93,36 +77,32 @@ def _blocks(
                 # a single one may be too large to be there twice
                 pixels = np.stack(images) if len(images) > 1 else images[0][None]
                 yield split, list(positions), pixels
-    _choose(where, config, chosen)
+    _choose(scanning, selection, config)
 
 
-def _choose(where: Path, config: DataConfig, chosen: Chosen) -> None:
+def _choose(scanning: Scanning, selection: Selection, config: DataConfig) -> None:
     """Note what is left out. Raises DataError where the options do not allow for that."""
-    contents, found, names = chosen.contents, chosen.found, chosen.contents.names
+    contents, found = scanning.contents, scanning.found
+    where, names = contents.where, contents.names
     bad = tuple((names[at], reason) for at, reason in found.reasons.items())
     unread = tuple(names[at] for at in found.reasons if not found.hashes[at].any())
     readable = np.ones(len(names), dtype=bool)
     readable[list(found.reasons)] = False
     dropped = readable & found.grey & (config.grayscale == "drop")
-    chosen.left_out = LeftOut(bad, int(dropped.sum()), unread)
-    refuse_bad(where, chosen.left_out, len(names), config)
+    selection.left_out = LeftOut(bad, int(dropped.sum()), unread)
+    refuse_bad(where, selection.left_out, len(names), config)
     kept = readable & ~dropped
-    chosen.kept = contents.by_split(kept)
-    refuse_lost_classes(where, contents.classes, contents.labels, chosen.kept)
-    chosen.sides = _common_sides(where, names, found, np.flatnonzero(kept), config)
-
-
-def _common_sides(
-    where: Path, names: list[str], found: Scan, chosen: np.ndarray, config: DataConfig
-) -> tuple[int, int]:
-    """Return height and width of a batch's images; raises DataError for different sizes."""
+    selection.kept = contents.by_split(kept)
+    refuse_lost_classes(where, contents.classes, contents.labels, selection.kept)
     if config.image_size:
-        return config.image_size, config.image_size
-    shapes = found.shapes[chosen]
+        selection.sides = config.image_size, config.image_size
+        return
+    # images known from before count too
+    shapes, at = found.shapes[kept], np.flatnonzero(kept)
     if (shapes != shapes[0]).any():
-        rows = zip(chosen.tolist(), shapes.tolist(), strict=True)
-        OneSize(where, config)((names[at], (height, width), False) for at, (height, width) in rows)
-    return int(shapes[0, 0]), int(shapes[0, 1])
+        sizes = map(tuple, shapes.tolist())
+        OneSize(where, config)((names[i], size, False) for i, size in zip(at, sizes, strict=True))
+    selection.sides = int(shapes[0, 0]), int(shapes[0, 1])
 
 
 class OneSize:
@@ -184,11 +164,13 @@ def refuse_bad(where: Path, left_out: LeftOut, images: int, config: DataConfig) 
         )
 
 
-def warn_ignored(where: Path, contents: Contents) -> None:
+def warn_ignored(contents: Contents) -> None:
     """Say how many files are no images of a class."""
     if contents.ignored:
         noun = "file" if contents.ignored == 1 else "files"
-        log.warning("%s: %d %s left out: not images of a class", where, contents.ignored, noun)
+        log.warning(
+            "%s: %d %s left out: not images of a class", contents.where, contents.ignored, noun
+        )
 
 
 def checked(dataset: Dataset, where: Path, config: DataConfig) -> Dataset:

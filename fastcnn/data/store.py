@@ -25,6 +25,7 @@ from fastcnn.config import DataConfig
 from fastcnn.data.examine import View
 from fastcnn.data.images import Dataset, Files, Images, LeftOut
 from fastcnn.data.progress import SLOW_IMAGES, progress_bar
+from fastcnn.data.scan import Scanning
 from fastcnn.data.select import Selection
 from fastcnn.data.sources.base import SPLITS, Source, check_labels
 from fastcnn.errors import DataError
@@ -54,33 +55,27 @@ def leave_in_files(name: str, selection: Selection) -> Dataset:
     """Return the dataset of images that stay where they are. Raises DataError as select_images."""
     for _ in selection.blocks:
         pass  # the scan goes on as they are asked for
-    chosen = selection.chosen
-    assert chosen is not None
-    contents, found, names = chosen.contents, chosen.found, chosen.contents.names
-    stamps = contents.stamps or {}
+    scanning = selection.scanning
+    assert scanning is not None
+    contents, found, stamps = scanning.contents, scanning.found, scanning.contents.stamps or {}
     whole = Files(
-        root=contents.root,
-        paths=np.array(names),
+        root=contents.where,
+        paths=np.array(contents.names),
         labels=np.concatenate(list(contents.labels.values())),
-        stamps=np.array([stamps[path] for path in names], dtype=np.int64),
+        stamps=np.array([stamps[path] for path in contents.names], dtype=np.int64),
         hashes=found.hashes,
         shapes=found.shapes,
         sums=found.sums,
         plain=found.plain,
-        sides=chosen.sides,
-        resize=chosen.view.resize,
+        sides=selection.sides,
+        resize=scanning.view.resize,
     )
-    places = contents.by_split(np.arange(len(names)))
-    parts = {split: whole.take(at[chosen.kept[split]]) for split, at in places.items()}
-    digest = _digest_of_files(
-        contents.classes,
-        {split: part.labels for split, part in parts.items()},
-        {split: part.hashes for split, part in parts.items()},
-        chosen.sides,
-        whole.resize,
-    )
+    places = contents.by_split(np.arange(len(whole)))
+    parts = {split: whole.take(at[selection.kept[split]]) for split, at in places.items()}
+    labels = {split: part.labels for split, part in parts.items()}
+    digest = _digest_of_files(scanning, selection, labels)
     train, test, val = parts["train"], parts["test"], parts.get("val")
-    return Dataset(name, contents.classes, train, test, val, digest, chosen.left_out)
+    return Dataset(name, contents.classes, train, test, val, digest, selection.left_out)
 
 
 def load_packed(name: str, key: str) -> Dataset | None:
@@ -186,16 +181,13 @@ def _map(path: Path, dtype: Any, shape: Sequence[int]) -> np.ndarray:
 def _write(folder: Path, selection: Selection) -> None:
     check_labels(selection.classes, selection.labels)
     sides = _write_pixels(folder, selection)
-    labels, left_out = selection.labels, LeftOut()
-    if selection.chosen is not None:
-        left_out = selection.chosen.left_out
-        labels = _close_gaps(folder, selection.labels, selection.chosen.kept, sides)
+    labels, left_out = _close_gaps(folder, selection, sides), selection.left_out
     for split, numbers in labels.items():
         _save(folder / f"{split}.labels.npy", numbers)
     meta = {
         "shapes": {split: [len(numbers), *sides, 3] for split, numbers in labels.items()},
         "classes": selection.classes,
-        "digest": _digest(folder, selection, labels, sides),
+        "digest": _digest(folder, selection, labels),
         "bad": left_out.bad,
         "grey": left_out.grey,
         "unread": left_out.unread,
@@ -221,13 +213,13 @@ def _write_pixels(folder: Path, selection: Selection) -> tuple[int, int]:
     sides: tuple[int, int] | None = None
     with contextlib.ExitStack() as stack:
         files: dict[str, tuple[Any, int]] = {}
-        slow = selection.chosen is not None and sum(counts.values()) > SLOW_IMAGES
+        slow = selection.scanning is not None and sum(counts.values()) > SLOW_IMAGES
         bar = progress_bar("packing images", sum(counts.values()), announce=slow)
         advance = stack.enter_context(bar)
         for split, positions, pixels in selection.blocks:
             if sides is None:
                 sides = (pixels.shape[1], pixels.shape[2])
-                _check_space(folder, sum(counts.values()), sides, selection.chosen is not None)
+                _check_space(folder, sum(counts.values()), sides, selection.scanning is not None)
                 for name, count in counts.items():
                     file = stack.enter_context(open(folder / f"{name}.pixels.npy", "wb"))
                     files[name] = (file, _header(file, (count, *sides, 3)))
@@ -239,8 +231,7 @@ def _write_pixels(folder: Path, selection: Selection) -> tuple[int, int]:
             file.flush()
             os.fsync(file.fileno())
     for split, left in missing.items():
-        if selection.chosen is not None:
-            left &= selection.chosen.kept[split]
+        left &= selection.kept.get(split, True)
         if left.any():
             raise DataError(f"{int(left.sum())} of {counts[split]} {split} images are missing")
     if sides is None:
@@ -278,13 +269,10 @@ def _put(file: Any, start: int, positions: Sequence[int], pixels: np.ndarray) ->
 
 
 def _close_gaps(
-    folder: Path,
-    labels: dict[str, np.ndarray],
-    kept: dict[str, np.ndarray],
-    sides: tuple[int, int],
+    folder: Path, selection: Selection, sides: tuple[int, int]
 ) -> dict[str, np.ndarray]:
     """Move the kept images of every split together, in place; return their labels."""
-    for split, keep in kept.items():
+    for split, keep in selection.kept.items():
         if keep.all():
             continue
         size = sides[0] * sides[1] * 3
@@ -300,7 +288,8 @@ def _close_gaps(
             file.truncate(to)
             file.flush()
             os.fsync(file.fileno())
-    return {split: numbers[kept[split]] for split, numbers in labels.items()}
+    kept = {split: selection.labels[split][keep] for split, keep in selection.kept.items()}
+    return selection.labels | kept
 
 
 def _runs(positions: np.ndarray, longest: int) -> Iterator[tuple[int, int]]:
@@ -311,14 +300,9 @@ def _runs(positions: np.ndarray, longest: int) -> Iterator[tuple[int, int]]:
             yield int(part[0]), int(part[-1]) + 1
 
 
-def _digest(
-    folder: Path, selection: Selection, labels: dict[str, np.ndarray], sides: tuple[int, int]
-) -> str:
-    if selection.chosen is not None:
-        chosen = selection.chosen
-        hashes = chosen.contents.by_split(chosen.found.hashes)
-        held = {split: hashes[split][keep] for split, keep in chosen.kept.items()}
-        return _digest_of_files(selection.classes, labels, held, sides, chosen.view.resize)
+def _digest(folder: Path, selection: Selection, labels: dict[str, np.ndarray]) -> str:
+    if selection.scanning is not None:
+        return _digest_of_files(selection.scanning, selection, labels)
     digest = hashlib.sha256(json.dumps(selection.classes).encode())
     for split in SPLITS:
         if split in selection.labels:
@@ -330,20 +314,18 @@ def _digest(
 
 
 def _digest_of_files(
-    classes: Sequence[str],
-    labels: dict[str, np.ndarray],
-    hashes: dict[str, np.ndarray],
-    sides: tuple[int, int],
-    view: str,
+    scanning: Scanning, selection: Selection, labels: dict[str, np.ndarray]
 ) -> str:
     """Return a Dataset's digest (hex) from its files: packed or not, in a folder or an archive.
 
-    labels: int64 (N,) per split; hashes: uint8 (N, 32), sha256 of each file's bytes; sides: height
-    and width of the images as evaluation sees them; view: how they are brought to that (--resize).
+    labels: int64 (N,) per split, of the images that are kept.
     """
-    digest = hashlib.sha256(json.dumps([list(classes), list(sides), view]).encode())
+    parts = json.dumps([selection.classes, selection.sides, scanning.view.resize])
+    digest = hashlib.sha256(parts.encode())
+    hashes = scanning.contents.by_split(scanning.found.hashes)
     for split in SPLITS:
         if split in labels:
             digest.update(f"{split} {len(labels[split])}".encode())
-            digest.update(hashes[split].tobytes() + labels[split].astype(np.int64).tobytes())
+            kept = hashes[split][selection.kept[split]]
+            digest.update(kept.tobytes() + labels[split].astype(np.int64).tobytes())
     return digest.hexdigest()

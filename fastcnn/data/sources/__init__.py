@@ -7,8 +7,20 @@ and a line in `open_source`.
 from pathlib import Path
 
 from fastcnn.config import DATA_NAMES, DataConfig
+from fastcnn.data.sources.archive import Archive
 from fastcnn.data.sources.base import Contents, Packed, Source
+from fastcnn.data.sources.cifar import open_cifar10
+from fastcnn.data.sources.digits import Digits
+from fastcnn.data.sources.folder import Folder, open_folder
 from fastcnn.data.sources.paths import given_path, kind_of
+from fastcnn.data.sources.tar import Tar
+from fastcnn.data.sources.tiny_imagenet import (
+    open_tiny_folder,
+    open_tiny_imagenet,
+    tiny_folder,
+    unpacked_folder,
+)
+from fastcnn.data.sources.zip import Zip, is_zip
 from fastcnn.errors import DataError, UsageError, nearest
 
 __all__ = ["Contents", "Source", "open_path", "open_source", "path_of"]
@@ -23,17 +35,11 @@ def open_source(config: DataConfig, default_size: int, packed: Packed) -> Source
     """
     path = path_of(config, packed)
     if path is not None:
-        return open_path(path, config)
+        return open_path(path, config.test_fraction)
     if config.data == "cifar10":
-        from fastcnn.data.sources.cifar import open_cifar10
-
         return open_cifar10(config, packed)
     if config.data == "tiny-imagenet":
-        from fastcnn.data.sources.tiny_imagenet import open_tiny_imagenet
-
         return open_tiny_imagenet(config, packed)
-    from fastcnn.data.sources.digits import Digits
-
     return Digits(config.image_size or default_size)
 
 
@@ -43,24 +49,16 @@ def path_of(config: DataConfig, packed: Packed) -> Path | None:
     Raises as open_source.
     """
     if config.data == "tiny-imagenet":
-        from fastcnn.data.sources.tiny_imagenet import unpacked_folder
-
         return unpacked_folder(config, packed)
     return None if config.data in DATA_NAMES else _path_of(config.data)
 
 
-def open_path(path: Path, config: DataConfig) -> Source:
+def open_path(path: Path, test_fraction: float) -> Folder | Archive:
     """Return the source at a path: a folder of classes or of Tiny ImageNet, or an archive."""
-    if path.is_dir():
-        from fastcnn.data.sources.folder import open_folder
-        from fastcnn.data.sources.tiny_imagenet import open_tiny_folder, tiny_folder
-
-        tiny = tiny_folder(path)
-        return open_tiny_folder(tiny) if tiny else open_folder(path, config.test_fraction)
-    from fastcnn.data.sources.tar import Tar
-    from fastcnn.data.sources.zip import Zip, is_zip
-
-    return (Zip if is_zip(path) else Tar)(path, config.test_fraction)
+    if not path.is_dir():
+        return (Zip if is_zip(path) else Tar)(path, test_fraction)
+    tiny = tiny_folder(path)
+    return open_tiny_folder(tiny) if tiny else open_folder(path, test_fraction)
 
 
 def _path_of(data: str) -> Path:

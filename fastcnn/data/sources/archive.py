@@ -46,7 +46,7 @@ class Archive(abc.ABC):
 
     def contents(self) -> Contents:
         layout, mean_bytes = self.listed()
-        return layout.contents(partial(self._encoded, layout), mean_bytes)
+        return layout.contents(self.where, partial(self._encoded, layout), mean_bytes)
 
     def _encoded(self, layout: Layout) -> Iterator[Encoded]:
         wanted = layout.positions

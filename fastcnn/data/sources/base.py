@@ -37,10 +37,12 @@ class Contents:
     `labels` holds int64 (N,) per split. Either `encoded` yields the images, whose `paths` stand by
     split in the order of `labels`, in whatever order they are best read; they have `mean_bytes`
     each. Or `blocks` yields (split, positions, pixels), pixels uint8 (n, H, W, 3), every position
-    once. `ignored`: how many files are no images of a class. `stamps`: of images that are files
-    below `root`, by path; None where the files cannot be read one by one.
+    once. `where`: the path that messages name. `ignored`: how many files are no images of a class.
+    `stamps`: of images that are files below `where`, by path; None where they cannot be read one by
+    one.
     """
 
+    where: Path
     classes: tuple[str, ...]
     labels: dict[str, np.ndarray]
     encoded: Callable[[], Iterator[Encoded]] | None = None
@@ -48,7 +50,6 @@ class Contents:
     paths: dict[str, list[str]] = field(default_factory=dict)
     mean_bytes: float = 0.0
     ignored: int = 0
-    root: Path = Path()
     stamps: dict[str, Stamp] | None = None
 
     def __len__(self) -> int:
@@ -72,8 +73,8 @@ class Contents:
 class Source(Protocol):
     """Where images come from. It says what is in it, and knows nothing of what becomes of them.
 
-    name: the data set's. where: the path that messages name. kind: what it is, for people.
-    in_files: whether every image is a file, which may be read whenever it is needed.
+    name: the data set's. where: the path that messages name. in_files: whether every image is a
+    file, which may be read whenever it is needed.
     """
 
     @property
@@ -81,9 +82,6 @@ class Source(Protocol):
 
     @property
     def where(self) -> Path: ...
-
-    @property
-    def kind(self) -> str: ...
 
     @property
     def in_files(self) -> bool: ...

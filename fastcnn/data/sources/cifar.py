@@ -49,7 +49,6 @@ class Cifar10:
     batches: list[str]
     md5: str | None = None
     name: str = "cifar10"
-    kind: str = "data set by name"
     in_files: bool = False
 
     def identity(self, seen: list[Any]) -> list[Any]:
@@ -140,7 +139,7 @@ def _contents(where: Path, batches: list[str], read: Read) -> Contents:
             span = f"{found.min()} to {found.max()}"
             raise DataError(f"{where}: {name}: labels {span}, expected 0 to 9")
     labels = {"train": np.concatenate([found for _, found in parsed[:-1]]), "test": parsed[-1][1]}
-    return Contents(CLASSES, labels, blocks=_blocks([pixels for pixels, _ in parsed]))
+    return Contents(where, CLASSES, labels, blocks=_blocks([pixels for pixels, _ in parsed]))
 
 
 def _blocks(batches: list[np.ndarray]) -> Iterator[Block]:

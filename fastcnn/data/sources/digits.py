@@ -24,7 +24,6 @@ class Digits:
     side: int
     name: str = "digits"
     where: Path = Path("digits")
-    kind: str = "data set by name"
     in_files: bool = False
 
     def identity(self, seen: list[Any]) -> list[Any]:
@@ -52,6 +51,7 @@ def _contents(side: int) -> Contents:
     )
     parts = {"train": np.setdiff1d(np.arange(len(labels)), held), "test": np.sort(held)}
     return Contents(
+        Path("digits"),
         CLASSES,
         {split: labels[chosen].astype(np.int64) for split, chosen in parts.items()},
         blocks=(

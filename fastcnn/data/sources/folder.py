@@ -43,7 +43,7 @@ class Folder:
 
     def contents(self) -> Contents:
         mean_bytes = sum(size for size, _, _ in self.files.values()) / len(self.files)
-        return self.layout.contents(self._encoded, mean_bytes, root=self.where, stamps=self.files)
+        return self.layout.contents(self.where, self._encoded, mean_bytes, self.files)
 
     def _encoded(self) -> Iterator[Encoded]:
         for split, items in self.layout.splits.items():

@@ -9,14 +9,14 @@ A single folder around either layout is looked through. Hidden files are left ou
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import Any
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from fastcnn.data.decode import EXTENSIONS
 from fastcnn.data.draws import derive_seed
-from fastcnn.data.sources.base import SPLITS, Contents, Encoded, check_labels
+from fastcnn.data.sources.base import SPLITS, Contents, Encoded, Stamp, check_labels
 from fastcnn.data.sources.paths import check_utf8
 from fastcnn.errors import DataError
 
@@ -35,7 +35,7 @@ class Layout:
     splits: dict[str, list[tuple[str, int]]]
     ignored: int
 
-    @property
+    @cached_property
     def labels(self) -> dict[str, np.ndarray]:
         """int64 (N,) per split."""
         return {
@@ -53,18 +53,22 @@ class Layout:
         }
 
     def contents(
-        self, encoded: Callable[[], Iterator[Encoded]], mean_bytes: float, **where: Any
+        self,
+        where: Path,
+        encoded: Callable[[], Iterator[Encoded]],
+        mean_bytes: float,
+        stamps: dict[str, Stamp] | None = None,
     ) -> Contents:
-        """Return what a source with this layout holds, whose images `encoded` yields."""
-        paths = {split: [path for path, _ in items] for split, items in self.splits.items()}
+        """Return what a source with this layout holds."""
         return Contents(
+            where,
             self.classes,
             self.labels,
             encoded,
-            paths=paths,
+            paths={split: [path for path, _ in items] for split, items in self.splits.items()},
             mean_bytes=mean_bytes,
             ignored=self.ignored,
-            **where,
+            stamps=stamps,
         )
 
     def refuse_useless(self, where: str) -> "Layout":

@@ -31,7 +31,6 @@ class TinyImageNet:
 
     where: Path
     name: str = NAME
-    kind: str = "data set by name"
     in_files: bool = False
 
     def identity(self, seen: list[Any]) -> list[Any]:
