@@ -22,7 +22,7 @@ from image_files import (
 from fastcnn.data import examine, store
 from fastcnn.data.decode import BadImageError, decode
 from fastcnn.data.sources import base, folder
-from fastcnn.data.sources.layout import Layout
+from fastcnn.data.sources.layout import listed
 from fastcnn.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -412,8 +412,9 @@ def test_a_layout_of_ones_own(root, options, monkeypatch):
 
     def loaded(labels):
         items = list(zip(sorted(members), labels, strict=True))
-        layout = Layout(("x", "y", "z"), {"train": items[:5], "test": items[5:]}, 0)
-        monkeypatch.setattr(folder, "find_layout", lambda *_: layout)
+        splits = {"train": items[:5], "test": items[5:]}
+        found = listed(str(root), ("x", "y", "z"), splits, 0)
+        monkeypatch.setattr(folder, "find_layout", lambda *_: found)
         return load(root, **options)
 
     first = loaded([0, 1, 2, 0, 1, 0, 1, 2])

@@ -13,7 +13,7 @@ from fastcnn.data.examine import View
 from fastcnn.data.scan import ARRAYS, scan_images
 from fastcnn.data.sources import base
 from fastcnn.data.sources.folder import Folder, list_folder
-from fastcnn.data.sources.layout import Layout
+from fastcnn.data.sources.layout import listed
 from fastcnn.errors import DataError
 
 OWN_SIZE = View(None, "stretch")
@@ -42,8 +42,8 @@ def scanned(root, where=None):
 
 def scanning(root, where=None):
     files, _ = list_folder(root)
-    layout = Layout(("x",), {"train": [(path, 0) for path in sorted(files)]}, 0)
-    contents = Folder(root, files, layout).contents()
+    found = listed(str(root), ("x", "y"), {"train": [(path, 0) for path in sorted(files)]}, 0)
+    contents = Folder(root, files, found).contents()
     return scan_images(replace(contents, where=where or root), OWN_SIZE, keep_pixels=False)
 
 

@@ -24,7 +24,7 @@ from fastcnn.data.images import Dataset
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.scan import scan_images
 from fastcnn.data.select import advised_side
-from fastcnn.data.sources import Contents, open_path, path_of
+from fastcnn.data.sources import Archive, Contents, Folder, open_source
 from fastcnn.data.store import is_packed
 
 DIGITS_SIDE = 32  # of the digits, which have no size of their own
@@ -41,13 +41,11 @@ def check(config: DataConfig) -> dict[str, Any]:
     data set with a name alone, which was checked when it was packed, `path`, `grey` and `odd` are
     None. Raises DataError for a layout that training would refuse too.
     """
-    path = path_of(config, partial(is_packed, config))
-    if path is None:
+    source = open_source(config, DIGITS_SIDE, partial(is_packed, config))
+    if not isinstance(source, Folder | Archive):
         dataset = load_dataset(config, DIGITS_SIDE)
-        return _report(
-            config, "data set by name", packed_counts(dataset), _packed_sizes(dataset), 0
-        )
-    source = open_path(path, config.test_fraction)
+        sizes = Counter({dataset.train.sides: sum(len(part) for _, part in parts_of(dataset))})
+        return _report(config, "data set by name", packed_counts(dataset), sizes, 0)
     contents = source.contents()
     found = scan_images(contents, View.of(config), keep_pixels=False).finish()
     readable = np.ones(len(found.grey), dtype=bool)
@@ -76,10 +74,6 @@ def _is_split_by_fraction(contents: Contents) -> bool:
 
 def packed_counts(dataset: Dataset) -> dict[str, dict[str, int]]:
     return _counted(dataset.classes, {name: part.labels for name, part in parts_of(dataset)})
-
-
-def _packed_sizes(dataset: Dataset) -> Counter[tuple[int, int]]:
-    return Counter({dataset.train.sides: sum(len(part) for _, part in parts_of(dataset))})
 
 
 def parts_of(dataset: Dataset) -> Iterator[tuple[str, Any]]:

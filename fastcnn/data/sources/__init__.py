@@ -18,12 +18,11 @@ from fastcnn.data.sources.tiny_imagenet import (
     open_tiny_folder,
     open_tiny_imagenet,
     tiny_folder,
-    unpacked_folder,
 )
 from fastcnn.data.sources.zip import Zip, is_zip
 from fastcnn.errors import DataError, UsageError, nearest
 
-__all__ = ["Contents", "Source", "open_path", "open_source", "path_of"]
+__all__ = ["Archive", "Contents", "Folder", "Source", "open_source"]
 
 
 def open_source(config: DataConfig, default_size: int, packed: Packed) -> Source:
@@ -33,32 +32,17 @@ def open_source(config: DataConfig, default_size: int, packed: Packed) -> Source
     an archive has to be there. Raises UsageError for a name that is empty or neither known nor a
     path, DataError for data that is missing.
     """
-    path = path_of(config, packed)
-    if path is not None:
-        return open_path(path, config.test_fraction)
     if config.data == "cifar10":
         return open_cifar10(config, packed)
     if config.data == "tiny-imagenet":
         return open_tiny_imagenet(config, packed)
-    return Digits(config.image_size or default_size)
-
-
-def path_of(config: DataConfig, packed: Packed) -> Path | None:
-    """Return the folder or archive to read, None for a data set that is found by its name alone.
-
-    Raises as open_source.
-    """
-    if config.data == "tiny-imagenet":
-        return unpacked_folder(config, packed)
-    return None if config.data in DATA_NAMES else _path_of(config.data)
-
-
-def open_path(path: Path, test_fraction: float) -> Folder | Archive:
-    """Return the source at a path: a folder of classes or of Tiny ImageNet, or an archive."""
+    if config.data == "digits":
+        return Digits(config.image_size or default_size)
+    path = _path_of(config.data)
     if not path.is_dir():
-        return (Zip if is_zip(path) else Tar)(path, test_fraction)
+        return (Zip if is_zip(path) else Tar)(path, config.test_fraction)
     tiny = tiny_folder(path)
-    return open_tiny_folder(tiny) if tiny else open_folder(path, test_fraction)
+    return open_tiny_folder(tiny) if tiny else open_folder(path, config.test_fraction)
 
 
 def _path_of(data: str) -> Path:

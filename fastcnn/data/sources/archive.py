@@ -2,14 +2,14 @@
 
 import abc
 from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from fastcnn.data.decode import BadImageError
 from fastcnn.data.sources.base import Contents, Encoded, stamp_of
-from fastcnn.data.sources.layout import Layout, normal_name
+from fastcnn.data.sources.layout import normal_name
 from fastcnn.errors import DataError
 
 # Images hardly compress: an archive that grows by more than this is a bomb, not a data set
@@ -45,17 +45,18 @@ class Archive(abc.ABC):
         return [self.form, [str(self.where.resolve()), *stamp], [*seen, self.test_fraction]]
 
     def contents(self) -> Contents:
-        layout, mean_bytes = self.listed()
-        return layout.contents(self.where, partial(self._encoded, layout), mean_bytes)
+        found, mean_bytes = self.listed()
+        encoded = partial(self._encoded, found.paths)
+        return replace(found, where=self.where, encoded=encoded, mean_bytes=mean_bytes)
 
-    def _encoded(self, layout: Layout) -> Iterator[Encoded]:
-        wanted = layout.positions
+    def _encoded(self, paths: dict[str, list[str]]) -> Iterator[Encoded]:
+        wanted = {name: (split, i) for split in paths for i, name in enumerate(paths[split])}
         for name, read in self.members(wanted):
             yield Encoded(*wanted[name], name, read)
 
     @abc.abstractmethod
-    def listed(self) -> tuple[Layout, float]:
-        """Return the layout of the members and the mean bytes of a file."""
+    def listed(self) -> tuple[Contents, float]:
+        """Return what is in the archive, not readable yet, and the mean bytes of a file."""
 
     @abc.abstractmethod
     def members(self, wanted: Container[str]) -> Iterator[tuple[str, Read]]:

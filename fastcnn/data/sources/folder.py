@@ -4,14 +4,14 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
 from fastcnn.data.decode import EXTENSIONS
 from fastcnn.data.sources.base import Contents, Encoded, Stamp, read_whole, stamp_of
-from fastcnn.data.sources.layout import Layout, find_layout
+from fastcnn.data.sources.layout import find_layout
 from fastcnn.errors import DataError
 
 MOST_VISITS = 16  # of one folder, by links: folders that link to each other would have no end
@@ -19,11 +19,11 @@ MOST_VISITS = 16  # of one folder, by links: folders that link to each other wou
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder whose files `layout` sorts; `files`: the stamp of every one by its path below it."""
+    """A folder and what lies there. files: the stamp of every one by its path below it."""
 
     where: Path
     files: dict[str, Stamp]
-    layout: Layout
+    listed: Contents
     kind: str = "image folder"
     in_files: bool = True
 
@@ -34,20 +34,20 @@ class Folder:
     def identity(self, seen: list[Any]) -> list[Any]:
         used = [
             [split, path, label, self.files[path]]
-            for split, items in self.layout.splits.items()
-            for path, label in items
+            for split, paths in self.listed.paths.items()
+            for path, label in zip(paths, self.listed.labels[split].tolist(), strict=True)
         ]
         # unpacked archives and copies may agree in names, sizes and times: the path tells them
         # apart
-        return ["folder", str(self.where.resolve()), used, self.layout.classes, seen]
+        return ["folder", str(self.where.resolve()), used, self.listed.classes, seen]
 
     def contents(self) -> Contents:
         mean_bytes = sum(size for size, _, _ in self.files.values()) / len(self.files)
-        return self.layout.contents(self.where, self._encoded, mean_bytes, self.files)
+        return replace(self.listed, encoded=self._encoded, mean_bytes=mean_bytes, stamps=self.files)
 
     def _encoded(self) -> Iterator[Encoded]:
-        for split, items in self.layout.splits.items():
-            for position, (path, _) in enumerate(items):
+        for split, paths in self.listed.paths.items():
+            for position, path in enumerate(paths):
                 read = partial(read_whole, self.where / path, self.files[path][0])
                 yield Encoded(split, position, path, read)
 

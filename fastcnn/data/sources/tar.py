@@ -13,7 +13,8 @@ from typing import IO, Any, cast
 
 from fastcnn.data.sources import base
 from fastcnn.data.sources.archive import Archive, Members, Read, refusal
-from fastcnn.data.sources.layout import Layout, find_layout, normal_name
+from fastcnn.data.sources.base import Contents
+from fastcnn.data.sources.layout import find_layout, normal_name
 from fastcnn.errors import DataError, UsageError
 from fastcnn.text import first_line
 
@@ -43,7 +44,7 @@ class Tar(Archive):
 
     form = "tar"
 
-    def listed(self) -> tuple[Layout, float]:
+    def listed(self) -> tuple[Contents, float]:
         path = self.where
         if not path.name.lower().endswith(SUFFIXES):
             raise UsageError(
@@ -51,8 +52,8 @@ class Tar(Archive):
                 ".zip"
             )
         found = _list(path)
-        layout = find_layout(str(path), found.files, found.folders, self.test_fraction)
-        return layout, sum(found.files.values()) / len(found.files)
+        contents = find_layout(str(path), found.files, found.folders, self.test_fraction)
+        return contents, sum(found.files.values()) / len(found.files)
 
     def members(self, wanted: Container[str]) -> Iterator[tuple[str, Read]]:
         with _opened(self.where) as (archive, _):

@@ -40,32 +40,28 @@ class TinyImageNet:
         return Zip(self.where, 0.0).contents()  # whose splits no option decides
 
 
-def open_tiny_imagenet(config: DataConfig, packed: Packed) -> TinyImageNet:
+def open_tiny_imagenet(config: DataConfig, packed: Packed) -> TinyImageNet | Folder:
     """Return the official zip, looked for in `config.data_dir` or, without one, in the cache
-    folder's tiny-imagenet/, and downloaded into it if missing (unpacked_folder is asked first).
+    folder's tiny-imagenet/, and downloaded into it if missing; or, where the zip is not, the
+    unpacked folder that is there or inside it.
 
-    Raises DataError for a zip with another MD5 and a download that fails.
+    Raises DataError for a --data-dir that is no folder, a zip with another MD5 and a download that
+    fails.
     """
-    source = TinyImageNet(_place(config)[1] / ARCHIVE)
-    if config.data_dir is None and packed(source):
-        return source
-    if source.where.exists():
-        check_md5(source.where, MD5)
-    else:
-        otherwise = f"put {ARCHIVE} into the folder of --data-dir"
-        download("Tiny ImageNet", URL, source.where, MD5, otherwise)
-    return source
-
-
-def unpacked_folder(config: DataConfig, packed: Packed) -> Path | None:
-    """Return the unpacked folder that --data tiny-imagenet stands for: the one of --data-dir, or
-    inside it, where the zip is not. Raises DataError for a --data-dir that is no folder."""
     what, folder = _place(config)
-    if config.data_dir is None and packed(TinyImageNet(folder / ARCHIVE)):
-        return None
+    official = TinyImageNet(folder / ARCHIVE)
+    if config.data_dir is None and packed(official):
+        return official
     if kind_of(what, folder) not in ("folder", None):
         raise DataError(f"{what} {folder}: not a folder; give the one that holds {ARCHIVE}")
-    return None if kind_of(what, folder / ARCHIVE) == "file" else tiny_folder(folder)
+    if kind_of(what, official.where) != "file" and (unpacked := tiny_folder(folder)):
+        return open_tiny_folder(unpacked)
+    if official.where.exists():
+        check_md5(official.where, MD5)
+    else:
+        otherwise = f"put {ARCHIVE} into the folder of --data-dir"
+        download("Tiny ImageNet", URL, official.where, MD5, otherwise)
+    return official
 
 
 def _place(config: DataConfig) -> tuple[str, Path]:

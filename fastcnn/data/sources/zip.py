@@ -12,7 +12,8 @@ from pathlib import Path
 
 from fastcnn.data.sources import base
 from fastcnn.data.sources.archive import Archive, Members, Read, refusal
-from fastcnn.data.sources.layout import Layout, find_layout, normal_name
+from fastcnn.data.sources.base import Contents
+from fastcnn.data.sources.layout import find_layout, normal_name
 from fastcnn.data.sources.tiny_layout import tiny_layout, tiny_prefix
 from fastcnn.errors import DataError
 from fastcnn.text import first_line
@@ -40,11 +41,11 @@ class Zip(Archive):
 
     form = "zip"
 
-    def listed(self) -> tuple[Layout, float]:
+    def listed(self) -> tuple[Contents, float]:
         with _opened(self.where) as archive:
             found = _list(self.where, archive)
-            layout = _layout(self.where, archive, found, self.test_fraction)
-        return layout, sum(info.file_size for info in found.files.values()) / len(found.files)
+            contents = _contents(self.where, archive, found, self.test_fraction)
+        return contents, sum(info.file_size for info in found.files.values()) / len(found.files)
 
     def members(self, wanted: Container[str]) -> Iterator[tuple[str, Read]]:
         with _opened(self.where) as archive:
@@ -84,18 +85,15 @@ def _list(path: Path, archive: zipfile.ZipFile) -> Members:
     return found
 
 
-def _layout(path: Path, archive: zipfile.ZipFile, found: Members, fraction: float) -> Layout:
+def _contents(path: Path, archive: zipfile.ZipFile, found: Members, fraction: float) -> Contents:
     prefix = tiny_prefix(found.files)
     if prefix is None:
         return find_layout(str(path), found.files, found.folders, fraction)
     inner = {name.removeprefix(prefix) for name in found.files if name.startswith(prefix)}
     where = f"{path}/{prefix}".rstrip("/")
-    layout = tiny_layout(where, inner, lambda name: _read(archive, found.files[prefix + name]))
-    splits = {
-        split: [(prefix + name, label) for name, label in items]
-        for split, items in layout.splits.items()
-    }
-    return replace(layout, splits=splits)
+    tiny = tiny_layout(where, inner, lambda name: _read(archive, found.files[prefix + name]))
+    paths = {split: [prefix + name for name in names] for split, names in tiny.paths.items()}
+    return replace(tiny, paths=paths)
 
 
 def _reader(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Read:
