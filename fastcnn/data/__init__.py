@@ -15,7 +15,7 @@ import torch
 from fastcnn.config import DataConfig
 from fastcnn.data.choose import choose
 from fastcnn.data.examine import View
-from fastcnn.data.images import Dataset, Images
+from fastcnn.data.images import Dataset, Images, LeftOut
 from fastcnn.data.loaders import Loader, make_loader
 from fastcnn.data.normalize import Normalization
 from fastcnn.data.scan import first_sides, is_readable_now, scan_images
@@ -42,29 +42,25 @@ def load_dataset(config: DataConfig, default_size: int, device: torch.device = C
     view, choice = View.of(config), None
 
     @functools.cache
-    def contents() -> Contents:  # of an archive only where it is not packed yet
+    def contents() -> Contents:  # an archive is opened only where it is not packed yet
         found = source.contents()
         warn_ignored(found)
         return found
 
-    if source.in_files:
-        sides = first_sides(contents(), view)
-        choice = choose(config, len(contents()), sides, True, device)
-    in_files = choice is not None and choice.store == "files"
-
     def selected() -> Selection:
         return select_images(scan_images(contents(), view, keep_pixels=not in_files), config)
 
+    def is_stale(left_out: LeftOut) -> bool:
+        return source.in_files and is_readable_now(contents(), left_out)
+
+    if source.in_files:  # the loader decides whether they stay there
+        sides = first_sides(contents(), view)
+        choice = choose(config, len(contents()), sides, True, device)
+    in_files = choice is not None and choice.store == "files"
     if in_files:
         dataset = leave_in_files(source.name, selected())
     else:
-        key = key_of(source, config)
-        dataset = pack(
-            source.name,
-            key,
-            selected,
-            lambda left_out: source.in_files and is_readable_now(contents(), left_out),
-        )
+        dataset = pack(source.name, key_of(source, config), selected, is_stale)
     dataset = checked(dataset, source.where, config)
     if choice is None:
         count = len(dataset.train) + len(dataset.test) + len(dataset.val or ())
