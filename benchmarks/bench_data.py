@@ -45,7 +45,8 @@ from fastcnn.data import Images, Normalization, make_loader
 from fastcnn.data.choose import has_dali
 from fastcnn.data.decode import decode
 from fastcnn.data.examine import cores
-from fastcnn.data.files import Files, Stamp
+from fastcnn.data.images import Files
+from fastcnn.data.sources.base import Stamp
 from fastcnn.errors import UsageError
 from fastcnn.ops import load
 from fastcnn.train.host import share_the_cores, tune_process

@@ -1,21 +1,27 @@
-"""The cache folder, and a lock between processes that write the same thing into it."""
+"""The cache folder, keys of what lies there, and a lock between processes that write the same thing
+into it."""
 
 import contextlib
 import fcntl
 import functools
+import hashlib
+import json
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from fastcnn.errors import DataError
 from fastcnn.files import discard
 
 log = logging.getLogger(__name__)
 
+FORMAT = 3  # of packed images and scans; part of every fingerprint
+STALE_SECONDS = 86_400  # an unfinished entry older than this was left by a killed process
 POLL_S = 0.05  # how often a process that waits for a lock looks again
 _held: set[BinaryIO] = set()
 # a loader's worker may outlive the process that forked it, and would hold its locks on
@@ -70,6 +76,20 @@ def _unwritable(folder: Path) -> str | None:
             return None
     except OSError as error:
         return error.strerror or str(error)
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return the sha256 (hex) of plain values, for the key of a cache entry."""
+    text = json.dumps([FORMAT, *parts], separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def remove_stale(cache: Path) -> None:
+    """Remove what a killed process left unfinished in the cache folder long ago."""
+    for path in cache.glob(".tmp-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 class Lock:

@@ -17,7 +17,7 @@ from small_runs import start
 
 from fastcnn import api
 from fastcnn.config import PlaceConfig, options_by_name
-from fastcnn.data.cifar import parse_python
+from fastcnn.data.sources.cifar import parse_python
 from fastcnn.errors import CheckpointError, DataError, UsageError
 from fastcnn.insight.run_page.page import write_page
 from fastcnn.insight.run_page.saved_sections import saved_sections

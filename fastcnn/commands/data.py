@@ -74,7 +74,7 @@ def run(given: dict[str, Any], command: list[str]) -> None:
     values = read_values(given, shared_options(DATA_SHARED))
     config = DataConfig(data=target, **values)
     # after the check: the rest takes torch's seconds to import
-    from fastcnn.data import report
+    from fastcnn.data import inspect as report
 
     as_json = given.get("json", False)
     if action == "show":
@@ -90,7 +90,7 @@ def run(given: dict[str, Any], command: list[str]) -> None:
 
 
 def show_data(config: DataConfig, own: dict[str, Any], as_json: bool) -> None:
-    from fastcnn.data import report
+    from fastcnn.data import inspect as report
     from fastcnn.insight.drawing import data_figures
 
     found, drawn = report.show(config, own.get("samples", 40), own.get("seed", 0))

@@ -7,18 +7,22 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from fastcnn.config import DataConfig
-from fastcnn.data.decode import BadImageError, decode, decoded_bytes, no_warnings
-from fastcnn.data.files import read_file
-from fastcnn.data.geometry import resize_box, whole_boxes
+from fastcnn.data.decode import (
+    BadImageError,
+    decode,
+    decoded_bytes,
+    no_warnings,
+    resize_box,
+    whole_boxes,
+)
+from fastcnn.data.sources.base import Encoded
 
-MAX_FILE_BYTES = 1 << 30
 # What one task of a thread examines: enough to make the hand-over cheap, little enough to keep few
 # decoded images in memory
 CHUNK = 64  # images
@@ -31,16 +35,6 @@ THREADED_BYTES = 16_384
 SUMMED_PIXELS = 1 << 16  # at a time: a large image would become eight times as large as floats
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One image to examine: where it goes, its path for messages, and how to read its bytes."""
-
-    split: str
-    position: int
-    path: str
-    read: Callable[[], bytes]
 
 
 @dataclass(frozen=True)
@@ -118,8 +112,8 @@ def channel_sums(pixels: np.ndarray) -> np.ndarray:
 
 
 def examine_all(
-    sources: Iterable[Source], view: View, mean_bytes: float, keep_pixels: bool
-) -> Iterator[list[tuple[Source, Record]]]:
+    sources: Iterable[Encoded], view: View, mean_bytes: float, keep_pixels: bool
+) -> Iterator[list[tuple[Encoded, Record]]]:
     """Yield a few images at a time, in order, examined in threads where files are large enough to
     gain by it; few are in memory at once, however many pixels the files unpack to."""
     threads = cores() if mean_bytes >= THREADED_BYTES else 1
@@ -132,9 +126,9 @@ def examine_all(
 
 
 def _in_turn(
-    sources: Iterable[Source], view: View, keep_pixels: bool, most: int
-) -> Iterator[list[tuple[Source, Record]]]:
-    chunk: list[tuple[Source, Record]] = []
+    sources: Iterable[Encoded], view: View, keep_pixels: bool, most: int
+) -> Iterator[list[tuple[Encoded, Record]]]:
+    chunk: list[tuple[Encoded, Record]] = []
     held = 0
     for source in sources:
         record = examine(source.read, view, keep_pixels)
@@ -150,14 +144,14 @@ def _in_turn(
 class Loaded(NamedTuple):
     """A source whose bytes, or why there are none, `read` holds, and what they unpack to."""
 
-    source: Source
+    source: Encoded
     read: Callable[[], bytes]
     decoded_bytes: int
 
 
 def _in_threads(
-    chunks: Iterator[list[Source]], view: View, keep_pixels: bool, threads: int
-) -> Iterator[list[tuple[Source, Record]]]:
+    chunks: Iterator[list[Encoded]], view: View, keep_pixels: bool, threads: int
+) -> Iterator[list[tuple[Encoded, Record]]]:
     """Read in threads, whose files' headers tell what decoding takes; then decode in threads as
     much at once as FLIGHT_PIXELS allows."""
     with ThreadPoolExecutor(threads) as executor:
@@ -188,11 +182,11 @@ def _ahead(
         yield running.popleft()[1].result()
 
 
-def _read_chunk(chunk: list[Source]) -> list[Loaded]:
+def _read_chunk(chunk: list[Encoded]) -> list[Loaded]:
     return [_loaded(source) for source in chunk]
 
 
-def _loaded(source: Source) -> Loaded:
+def _loaded(source: Encoded) -> Loaded:
     try:
         data = source.read()
     except BadImageError as error:
@@ -226,12 +220,12 @@ def _parts(
 
 def _examine_chunk(
     chunk: list[Loaded], view: View, keep_pixels: bool
-) -> list[tuple[Source, Record]]:
+) -> list[tuple[Encoded, Record]]:
     return [(item.source, examine(item.read, view, keep_pixels)) for item in chunk]
 
 
-def _chunks(sources: Iterable[Source], size: int) -> Iterator[list[Source]]:
-    chunk: list[Source] = []
+def _chunks(sources: Iterable[Encoded], size: int) -> Iterator[list[Encoded]]:
+    chunk: list[Encoded] = []
     for source in sources:
         chunk.append(source)
         if len(chunk) == size:
@@ -239,10 +233,3 @@ def _chunks(sources: Iterable[Source], size: int) -> Iterator[list[Source]]:
             chunk = []
     if chunk:
         yield chunk
-
-
-def read_whole(path: Path, length: int) -> bytes:
-    """Return the bytes of a file; raises BadImageError as read_file, and for one too long."""
-    if length > MAX_FILE_BYTES:
-        raise BadImageError(f"{length} bytes, over {MAX_FILE_BYTES}")
-    return read_file(path, length)

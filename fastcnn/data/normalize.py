@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from fastcnn.data.files import Files
-from fastcnn.data.store import SLOW_IMAGES, Images
+from fastcnn.data.images import Files, Images
+from fastcnn.data.progress import SLOW_IMAGES
 from fastcnn.ops.reference.augmentation import normalize
 
 log = logging.getLogger(__name__)

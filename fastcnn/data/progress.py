@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 
 log = logging.getLogger(__name__)
 
+SLOW_IMAGES = 5000  # more are announced in a log: reading them may take a minute
+
 
 @contextlib.contextmanager
 def progress_bar(

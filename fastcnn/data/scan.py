@@ -1,41 +1,44 @@
-"""The scan of image files: each decoded once, before the first epoch, and what was seen is kept.
+"""The scan: each image decoded once, before the first epoch, and what was seen is kept.
 
-A file of the cache folder holds the records of a folder, one for every image file, so that only
-new and changed files are examined again. It is replaced whole.
+Of image files, a file of the cache folder holds the records of a folder, one for every image, so
+that only new and changed files are examined again. It is replaced whole.
 """
 
+import contextlib
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from fastcnn.cache import cache_dir
-from fastcnn.data.examine import Record, Source, View, examine_all, read_whole
-from fastcnn.data.files import Stamp
-from fastcnn.data.progress import progress_bar
-from fastcnn.data.store import SLOW_IMAGES, fingerprint, remove_stale
+from fastcnn.cache import cache_dir, fingerprint, remove_stale
+from fastcnn.data.decode import BadImageError, decode, no_warnings, resize
+from fastcnn.data.examine import Record, View, examine_all
+from fastcnn.data.images import LeftOut
+from fastcnn.data.progress import SLOW_IMAGES, progress_bar
+from fastcnn.data.sources.base import Block, Contents, Encoded, Stamp, read_whole
 from fastcnn.text import first_line
 
 log = logging.getLogger(__name__)
 
 RULES = 2  # of what decode.py reads and calls plain; part of the file's name
-ARRAYS = ("shapes", "sums", "grey", "plain", "hashes")  # of a Scan, one row a file
-Check = Callable[[list[tuple[str, tuple[int, int], bool]]], None]
+ARRAYS = ("shapes", "sums", "grey", "plain", "hashes")  # of a Scan, one row an image
+
+Chunk = list[tuple[Encoded, Record]]
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What is known of N image files.
+    """What is known of N encoded images, in the order of Contents.names.
 
-    shapes: int32 (N, 2), height and width, upright. sums: float64 (N, 6), as Record's. grey, plain:
-    bool (N,). hashes: uint8 (N, 32), sha256 of the bytes; zeros where they could not be read.
-    reasons: why a file cannot be read, by its position; the other arrays hold zeros there.
+    shapes: int32 (N, 2), height and width, upright. sums: float64 (N, 6), as Record's, but for
+    images whose pixels are kept. grey, plain: bool (N,). hashes: uint8 (N, 32), sha256 of the
+    bytes; zeros where they could not be read. reasons: why an image cannot be read, by its
+    position; the other arrays hold zeros there.
     """
 
     shapes: np.ndarray
@@ -47,7 +50,7 @@ class Scan:
 
     @classmethod
     def of_nothing(cls, count: int) -> "Scan":
-        """Room for `count` files."""
+        """Room for `count` images."""
         return cls(
             np.zeros((count, 2), np.int32),
             np.zeros((count, 6)),
@@ -58,55 +61,127 @@ class Scan:
         )
 
     def put(self, position: int, record: Record) -> None:
-        """Note what was found out about a file."""
+        """Note what was found out about an image."""
         if record.sha256:
             self.hashes[position] = np.frombuffer(record.sha256, np.uint8)
         if record.reason:
             self.reasons[position] = record.reason
             return
-        self.shapes[position], self.sums[position] = record.shape, record.sums
+        self.shapes[position] = record.shape
         self.grey[position], self.plain[position] = record.grey, record.plain
+        if record.sums is not None:
+            self.sums[position] = record.sums
 
 
-def scan(
-    root: Path,
-    names: Sequence[str],
-    files: dict[str, Stamp],
-    view: View,
-    check: Check | None = None,
-) -> Scan:
-    """Return what is known of the files `names` below `root`, in their order; of `files`, their
-    stamps count.
+@dataclass(frozen=True)
+class Scanning:
+    """A scan under way: `found` is whole once `chunks`, what is examined now, are at their end.
+    `blocks`: the images of a source that has nothing to decode. All as `view` shows them."""
 
-    check: called with path, shape and greyness of the readable files among a few that were examined
-    now; it may raise. However the scan ends, what was examined is kept.
+    contents: Contents
+    view: View
+    found: Scan
+    chunks: Generator[Chunk]
+    blocks: Iterator[Block]
+
+    def finish(self) -> Scan:
+        """Examine what is left, and return what is known of all images."""
+        for _ in self.chunks:
+            pass
+        return self.found
+
+
+def scan_images(contents: Contents, view: View, keep_pixels: bool) -> Scanning:
+    """Begin the scan of what is in a source.
+
+    keep_pixels: for the store; else their sums are taken, and of files only those are examined
+    whose stamps are not known from before. However that ends, what was examined is kept.
     """
-    key = fingerprint("scan", RULES, str(root.resolve()), view.side, view.resize)
+    if contents.stamps is not None and not keep_pixels:
+        found, chunks = _scan_files(contents, contents.stamps, view)
+    else:
+        found = Scan.of_nothing(len(contents))
+        chunks = _examined(contents, contents.images(), found, view, keep_pixels)
+        if not keep_pixels:
+            chunks = _with_bar(chunks, len(contents))
+    return Scanning(contents, view, found, chunks, _resized(contents.blocks, view))
+
+
+def _examined(
+    contents: Contents, images: Iterable[Encoded], found: Scan, view: View, keep_pixels: bool
+) -> Generator[Chunk]:
+    """Yield a few images at a time, whose records are in `found` by then."""
+    first = {split: int(at[0]) for split, at in contents.by_split(np.arange(len(contents))).items()}
+    for records in examine_all(images, view, contents.mean_bytes, keep_pixels):
+        for image, record in records:
+            found.put(first[image.split] + image.position, record)
+        yield records
+
+
+def _with_bar(chunks: Iterable[Chunk], count: int) -> Generator[Chunk]:
+    with progress_bar("examining images", count, announce=count > SLOW_IMAGES) as advance:
+        for records in chunks:
+            yield records
+            advance(len(records))
+
+
+def _resized(blocks: Iterable[Block], view: View) -> Iterator[Block]:
+    for split, positions, pixels in blocks:
+        yield split, positions, resize(pixels, view.side) if view.side else pixels
+
+
+def first_sides(contents: Contents, view: View) -> tuple[int, int]:
+    """Return height and width of a batch's images: those of `view`, or of the first image that can
+    be read; (1, 1) if none can, which is refused later, by name."""
+    if view.side:
+        return view.side, view.side
+    with no_warnings():
+        for image in contents.images():
+            with contextlib.suppress(BadImageError):
+                height, width, _ = decode(image.read()).pixels.shape
+                return height, width
+    return 1, 1
+
+
+def is_readable_now(contents: Contents, left_out: LeftOut) -> bool:
+    """Return whether bytes can be read that could not be read when a folder was packed: under the
+    same stamp, as after a fault of a network's disk. The scan tries such files again too."""
+    stamps = contents.stamps or {}
+    for path in left_out.unread:
+        with contextlib.suppress(BadImageError):
+            read_whole(contents.where / path, stamps[path][0])
+            return True
+    return False
+
+
+def _scan_files(
+    contents: Contents, stamps_by_path: dict[str, Stamp], view: View
+) -> tuple[Scan, Generator[Chunk]]:
+    key = fingerprint("scan", RULES, str(contents.where.resolve()), view.side, view.resize)
     cached = cache_dir() / f"{key}.scan.npz"
-    stamps = np.array([files[name] for name in names], dtype=np.int64).reshape(-1, 3)
+    names = contents.names
+    stamps = np.array([stamps_by_path[name] for name in names], dtype=np.int64).reshape(-1, 3)
     found, missing = _recall(cached, names, stamps)
-    if not missing:
-        return found
-    sources = (
-        Source("", i, names[i], partial(read_whole, root / names[i], files[names[i]][0]))
-        for i in missing
-    )
-    mean_bytes = float(stamps[missing, 0].mean())
-    slow = len(missing) > SLOW_IMAGES
-    examined = 0
-    try:
-        with progress_bar("examining images", len(missing), announce=slow) as advance:
-            for records in examine_all(sources, view, mean_bytes, keep_pixels=False):
-                for source, record in records:
-                    found.put(source.position, record)
+
+    def examine_missing() -> Generator[Chunk]:
+        if not missing:
+            return
+        wanted = set(missing)
+        images = (image for at, image in enumerate(contents.images()) if at in wanted)
+        examined = 0
+        chunks = _examined(contents, images, found, view, False)
+        try:
+            for records in _with_bar(chunks, len(missing)):
                 examined += len(records)
-                if check is not None:
-                    check([(s.path, r.shape, r.grey) for s, r in records if not r.reason])
-                advance(len(records))
-    finally:
-        if examined:  # rows without a hash, of files not reached, are examined next time
-            _keep(cached, names, stamps, found)
-    return found
+                yield records
+        finally:
+            if examined:  # rows without a hash, of files not reached, are examined next time
+                _keep(cached, names, stamps, found)
+        reasons = sorted(found.reasons.items())
+        found.reasons.clear()
+        found.reasons.update(reasons)
+
+    return found, examine_missing()
 
 
 def _recall(cached: Path, names: Sequence[str], stamps: np.ndarray) -> tuple[Scan, list[int]]:

@@ -1,4 +1,4 @@
-"""The store: every reader's images as uint8 NHWC arrays, packed once into the cache folder.
+"""The store: uint8 NHWC arrays, packed once into the cache folder, or the images' own files.
 
 An entry of the cache is a folder `<key>/` with `<split>.pixels.npy`, `<split>.labels.npy` and
 `meta.json`. It is written under a temporary name and renamed, so that a reader sees a whole entry
@@ -14,122 +14,68 @@ import logging
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from fastcnn.cache import cache_dir
-from fastcnn.data.files import Files
-from fastcnn.data.progress import progress_bar
+from fastcnn.cache import cache_dir, fingerprint, remove_stale
+from fastcnn.config import DataConfig
+from fastcnn.data.examine import View
+from fastcnn.data.images import Dataset, Files, Images, LeftOut
+from fastcnn.data.progress import SLOW_IMAGES, progress_bar
+from fastcnn.data.scan import Scanning
+from fastcnn.data.select import Selection
+from fastcnn.data.sources.base import SPLITS, Source, check_labels
 from fastcnn.errors import DataError
 from fastcnn.files import load_json
 from fastcnn.text import first_line
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3  # of a cache entry; part of every fingerprint
-SPLITS = ("train", "test", "val")
-Block = tuple[str, Sequence[int], np.ndarray]  # split, positions, pixels of a few images
-SLOW_IMAGES = 5000  # more are announced in a log: reading them may take a minute
 COPIED_BYTES = 1 << 24  # at a time, where images move together
-STALE_SECONDS = 86_400  # an unfinished entry older than this was left by a killed process
 
 
-@dataclass(frozen=True)
-class Images:
-    """Labelled images: `pixels` uint8 (N, H, W, 3), maybe memory-mapped; `labels` int64 (N,)."""
+def key_of(source: Source, config: DataConfig) -> str:
+    """Return the key under which the images of a source are packed.
 
-    pixels: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """Height and width of an image."""
-        return self.pixels.shape[1], self.pixels.shape[2]
-
-    def take(self, chosen: np.ndarray) -> "Images":
-        """Return a copy in memory of the images at the int64 positions `chosen`."""
-        return Images(self.pixels_of(chosen), self.labels[chosen])
-
-    def pixels_of(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Return a copy in memory of images, uint8 (n, H, W, 3)."""
-        return np.array(np.asarray(self.pixels)[samples])
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """Images that a reader left out: `bad`, path and reason of each unreadable one; `grey`, how
-    many had no colours (--grayscale drop). `unread`: the bad ones whose very bytes could not be
-    read, which may succeed another time though the file stays the same."""
-
-    bad: tuple[tuple[str, str], ...] = ()
-    grey: int = 0
-    unread: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Images with the names of their classes; `labels` index into `classes`.
-
-    `digest` is the sha256 (hex) of the images' contents, labels and class names, and, where `split`
-    drew a part of them, of the drawn indices. Of images from files, packed or not, the contents are
-    the files' bytes and what is seen of them. `loader` is --loader, or what auto comes to
-    here, which `why` then says in a line.
+    --on-bad-image is no part of it: of the same files the same ones are unreadable.
     """
-
-    name: str
-    classes: tuple[str, ...]
-    train: Images | Files
-    test: Images | Files
-    val: Images | Files | None
-    digest: str
-    left_out: LeftOut = LeftOut()
-    loader: Literal["resident", "dali", "torch"] = "resident"
-    why: str = ""
+    view = View.of(config)
+    return fingerprint(*source.identity([view.side, view.resize, config.grayscale]))
 
 
-@dataclass
-class Account:
-    """What a reader of encoded images knows of them, once its blocks are at their end.
-
-    hashes: uint8 (N, 32) per split, sha256 of each image's bytes. kept: bool (N,) per split; the
-    others are left out, and no block holds them. view: what was made of the images, beside their
-    sides, for the digest.
-    """
-
-    hashes: dict[str, np.ndarray]
-    kept: dict[str, np.ndarray]
-    view: str
-    left_out: LeftOut = LeftOut()
+def is_packed(config: DataConfig, source: Source) -> bool:
+    """Return whether the images of a source are packed already."""
+    return load_packed(source.name, key_of(source, config)) is not None
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What a reader hands over for packing.
-
-    `labels` holds int64 (N,) per split. `blocks` yields (split, positions, pixels), pixels uint8
-    (n, H, W, 3), in any order, every position once but for those that `account` then leaves out.
-    `slow` contents are announced in a log.
-    """
-
-    classes: tuple[str, ...]
-    labels: dict[str, np.ndarray]
-    blocks: Iterator[Block]
-    slow: bool = False
-    account: Account | None = None
-
-
-def fingerprint(*parts: Any) -> str:
-    """Return the sha256 (hex) of plain values, for the key of a cache entry."""
-    text = json.dumps([FORMAT, *parts], separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+def leave_in_files(name: str, selection: Selection) -> Dataset:
+    """Return the dataset of images that stay where they are. Raises DataError as select_images."""
+    for _ in selection.blocks:
+        pass  # the scan goes on as they are asked for
+    scanning = selection.scanning
+    assert scanning is not None
+    contents, found, stamps = scanning.contents, scanning.found, scanning.contents.stamps or {}
+    whole = Files(
+        root=contents.where,
+        paths=np.array(contents.names),
+        labels=np.concatenate(list(contents.labels.values())),
+        stamps=np.array([stamps[path] for path in contents.names], dtype=np.int64),
+        hashes=found.hashes,
+        shapes=found.shapes,
+        sums=found.sums,
+        plain=found.plain,
+        sides=selection.sides,
+        resize=scanning.view.resize,
+    )
+    places = contents.by_split(np.arange(len(whole)))
+    parts = {split: whole.take(at[selection.kept[split]]) for split, at in places.items()}
+    labels = {split: part.labels for split, part in parts.items()}
+    digest = _digest_of_files(scanning, selection, labels)
+    train, test, val = parts["train"], parts["test"], parts.get("val")
+    return Dataset(name, contents.classes, train, test, val, digest, selection.left_out)
 
 
 def load_packed(name: str, key: str) -> Dataset | None:
@@ -141,7 +87,7 @@ def load_packed(name: str, key: str) -> Dataset | None:
 def pack(
     name: str,
     key: str,
-    read: Callable[[], Contents],
+    read: Callable[[], Selection],
     stale: Callable[[LeftOut], bool] = lambda left_out: False,
 ) -> Dataset:
     """Return the dataset of the cache entry `key`; `read` is called only to build the entry, and
@@ -184,14 +130,6 @@ def _discard(entry: Path) -> None:
     with contextlib.suppress(OSError):
         entry.rename(aside / "entry")
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def remove_stale(cache: Path) -> None:
-    """Remove what a killed process left unfinished in the cache folder long ago."""
-    for path in cache.glob(".tmp-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def _load(name: str, entry: Path) -> Dataset | None:
@@ -240,19 +178,16 @@ def _map(path: Path, dtype: Any, shape: Sequence[int]) -> np.ndarray:
     return array
 
 
-def _write(folder: Path, contents: Contents) -> None:
-    check_labels(contents.classes, contents.labels)
-    sides = _write_pixels(folder, contents)
-    labels, left_out = contents.labels, LeftOut()
-    if contents.account is not None:
-        left_out = contents.account.left_out
-        labels = _close_gaps(folder, contents.labels, contents.account.kept, sides)
+def _write(folder: Path, selection: Selection) -> None:
+    check_labels(selection.classes, selection.labels)
+    sides = _write_pixels(folder, selection)
+    labels, left_out = _close_gaps(folder, selection, sides), selection.left_out
     for split, numbers in labels.items():
         _save(folder / f"{split}.labels.npy", numbers)
     meta = {
         "shapes": {split: [len(numbers), *sides, 3] for split, numbers in labels.items()},
-        "classes": contents.classes,
-        "digest": _digest(folder, contents, labels, sides),
+        "classes": selection.classes,
+        "digest": _digest(folder, selection, labels),
         "bad": left_out.bad,
         "grey": left_out.grey,
         "unread": left_out.unread,
@@ -263,19 +198,6 @@ def _write(folder: Path, contents: Contents) -> None:
         os.fsync(file.fileno())
 
 
-def check_labels(classes: Sequence[str], labels: dict[str, np.ndarray]) -> None:
-    """Raise DataError for fewer than two classes, an empty split and labels out of range."""
-    if len(classes) < 2:
-        raise DataError(f"one class only ({', '.join(classes)}); two are needed")
-    for split, numbers in labels.items():
-        if len(numbers) == 0:
-            raise DataError(f"no {split} images")
-        low, high = int(numbers.min()), int(numbers.max())
-        if low < 0 or high >= len(classes):
-            worst = low if low < 0 else high
-            raise DataError(f"{split} labels: expected 0 to {len(classes) - 1}, got {worst}")
-
-
 def _save(path: Path, array: np.ndarray) -> None:
     with open(path, "wb") as file:
         np.save(file, array, allow_pickle=False)
@@ -283,20 +205,21 @@ def _save(path: Path, array: np.ndarray) -> None:
         os.fsync(file.fileno())
 
 
-def _write_pixels(folder: Path, contents: Contents) -> tuple[int, int]:
+def _write_pixels(folder: Path, selection: Selection) -> tuple[int, int]:
     """Write every block at its place with file writes: a full disk is an error, where a write
     through a memory map would kill the process. Return height and width."""
-    counts = {split: len(labels) for split, labels in contents.labels.items()}
+    counts = {split: len(labels) for split, labels in selection.labels.items()}
     missing = {split: np.ones(count, dtype=bool) for split, count in counts.items()}
     sides: tuple[int, int] | None = None
     with contextlib.ExitStack() as stack:
         files: dict[str, tuple[Any, int]] = {}
-        bar = progress_bar("packing images", sum(counts.values()), announce=contents.slow)
+        slow = selection.scanning is not None and sum(counts.values()) > SLOW_IMAGES
+        bar = progress_bar("packing images", sum(counts.values()), announce=slow)
         advance = stack.enter_context(bar)
-        for split, positions, pixels in contents.blocks:
+        for split, positions, pixels in selection.blocks:
             if sides is None:
                 sides = (pixels.shape[1], pixels.shape[2])
-                _check_space(folder, sum(counts.values()), sides, contents.account is not None)
+                _check_space(folder, sum(counts.values()), sides, selection.scanning is not None)
                 for name, count in counts.items():
                     file = stack.enter_context(open(folder / f"{name}.pixels.npy", "wb"))
                     files[name] = (file, _header(file, (count, *sides, 3)))
@@ -308,8 +231,7 @@ def _write_pixels(folder: Path, contents: Contents) -> tuple[int, int]:
             file.flush()
             os.fsync(file.fileno())
     for split, left in missing.items():
-        if contents.account is not None:
-            left &= contents.account.kept[split]
+        left &= selection.kept.get(split, True)
         if left.any():
             raise DataError(f"{int(left.sum())} of {counts[split]} {split} images are missing")
     if sides is None:
@@ -347,13 +269,10 @@ def _put(file: Any, start: int, positions: Sequence[int], pixels: np.ndarray) ->
 
 
 def _close_gaps(
-    folder: Path,
-    labels: dict[str, np.ndarray],
-    kept: dict[str, np.ndarray],
-    sides: tuple[int, int],
+    folder: Path, selection: Selection, sides: tuple[int, int]
 ) -> dict[str, np.ndarray]:
     """Move the kept images of every split together, in place; return their labels."""
-    for split, keep in kept.items():
+    for split, keep in selection.kept.items():
         if keep.all():
             continue
         size = sides[0] * sides[1] * 3
@@ -369,7 +288,8 @@ def _close_gaps(
             file.truncate(to)
             file.flush()
             os.fsync(file.fileno())
-    return {split: numbers[kept[split]] for split, numbers in labels.items()}
+    kept = {split: selection.labels[split][keep] for split, keep in selection.kept.items()}
+    return selection.labels | kept
 
 
 def _runs(positions: np.ndarray, longest: int) -> Iterator[tuple[int, int]]:
@@ -380,16 +300,12 @@ def _runs(positions: np.ndarray, longest: int) -> Iterator[tuple[int, int]]:
             yield int(part[0]), int(part[-1]) + 1
 
 
-def _digest(
-    folder: Path, contents: Contents, labels: dict[str, np.ndarray], sides: tuple[int, int]
-) -> str:
-    if contents.account is not None:
-        kept, hashes = contents.account.kept, contents.account.hashes
-        held = {split: hashes[split][kept[split]] for split in hashes}
-        return digest_of_files(contents.classes, labels, held, sides, contents.account.view)
-    digest = hashlib.sha256(json.dumps(contents.classes).encode())
+def _digest(folder: Path, selection: Selection, labels: dict[str, np.ndarray]) -> str:
+    if selection.scanning is not None:
+        return _digest_of_files(selection.scanning, selection, labels)
+    digest = hashlib.sha256(json.dumps(selection.classes).encode())
     for split in SPLITS:
-        if split in contents.labels:
+        if split in selection.labels:
             for part in ("pixels", "labels"):
                 array = np.load(folder / f"{split}.{part}.npy", mmap_mode="r")
                 digest.update(f"{split} {part} {array.shape}".encode())
@@ -397,21 +313,19 @@ def _digest(
     return digest.hexdigest()
 
 
-def digest_of_files(
-    classes: Sequence[str],
-    labels: dict[str, np.ndarray],
-    hashes: dict[str, np.ndarray],
-    sides: tuple[int, int],
-    view: str,
+def _digest_of_files(
+    scanning: Scanning, selection: Selection, labels: dict[str, np.ndarray]
 ) -> str:
     """Return a Dataset's digest (hex) from its files: packed or not, in a folder or an archive.
 
-    labels: int64 (N,) per split; hashes: uint8 (N, 32), sha256 of each file's bytes; sides: height
-    and width of the images as evaluation sees them; view: how they are brought to that (--resize).
+    labels: int64 (N,) per split, of the images that are kept.
     """
-    digest = hashlib.sha256(json.dumps([list(classes), list(sides), view]).encode())
+    parts = json.dumps([selection.classes, selection.sides, scanning.view.resize])
+    digest = hashlib.sha256(parts.encode())
+    hashes = scanning.contents.by_split(scanning.found.hashes)
     for split in SPLITS:
         if split in labels:
             digest.update(f"{split} {len(labels[split])}".encode())
-            digest.update(hashes[split].tobytes() + labels[split].astype(np.int64).tobytes())
+            kept = hashes[split][selection.kept[split]]
+            digest.update(kept.tobytes() + labels[split].astype(np.int64).tobytes())
     return digest.hexdigest()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastcnn.data import Images, Normalization
 from fastcnn.data.draws import derive_seed
-from fastcnn.data.files import Files
+from fastcnn.data.images import Files
 from fastcnn.data.progress import progress_bar
 from fastcnn.errors import NumbersError
 from fastcnn.train.checkpoints.load_run import TrainedModel

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from fastcnn.data.decode import BadImageError, upright_rgb
-from fastcnn.data.examine import THREADED_BYTES, Source, View, examine_all, read_whole
+from fastcnn.data.examine import THREADED_BYTES, View, examine_all
+from fastcnn.data.sources.base import Encoded, read_whole
 from fastcnn.errors import UsageError
 
 SAMPLED = 64  # files whose mean size tells how many make a task of a thread
@@ -71,7 +72,7 @@ def _from_files(paths: Iterable[str], view: View) -> Iterator[tuple[str | None, 
     paths = iter(paths)
     first = list(islice(paths, SAMPLED))
     sources = (
-        Source("", number, path, partial(read, path))
+        Encoded("", number, path, partial(read, path))
         for number, path in enumerate(chain(first, paths))
     )
     # in threads whatever their size: the network is to compute meanwhile

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastcnn.archs import get_network
 from fastcnn.data import Dataset, load_dataset
-from fastcnn.data.cifar import CLASSES as CIFAR10_CLASSES
+from fastcnn.data.sources.cifar import CLASSES as CIFAR10_CLASSES
 from fastcnn.errors import DataError, UsageError, nearest
 from fastcnn.recipes import resolve
 from fastcnn.reports.experiment import Claim, Experiment, Report, Row

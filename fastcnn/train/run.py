@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.config import Config, PlaceConfig, options_by_name
-from fastcnn.data.store import LeftOut
+from fastcnn.data.images import LeftOut
 from fastcnn.errors import CheckpointError, DataError, NumbersError, UsageError
 from fastcnn.files import remove_leftovers
 from fastcnn.train.checkpoints import checkpoint

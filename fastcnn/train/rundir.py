@@ -16,7 +16,7 @@ import yaml
 
 from fastcnn.cache import locked
 from fastcnn.config import Config, PlaceConfig
-from fastcnn.data.left_out import bad_table
+from fastcnn.data.select import bad_table
 from fastcnn.errors import CheckpointError, DiskError, UsageError
 from fastcnn.files import check_regular, inside, load_json, replace_text
 from fastcnn.options import read_yaml

@@ -15,7 +15,7 @@ from fastcnn.archs.whiten import first_convolution, whiten
 from fastcnn.config import Config
 from fastcnn.data import Dataset, Images, Normalization, load_dataset, make_loader, split
 from fastcnn.data.draws import derive_seed, generator
-from fastcnn.data.files import Files
+from fastcnn.data.images import Files
 from fastcnn.errors import DataError, UsageError
 from fastcnn.ops.backend import choose_backend, choose_convolution
 from fastcnn.train.checkpoints.load_run import evaluation_loader, splits

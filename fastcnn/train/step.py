@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcnn.config import OptimConfig
-from fastcnn.data.upload import upload
+from fastcnn.data.loaders.upload import upload
 from fastcnn.train.checkpoints.checkpoint import load_weights
 from fastcnn.train.distributed import ALONE, Distributed, parallel
 from fastcnn.train.graph import WARM_UP, GraphMode, Recorder, Replay, recorder_for

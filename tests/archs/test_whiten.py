@@ -13,8 +13,8 @@ from fastcnn.archs import NETWORKS
 from fastcnn.archs import whiten as whitening
 from fastcnn.archs.init import initialise
 from fastcnn.archs.whiten import first_convolution, patch_groups, whiten
-from fastcnn.data import Normalization
-from fastcnn.data.digits import load_digits
+from fastcnn.config import DataConfig
+from fastcnn.data import Normalization, load_dataset
 from fastcnn.recipes import resolve
 from fastcnn.train.setup import new_model, whitening_images
 
@@ -176,7 +176,7 @@ def test_scale_of_the_pixels_does_not_matter_to_the_directions():
 def new_networks(name, normalize, *options):
     """The images a network sees, and the network by each of the options."""
     network = NETWORKS[name]
-    dataset = load_digits(network.image_sizes[0])
+    dataset = load_dataset(DataConfig("digits"), network.image_sizes[0])
     normalization = Normalization.fit(dataset.train, normalize)
     models = []
     for given in options:
@@ -219,12 +219,12 @@ def test_the_same_seed_gives_the_same_filters():
 
 
 def test_images_are_drawn_by_the_seed_and_normalised():
-    dataset = load_digits(32)
+    dataset = load_dataset(DataConfig("digits"), 32)
     normalization = Normalization.fit(dataset.train, "mean-image")
     few = whitening_images(dataset.train, normalization, 3)
     assert few.shape == (len(dataset.train), 3, 32, 32)
     torch.testing.assert_close(few.mean(0), torch.zeros(3, 32, 32), rtol=0, atol=1e-5)
-    large = load_digits(128)
+    large = load_dataset(DataConfig("digits"), 128)
     normalization = Normalization.fit(large.train, "zscore")
     first, again, other = (whitening_images(large.train, normalization, s) for s in (0, 0, 1))
     assert len(first) == 5000 * 32**2 // 128**2

@@ -26,9 +26,10 @@ from PIL import Image
 from fastcnn.cli import main
 from fastcnn.commands.data import DATA_ACTIONS
 from fastcnn.config import DataConfig, options_by_name
-from fastcnn.data import load_dataset, report
-from fastcnn.data.left_out import advised_side
+from fastcnn.data import inspect as report
+from fastcnn.data import load_dataset
 from fastcnn.data.normalize import Normalization
+from fastcnn.data.select import advised_side
 from fastcnn.errors import DataError
 from fastcnn.insight.drawing import data_figures, figures
 

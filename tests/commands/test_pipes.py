@@ -8,8 +8,8 @@ from image_files import load, write_folder
 from run_folders import make_run
 
 from fastcnn import cli
-from fastcnn.data.cifar import PYTHON_BATCHES
-from fastcnn.data.download import md5_of
+from fastcnn.data.sources.cifar import PYTHON_BATCHES
+from fastcnn.data.sources.download import md5_of
 from fastcnn.errors import CheckpointError, DataError, FastcnnError
 from fastcnn.files import check_regular
 from fastcnn.insight.run_page.page import write_page

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastcnn.config import DataConfig
 from fastcnn.data import load_dataset
-from fastcnn.data.store import Images
+from fastcnn.data.images import Images
 
 
 def noise(shape, seed=0):

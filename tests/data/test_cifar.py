@@ -19,7 +19,8 @@ from image_files import (
 )
 
 from fastcnn.config import DataConfig
-from fastcnn.data import cifar, load_dataset
+from fastcnn.data import load_dataset
+from fastcnn.data.sources import cifar
 from fastcnn.errors import DataError, UsageError
 
 BATCHES = cifar_batches()

@@ -13,9 +13,9 @@ from fastcnn.data.decode import (
     BadImageError,
     decode,
     decoded_bytes,
+    is_plain,
     no_warnings,
 )
-from fastcnn.data.plain import is_plain
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

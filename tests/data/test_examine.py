@@ -8,6 +8,7 @@ from image_files import encoded, noise
 
 from fastcnn.data import examine
 from fastcnn.data.examine import View, channel_sums
+from fastcnn.data.sources.base import Encoded
 
 
 def record_of(data, view=None, keep_pixels=False):
@@ -74,7 +75,7 @@ def test_few_large_images_are_in_memory_at_once(monkeypatch):
     def sources():
         for i in range(200):
             made.append(i)
-            yield examine.Source("train", i, str(i), lambda: data)
+            yield Encoded("train", i, str(i), lambda: data)
 
     chunks = examine.examine_all(sources(), View(None, "stretch"), 4 << 20, keep_pixels=True)
     assert len(next(chunks)) == 1

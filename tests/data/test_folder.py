@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from image_files import (
     IN_FILES,
     encoded,
@@ -20,10 +19,10 @@ from image_files import (
     write_tar,
 )
 
-from fastcnn.config import DataConfig
-from fastcnn.data import examine, folder
+from fastcnn.data import examine, store
 from fastcnn.data.decode import BadImageError, decode
-from fastcnn.data.listing import Layout
+from fastcnn.data.sources import base, folder
+from fastcnn.data.sources.layout import listed
 from fastcnn.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -336,20 +335,20 @@ def test_packing_is_announced_from_some_size_on(root, tmp_path, caplog, monkeypa
     caplog.set_level(logging.INFO)
     load(path)
     assert not caplog.records
-    monkeypatch.setattr(folder, "SLOW_IMAGES", 11)
+    monkeypatch.setattr(store, "SLOW_IMAGES", 11)
     load(path, image_size=16)
     assert [record.getMessage() for record in caplog.records] == ["packing images: 12"]
 
 
 def test_file_cut_between_listing_and_reading(root, monkeypatch):
     write_folder(root)
-    real = folder._contents
+    real = folder.Folder.contents
 
-    def cut_first(*args):
+    def cut_first(source):
         os.truncate(root / "train/ant/0.png", 20)
-        return real(*args)
+        return real(source)
 
-    monkeypatch.setattr(folder, "_contents", cut_first)
+    monkeypatch.setattr(folder.Folder, "contents", cut_first)
     with pytest.raises(
         DataError, match=r"train/ant/0\.png: changed: .* when it was listed, 20 now"
     ):
@@ -358,10 +357,13 @@ def test_file_cut_between_listing_and_reading(root, monkeypatch):
 
 def test_file_gone_between_listing_and_reading(root, monkeypatch):
     write_folder(root)
-    real = folder._contents
-    monkeypatch.setattr(
-        folder, "_contents", lambda *a: (root / "train/ant/0.png").unlink() or real(*a)
-    )
+    real = folder.Folder.contents
+
+    def remove_first(source):
+        (root / "train/ant/0.png").unlink()
+        return real(source)
+
+    monkeypatch.setattr(folder.Folder, "contents", remove_first)
     with pytest.raises(DataError, match=r"train/ant/0\.png: No such file"):
         load(root)
 
@@ -369,10 +371,10 @@ def test_file_gone_between_listing_and_reading(root, monkeypatch):
 def test_what_could_not_be_read_when_it_was_packed_is_tried_again(root, monkeypatch):
     """As the scan does: the bytes may be there another time, under the same stamp."""
     write(write_folder(root, count=10) / "train/bee/2.png", b"text")
-    real, skip = examine.read_file, {"on_bad_image": "skip"}
+    real, skip = base.read_stamped, {"on_bad_image": "skip"}
     packed = []
-    real_contents = folder._contents
-    monkeypatch.setattr(folder, "_contents", lambda *a: packed.append(a) or real_contents(*a))
+    real_write = store._write
+    monkeypatch.setattr(store, "_write", lambda *a: packed.append(a) or real_write(*a))
 
     def fail(path, length):
         if path == root / "train/ant/1.png":
@@ -380,7 +382,7 @@ def test_what_could_not_be_read_when_it_was_packed_is_tried_again(root, monkeypa
         return real(path, length)
 
     with monkeypatch.context() as patch:
-        patch.setattr(examine, "read_file", fail)
+        patch.setattr(base, "read_stamped", fail)
         for _ in range(2):  # while it stays so, what was packed serves
             bad = [path for path, _ in load(root, **skip).left_out.bad]
             assert bad == ["train/ant/1.png", "train/bee/2.png"]
@@ -404,16 +406,16 @@ def test_threads_keep_the_order(root, monkeypatch, threads):
 
 
 @pytest.mark.parametrize("options", [{}, IN_FILES])
-def test_a_layout_of_ones_own(root, options):
+def test_a_layout_of_ones_own(root, options, monkeypatch):
     """Classes that no folder names, as Tiny ImageNet's validation images have them."""
     members = members_of(write_folder(root, ("train",), ("ant", "bee"), 4))
-    files, _ = folder.list_folder(root)
 
     def loaded(labels):
         items = list(zip(sorted(members), labels, strict=True))
-        layout = Layout(("x", "y", "z"), {"train": items[:5], "test": items[5:]}, 0)
-        config = DataConfig(data=str(root), **options)
-        return folder.load_layout(root, files, layout, config, torch.device("cpu"))
+        splits = {"train": items[:5], "test": items[5:]}
+        found = listed(str(root), ("x", "y", "z"), splits, 0)
+        monkeypatch.setattr(folder, "find_layout", lambda *_: found)
+        return load(root, **options)
 
     first = loaded([0, 1, 2, 0, 1, 0, 1, 2])
     assert first.classes == ("x", "y", "z")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from image_files import noise
 
+from fastcnn.data.decode import resize, resize_box, whole_boxes
 from fastcnn.data.examine import View
-from fastcnn.data.geometry import resize, resize_box, whole_boxes
 
 
 def test_boxes_of_evaluation():

@@ -9,6 +9,7 @@ from image_files import encoded, large_png, load, noise, write_members, write_ta
 from fastcnn.cache import cache_dir
 from fastcnn.data import examine
 from fastcnn.data.decode import decode
+from fastcnn.data.sources.base import Encoded
 from fastcnn.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -31,7 +32,7 @@ def peak():
 def test_few_pixels_are_in_memory_at_once(monkeypatch, peak, cores, mean_bytes):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores))
     monkeypatch.setattr(examine, "FLIGHT_PIXELS", 1 << 26)
-    sources = (examine.Source("train", i, str(i), lambda: LARGE) for i in range(COUNT))
+    sources = (Encoded("train", i, str(i), lambda: LARGE) for i in range(COUNT))
     view, seen = examine.View(None, "stretch"), []
     for chunk in examine.examine_all(sources, view, mean_bytes, keep_pixels=True):
         seen += [(source.position, record.shape) for source, record in chunk]

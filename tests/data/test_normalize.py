@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from image_files import IN_FILES, encoded, load, noise, write, write_folder
 
-from fastcnn.data import Normalization, files
-from fastcnn.data.store import Images
+from fastcnn.data import Normalization, images
+from fastcnn.data.images import Images
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -29,8 +29,8 @@ def test_files_are_fitted_like_packed_images(root, mode, resize):
 def test_no_file_is_decoded_but_for_the_mean_image(root, monkeypatch):
     _, in_files = both(root)
     read = []
-    real = files.read_stamped
-    monkeypatch.setattr(files, "read_stamped", lambda *args: read.append(1) or real(*args))
+    real = images.read_stamped
+    monkeypatch.setattr(images, "read_stamped", lambda *args: read.append(1) or real(*args))
     Normalization.fit(in_files, "zscore")
     assert not read
     Normalization.fit(in_files, "mean-image")

@@ -2,14 +2,18 @@
 
 import logging
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from image_files import IN_FILES, encoded, image, load, noise, write, write_folder
 
-from fastcnn.data import examine, folder
+from fastcnn.data import examine
 from fastcnn.data.examine import View
-from fastcnn.data.scan import ARRAYS, scan
+from fastcnn.data.scan import ARRAYS, scan_images
+from fastcnn.data.sources import base
+from fastcnn.data.sources.folder import Folder, list_folder
+from fastcnn.data.sources.layout import listed
 from fastcnn.errors import DataError
 
 OWN_SIZE = View(None, "stretch")
@@ -33,8 +37,14 @@ def decoded(monkeypatch):
 
 
 def scanned(root, where=None):
-    files, _ = folder.list_folder(root)
-    return scan(where or root, sorted(files), files, OWN_SIZE)
+    return scanning(root, where).finish()
+
+
+def scanning(root, where=None):
+    files, _ = list_folder(root)
+    found = listed(str(root), ("x", "y"), {"train": [(path, 0) for path in sorted(files)]}, 0)
+    contents = Folder(root, files, found).contents()
+    return scan_images(replace(contents, where=where or root), OWN_SIZE, keep_pixels=False)
 
 
 def assert_same(first, second):
@@ -93,7 +103,7 @@ def test_only_what_is_seen_asks_for_another_scan(root, decoded):
 
 def test_a_file_that_could_not_be_read_is_tried_again(root, monkeypatch, decoded):
     write_folder(root)
-    real = examine.read_file
+    real = base.read_stamped
 
     def fail(path, length):
         if path.name == "1.png":
@@ -101,7 +111,7 @@ def test_a_file_that_could_not_be_read_is_tried_again(root, monkeypatch, decoded
         return real(path, length)
 
     with monkeypatch.context() as patch:
-        patch.setattr(examine, "read_file", fail)
+        patch.setattr(base, "read_stamped", fail)
         assert len(scanned(root).reasons) == 4
     assert len(decoded) == 8
     assert not scanned(root).reasons
@@ -196,16 +206,11 @@ def test_the_scan_ends_at_the_first_odd_size(root, decoded, monkeypatch):
 @pytest.mark.parametrize("end", [KeyboardInterrupt, DataError])
 def test_what_a_scan_has_examined_is_kept_however_it_ends(root, decoded, monkeypatch, end):
     monkeypatch.setattr(examine, "CHUNK", 2)
-    files, _ = folder.list_folder(damaged(root))
-    calls = []
-
-    def interrupt(images):
-        calls.append(images)
-        if len(calls) == 3:
-            raise end
-
+    chunks = scanning(damaged(root)).chunks
+    for _ in range(3):
+        next(chunks)
     with pytest.raises(end):
-        scan(root, sorted(files), files, OWN_SIZE, interrupt)
+        chunks.throw(end)
     assert len(decoded) == 6
     again = scanned(root)
     assert len(decoded) == 12

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from image_files import IN_FILES, load, make_images, write_folder
 
 from fastcnn.config import DataConfig
-from fastcnn.data.split import split
-from fastcnn.data.store import Dataset
+from fastcnn.data.images import Dataset
+from fastcnn.data.select import split
 from fastcnn.errors import DataError, UsageError
 
 

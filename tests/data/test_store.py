@@ -11,7 +11,8 @@ from image_files import noise, write_folder
 
 from fastcnn.config import DataConfig
 from fastcnn.data import load_dataset
-from fastcnn.data.store import Contents, pack
+from fastcnn.data.select import Selection
+from fastcnn.data.store import pack
 from fastcnn.errors import DataError, UsageError
 
 
@@ -36,7 +37,7 @@ class Reader:
 
     def __call__(self):
         self.calls += 1
-        return Contents(self.classes, self.labels, self.blocks())
+        return Selection(self.classes, self.labels, self.blocks())
 
     def blocks(self):
         for name, pixels in self.pixels.items():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from image_files import load, members_of, write, write_folder, write_tar
 
-from fastcnn.data import examine, tar
+from fastcnn.data.sources import archive, base, tar
 from fastcnn.errors import DataError, UsageError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -106,7 +106,7 @@ def test_tar_with_a_name_twice(root, tmp_path):
 
 
 def test_tar_that_grows_is_refused(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(tar, "GROWTH_GRACE", 1 << 16)
+    monkeypatch.setattr(archive, "GROWTH_GRACE", 1 << 16)
     members = {**members_of(write_folder(root)), "train/ant/zeros.bmp": bytes(4 << 20)}
     path = write_tar(tmp_path / "x.tar.gz", members, "w:gz")
     with pytest.raises(DataError, match="unpacks to over"):
@@ -115,8 +115,7 @@ def test_tar_that_grows_is_refused(root, tmp_path, monkeypatch):
 
 def test_too_long_files_are_refused(root, tmp_path, monkeypatch):
     path = write_tar(tmp_path / "x.tar", members_of(write_folder(root)))
-    for module in (examine, tar):
-        monkeypatch.setattr(module, "MAX_FILE_BYTES", 100)
+    monkeypatch.setattr(base, "MAX_FILE_BYTES", 100)
     for where in (root, path):
         with pytest.raises(DataError, match="bytes, over 100"):
             load(where)
@@ -234,8 +233,8 @@ def test_a_member_may_have_some_headers(root, tmp_path):
 
 
 def test_many_members_of_nothing_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar, "MEMBERS_GRACE", 100)
-    monkeypatch.setattr(tar, "MEMBER_BYTES", 1000)
+    monkeypatch.setattr(archive, "MEMBERS_GRACE", 100)
+    monkeypatch.setattr(archive, "MEMBER_BYTES", 1000)
     names = (header(tarfile.REGTYPE, 0, f"train/ant/{i}.png") for i in range(2000))
     path = packed(tmp_path / "x.tar.gz", *names, bytes(1024))
     most = path.stat().st_size // 1000 + 100

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from image_files import load, noise, tiny_members, write, write_members, write_zip
 
-from fastcnn.data import tiny_imagenet
-from fastcnn.data.tiny_layout import tiny_prefix
+from fastcnn.data.sources import tiny_imagenet
+from fastcnn.data.sources.tiny_layout import tiny_prefix
 from fastcnn.errors import DataError, UsageError
 
 pytestmark = pytest.mark.usefixtures("own_cache")

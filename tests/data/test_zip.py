@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from image_files import image, load, members_of, write, write_folder, write_zip
 
-from fastcnn.data import tar
-from fastcnn.data import zip as zip_reader
-from fastcnn.data.listing import normal_name
+from fastcnn.data.sources import archive as archives
+from fastcnn.data.sources import base
+from fastcnn.data.sources import zip as zip_reader
+from fastcnn.data.sources.layout import normal_name
 from fastcnn.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -207,7 +208,7 @@ def test_a_fault_of_the_disk_is_no_damage_of_a_member(root, tmp_path, monkeypatc
 
 
 def test_zip_that_grows_is_refused(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(tar, "GROWTH_GRACE", 1 << 16)
+    monkeypatch.setattr(archives, "GROWTH_GRACE", 1 << 16)
     path = write_zip(tmp_path / "x.zip", members(root) | {"train/ant/zeros.bmp": bytes(4 << 20)})
     with pytest.raises(DataError, match="unpacks to over"):
         load(path)
@@ -242,7 +243,7 @@ def test_a_member_that_says_too_little_is_not_inflated_whole(root, tmp_path, com
 
 def test_members_that_share_their_data_are_refused(root, tmp_path, monkeypatch):
     """A bomb of one kernel, which every entry of the directory inflates anew."""
-    monkeypatch.setattr(tar, "GROWTH_GRACE", 1 << 20)
+    monkeypatch.setattr(archives, "GROWTH_GRACE", 1 << 20)
     path = write_zip(tmp_path / "x.zip", members(root) | {"train/ant/9.bmp": bytes(1 << 20)})
     with zipfile.ZipFile(path, "a") as archive:
         kernel = archive.getinfo("train/ant/9.bmp")
@@ -257,7 +258,7 @@ def test_members_that_share_their_data_are_refused(root, tmp_path, monkeypatch):
 
 
 def test_too_long_members_are_named(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(zip_reader, "MAX_FILE_BYTES", 100)
+    monkeypatch.setattr(base, "MAX_FILE_BYTES", 100)
     with pytest.raises(DataError, match="bytes, over 100"):
         load(write_zip(tmp_path / "x.zip", members(root)))
 

@@ -9,7 +9,7 @@ from image_files import write_folder
 from small_runs import stop_at_check
 
 from fastcnn.cli import main
-from fastcnn.data.cifar import CLASSES
+from fastcnn.data.sources.cifar import CLASSES
 from fastcnn.reports import planning
 from fastcnn.reports.catalogue import REPORTS
 from fastcnn.study import record as records

@@ -20,9 +20,9 @@ from fastcnn.archs import NETWORKS
 from fastcnn.archs.build import build
 from fastcnn.archs.init import initialise
 from fastcnn.config import DataConfig, OptimConfig
-from fastcnn.data.digits import load_digits
+from fastcnn.data import load_dataset
 from fastcnn.data.draws import epoch_order
-from fastcnn.data.split import split
+from fastcnn.data.select import split
 from fastcnn.train.optim.mix import draw
 
 EPOCHS, BATCH = 2, 4
@@ -184,8 +184,10 @@ def initial_model(options):
 
 def inputs_of(options):
     """Inputs float64 (n, 3, H, W) and labels: training, validation (or test), test."""
-    config = DataConfig(train_subset=46, test_subset=30, val_fraction=options["val_fraction"])
-    found = split(load_digits(options["image_size"]), config, options["seed"])
+    config = DataConfig(
+        "digits", train_subset=46, test_subset=30, val_fraction=options["val_fraction"]
+    )
+    found = split(load_dataset(config, options["image_size"]), config, options["seed"])
     parts = [found.train, found.val or found.test, found.test]
     pixels = [torch.from_numpy(np.array(p.pixels)).permute(0, 3, 1, 2) for p in parts]
     pixels = [x.double() / 255 for x in pixels]

@@ -16,6 +16,7 @@ loader.finish()
 import abc
 import itertools
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,28 @@ from fastcnn.data.draws import Shuffle, epoch_order
 from fastcnn.errors import DataError, UsageError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """What every loader is told.
+
+    An epoch has `epoch_images` images (None: all of them). rank, world: this process's part, every
+    world-th of the epoch's order. backend: what makes batches on the device: "fused"
+    (fastcnn.ops.augment), "torch" (plain torch), "auto" (fused where a library is loaded that has
+    kernels for `dtype`); all give the same bits.
+    """
+
+    batch_size: int
+    device: torch.device
+    seed: int
+    shuffle: Shuffle
+    drop_last: bool
+    dtype: torch.dtype = torch.float32
+    epoch_images: int | None = None
+    backend: str = "auto"
+    rank: int = 0
+    world: int = 1
 
 
 class Loader(abc.ABC):
@@ -35,18 +58,8 @@ class Loader(abc.ABC):
     this process has handed out of this epoch) are where it stands. One iteration at a time.
     """
 
-    def __init__(
-        self,
-        total: int,
-        *,
-        batch_size: int,
-        seed: int,
-        shuffle: Shuffle,
-        drop_last: bool,
-        epoch_images: int | None = None,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
+    def __init__(self, total: int, options: LoaderOptions) -> None:
+        rank, world, epoch_images = options.rank, options.world, options.epoch_images
         if not 0 <= rank < world:
             raise ValueError(f"rank: expected 0 to {world - 1}, got {rank}")
         if total == 0:
@@ -60,17 +73,18 @@ class Loader(abc.ABC):
                 f"process {rank} of {world}: {taken} images leave none for it; "
                 f"start {taken} processes at most"
             )
-        if drop_last and taken < batch_size * world:
+        if options.drop_last and taken < options.batch_size * world:
             raise UsageError(
-                f"--drop-last: {taken} images make no whole batch of {batch_size * world}; "
+                f"--drop-last: {taken} images make no whole batch of {options.batch_size * world}; "
                 f"take --batch-size {taken // world * world} or less"
             )
         self.total, self.taken, self.samples = total, taken, samples
         self.rank, self.world = rank, world
-        self.batch_size = batch_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.drop_last = drop_last
+        self.batch_size = options.batch_size
+        self.device, self.dtype = options.device, options.dtype
+        self.seed = options.seed
+        self.shuffle = options.shuffle
+        self.drop_last = options.drop_last
         self.epoch = 0
         self.position = 0
 

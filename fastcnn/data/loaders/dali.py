@@ -23,12 +23,12 @@ import torch
 from fastcnn.config import AugmentConfig
 from fastcnn.data.choose import import_dali
 from fastcnn.data.examine import cores
-from fastcnn.data.files import Files
+from fastcnn.data.images import Files, Images
+from fastcnn.data.loaders.base import LoaderOptions
 from fastcnn.data.loaders.dali_sources import Fed, FileSource, PackedSource, Source
 from fastcnn.data.loaders.on_device import DeviceLoader
+from fastcnn.data.loaders.upload import upload
 from fastcnn.data.normalize import Normalization
-from fastcnn.data.store import Images
-from fastcnn.data.upload import upload
 from fastcnn.errors import DataError, UsageError
 
 AHEAD = 2  # batches that DALI works on while the step runs
@@ -43,13 +43,9 @@ class DaliLoader(DeviceLoader):
         images: Images | Files,
         augment: AugmentConfig | None,
         normalization: Normalization,
-        *,
-        batch_size: int,
-        device: torch.device,
-        seed: int,
-        **options: Any,
+        options: LoaderOptions,
     ) -> None:
-        largest = min(batch_size, len(images))
+        largest, device = min(options.batch_size, len(images)), options.device
         in_kernel = augment
         if isinstance(images, Files) and augment is not None:
             in_kernel = replace(augment, resized_crop=1.0)  # DALI cuts it out of the file's image
@@ -58,15 +54,15 @@ class DaliLoader(DeviceLoader):
             torch.zeros(largest, dtype=torch.int64, device=device),
             in_kernel,
             normalization,
+            options,
             gathered=True,
             samples=len(images),
-            batch_size=batch_size,
-            seed=seed,
-            **options,
         )
         self.all_labels = torch.tensor(images.labels)
         self.source = (
-            FileSource(images, augment, seed) if isinstance(images, Files) else PackedSource(images)
+            FileSource(images, augment, options.seed)
+            if isinstance(images, Files)
+            else PackedSource(images)
         )
         weakref.finalize(self, self.source.close)  # DALI keeps it for longer, in a cycle
         self.stream = Stream(self.source, largest, device)

@@ -15,11 +15,10 @@ import torch
 
 from fastcnn.config import AugmentConfig
 from fastcnn.data import augment as augmentation
+from fastcnn.data.decode import resize_box, whole_boxes
 from fastcnn.data.draws import generator
 from fastcnn.data.examine import cores
-from fastcnn.data.files import Files
-from fastcnn.data.geometry import resize_box, whole_boxes
-from fastcnn.data.store import Images
+from fastcnn.data.images import Files, Images
 from fastcnn.errors import DataError
 
 Fed = tuple[Any, ...]

@@ -12,10 +12,9 @@ import torch
 from fastcnn import ops
 from fastcnn.config import AugmentConfig
 from fastcnn.data import augment as augmentation
-from fastcnn.data.draws import Shuffle
-from fastcnn.data.loaders.base import Batch, Loader
+from fastcnn.data.loaders.base import Batch, Loader, LoaderOptions
+from fastcnn.data.loaders.upload import upload
 from fastcnn.data.normalize import Normalization
-from fastcnn.data.upload import upload
 from fastcnn.ops.backend import ops_for
 from fastcnn.ops.reference import augmentation as reference_augment
 
@@ -35,39 +34,21 @@ class DeviceLoader(Loader):
         labels: torch.Tensor,
         augment: AugmentConfig | None,
         normalization: Normalization,
+        options: LoaderOptions,
         *,
         gathered: bool,
         samples: int,
-        batch_size: int,
-        dtype: torch.dtype,
-        seed: int,
-        shuffle: Shuffle,
-        drop_last: bool,
-        backend: str,
-        rank: int,
-        world: int,
-        epoch_images: int | None = None,
     ) -> None:
-        super().__init__(
-            samples,
-            batch_size=batch_size,
-            seed=seed,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            epoch_images=epoch_images,
-            rank=rank,
-            world=world,
-        )
+        super().__init__(samples, options)
         self.pixels, self.labels, self.gathered = pixels, labels, gathered
         self.device = device = pixels.device
-        self.dtype = dtype
         self.augment = augment or OFF
         self.scale, self.bias = normalization.scale_bias(device)
         self.fill = torch.tensor(normalization.fill, dtype=torch.float32, device=device)
         self.order = torch.zeros(self.samples, dtype=torch.int64, device=device)
         self.at = torch.zeros(2, dtype=torch.int64, device=device)
         self.cursor = self.at[1:]  # the position alone
-        chosen = ops_for(backend, torch.empty(0, dtype=dtype, device=device))
+        chosen = ops_for(options.backend, torch.empty(0, dtype=self.dtype, device=device))
         self.fused = chosen is ops and augmentation.is_one_kernel(self.augment)
         self.draws = {} if self.fused else self._draw()
 

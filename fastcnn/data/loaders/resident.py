@@ -4,15 +4,12 @@ On the CPU they are in memory, never in the store's memory map: a file that is c
 mapped would kill the process.
 """
 
-from typing import Any
-
-import torch
-
 from fastcnn.config import AugmentConfig
+from fastcnn.data.images import Images
+from fastcnn.data.loaders.base import LoaderOptions
 from fastcnn.data.loaders.on_device import DeviceLoader
+from fastcnn.data.loaders.upload import resident
 from fastcnn.data.normalize import Normalization
-from fastcnn.data.store import Images
-from fastcnn.data.upload import resident
 
 
 class ResidentLoader(DeviceLoader):
@@ -23,16 +20,14 @@ class ResidentLoader(DeviceLoader):
         images: Images,
         augment: AugmentConfig | None,
         normalization: Normalization,
-        *,
-        device: torch.device,
-        **options: Any,
+        options: LoaderOptions,
     ) -> None:
         super().__init__(
-            resident(images.pixels, device),
-            resident(images.labels, device),
+            resident(images.pixels, options.device),
+            resident(images.labels, options.device),
             augment,
             normalization,
+            options,
             gathered=False,
             samples=len(images),
-            **options,
         )

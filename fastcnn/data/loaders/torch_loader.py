@@ -19,12 +19,11 @@ import torch
 from torch.utils.data import dataloader, default_collate
 
 from fastcnn.config import AugmentConfig
-from fastcnn.data.draws import Shuffle, alternating_flip, derive_seed
-from fastcnn.data.files import Files
-from fastcnn.data.loaders.base import Batch, Loader
+from fastcnn.data.draws import alternating_flip, derive_seed
+from fastcnn.data.images import Files, Images
+from fastcnn.data.loaders.base import Batch, Loader, LoaderOptions
+from fastcnn.data.loaders.upload import resident
 from fastcnn.data.normalize import Normalization
-from fastcnn.data.store import Images
-from fastcnn.data.upload import resident
 from fastcnn.errors import DataError, UsageError
 from fastcnn.ops.reference.augmentation import normalize
 from fastcnn.text import first_line, last_line
@@ -46,35 +45,16 @@ class TorchLoader(Loader):
         images: Images | Files,
         augment: AugmentConfig | None,
         normalization: Normalization,
-        *,
+        options: LoaderOptions,
         workers: int,
-        batch_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        seed: int,
-        shuffle: Shuffle,
-        drop_last: bool,
-        rank: int,
-        world: int,
-        epoch_images: int | None = None,
     ) -> None:
-        super().__init__(
-            len(images),
-            batch_size=batch_size,
-            seed=seed,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            epoch_images=epoch_images,
-            rank=rank,
-            world=world,
-        )
-        self.device = device
+        super().__init__(len(images), options)
         self.labels = torch.from_numpy(images.labels)
         self.schedule = Schedule()
         self.batches: Iterator[torch.Tensor] = iter(())
         self.fetched: Iterator[Fetched] = iter(())
         self.loader = PatientLoader(
-            Samples(images, augment, normalization, dtype, seed),
+            Samples(images, augment, normalization, options.dtype, options.seed),
             batch_sampler=self.schedule,
             collate_fn=_collate,
             num_workers=workers,
@@ -83,7 +63,7 @@ class TorchLoader(Loader):
             # fork shares the images without a copy; workers run neither threads nor CUDA
             multiprocessing_context="fork" if workers else None,
             worker_init_fn=_obey_parent,
-            pin_memory=device.type == "cuda",
+            pin_memory=options.device.type == "cuda",
             # iterating draws a seed: from here, not from the main process's generator
             generator=torch.Generator(),
         )

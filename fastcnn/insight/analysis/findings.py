@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.archs.elementary import Elementary
-from fastcnn.data.files import Files
+from fastcnn.data.images import Files
 from fastcnn.insight.analysis.calibration import Calibration, calibrate
 from fastcnn.insight.analysis.classes import ClassFigures, class_figures, confusion_counts
 from fastcnn.insight.analysis.feature_maps import feature_maps, first_filters

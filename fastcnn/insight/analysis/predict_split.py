@@ -9,9 +9,8 @@ import torch
 
 from fastcnn.archs.fold import fold
 from fastcnn.data import Dataset, Images
-from fastcnn.data.files import Files
-from fastcnn.data.progress import progress_bar
-from fastcnn.data.store import SLOW_IMAGES
+from fastcnn.data.images import Files
+from fastcnn.data.progress import SLOW_IMAGES, progress_bar
 from fastcnn.errors import NumbersError
 from fastcnn.train.checkpoints.load_run import Feed, TrainedModel, feed, open_trained
 from fastcnn.train.evaluate import predict

@@ -15,7 +15,7 @@ import torch
 
 from fastcnn.data import Dataset, Images, load_dataset
 from fastcnn.data.draws import derive_seed
-from fastcnn.data.files import Files
+from fastcnn.data.images import Files
 from fastcnn.data.progress import progress_bar
 from fastcnn.errors import DataError, UsageError, nearest
 from fastcnn.insight.ood.ood_judge import QUANTILE, Detection, check_quantile, judge

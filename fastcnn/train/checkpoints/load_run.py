@@ -13,7 +13,7 @@ from fastcnn.archs import get_network
 from fastcnn.archs.build import build
 from fastcnn.config import Config, DataConfig
 from fastcnn.data import Dataset, Images, Normalization, load_dataset, make_loader, split
-from fastcnn.data.files import Files
+from fastcnn.data.images import Files
 from fastcnn.errors import CheckpointError, DataError, UsageError
 from fastcnn.ops.backend import Backend, choose_backend, choose_convolution, convolution_of_run
 from fastcnn.text import first_line

@@ -12,8 +12,7 @@ from PIL import Image
 from fastcnn.config import DataConfig
 from fastcnn.data import make_loader
 from fastcnn.data.decode import decode
-from fastcnn.data.files import Files
-from fastcnn.data.store import Images
+from fastcnn.data.images import Files, Images
 
 
 def encode(pixels, form="PNG", mode="RGB", **options):

@@ -9,9 +9,9 @@ from image_files import encoded, make_images, noise, write
 
 from fastcnn.config import AugmentConfig, DataConfig
 from fastcnn.data import Normalization, make_loader
-from fastcnn.data.files import Files
+from fastcnn.data.images import Files, Images
+from fastcnn.data.loaders.base import LoaderOptions
 from fastcnn.data.loaders.on_device import DeviceLoader
-from fastcnn.data.store import Images
 
 FUSED = AugmentConfig(cutout=3, flip="alternating")  # all of it by the kernel
 EVERYTHING = AugmentConfig(rotation=10, shift=0.1, cutout=3, color_jitter=0.3)
@@ -67,17 +67,16 @@ class Staged(DeviceLoader):
     buffers of one batch on the device."""
 
     def __init__(self, images, augment=None, *, batch=4, backend="fused", device="cpu", **options):
-        options = {"seed": 0, "shuffle": True, "drop_last": False, "rank": 0, "world": 1} | options
-        options = {"normalization": UNIT, "dtype": torch.float32} | options
+        options = {"seed": 0, "shuffle": True, "drop_last": False, "backend": backend} | options
+        normalization = options.pop("normalization", UNIT)
         super().__init__(
             torch.zeros(batch, *images.pixels.shape[1:], dtype=torch.uint8, device=device),
             torch.zeros(batch, dtype=torch.int64, device=device),
             augment,
+            normalization,
+            LoaderOptions(batch, device, **options),
             gathered=True,
             samples=len(images),
-            batch_size=batch,
-            backend=backend,
-            **options,
         )
         self.images = images
 

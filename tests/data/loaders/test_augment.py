@@ -17,8 +17,8 @@ from fastcnn.config import AugmentConfig
 from fastcnn.data import augment
 from fastcnn.data.augment import draw, jitter, resized_crop, rotate_shift
 from fastcnn.data.draws import alternating_flip
+from fastcnn.data.images import Images
 from fastcnn.data.normalize import Normalization
-from fastcnn.data.store import Images
 from fastcnn.errors import UsageError
 from fastcnn.ops.reference.augmentation import crop_flip, cut_out
 

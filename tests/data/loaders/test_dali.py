@@ -25,11 +25,10 @@ from scipy import stats
 from fastcnn.config import AugmentConfig
 from fastcnn.data import Normalization
 from fastcnn.data.augment import resized_boxes
-from fastcnn.data.decode import decode
+from fastcnn.data.decode import decode, resize_box
 from fastcnn.data.draws import generator
-from fastcnn.data.geometry import resize_box
+from fastcnn.data.images import Images
 from fastcnn.data.loaders import dali, dali_sources
-from fastcnn.data.store import Images
 from fastcnn.errors import UsageError
 from fastcnn.train.graph import Replay
 

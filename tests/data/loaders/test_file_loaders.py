@@ -31,8 +31,8 @@ from torchvision.transforms import v2
 
 from fastcnn.config import AugmentConfig
 from fastcnn.data.draws import derive_seed
+from fastcnn.data.images import Images
 from fastcnn.data.loaders import torch_loader
-from fastcnn.data.store import Images
 from fastcnn.errors import DataError
 
 FILE_CASES = [(kind, n) for kind in FILE_LOADERS for n in WORKERS.get(kind, (0,))]

@@ -12,7 +12,7 @@ from loader_cases import EVERYTHING, FUSED, LOADERS, UNIT, Staged, assert_same_b
 
 from fastcnn.config import AugmentConfig, DataConfig
 from fastcnn.data import Normalization, make_loader
-from fastcnn.data.upload import mapped_file, resident
+from fastcnn.data.loaders.upload import mapped_file, resident
 
 RESIDENT = ["fused", "resident"]
 
@@ -83,8 +83,8 @@ MEMORY = """
 import numpy as np
 from image_files import make_images
 from loader_cases import loader_of
-from fastcnn.data import upload
-from fastcnn.data.store import Images
+from fastcnn.data.loaders import upload
+from fastcnn.data.images import Images
 upload.PIECE = 2**22
 def memory():
     lines = dict(line.split(":") for line in open("/proc/self/status"))

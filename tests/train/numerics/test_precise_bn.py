@@ -10,7 +10,7 @@ from torch.optim.swa_utils import update_bn
 
 from fastcnn.archs.layers import ConvNormAct, LinearNormAct
 from fastcnn.archs.spec import Conv, Linear, Pool
-from fastcnn.data.loaders import Loader
+from fastcnn.data.loaders import Loader, LoaderOptions
 from fastcnn.recipes import resolve
 from fastcnn.train import loop
 from fastcnn.train.numerics.precise_bn import (
@@ -117,9 +117,8 @@ class Sizes(Loader):
     ],
 )
 def test_whole_batches_of_some_images(images, batch_size, world, count):
-    loader = Sizes(
-        images, batch_size=batch_size, seed=0, shuffle=True, drop_last=False, rank=0, world=world
-    )
+    options = LoaderOptions(batch_size, torch.device("cpu"), 0, True, False, world=world)
+    loader = Sizes(images, options)
     assert batches_of(loader) == count
 
 

@@ -1,25 +1,48 @@
-"""Images that stay in their files and are decoded anew every epoch."""
+"""The records of images: packed or in their files, and data sets of them."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from fastcnn.data.decode import BadImageError, decode
-from fastcnn.data.geometry import resize_box, whole_boxes
+from fastcnn.data.decode import BadImageError, decode, resize_box, whole_boxes
+from fastcnn.data.sources.base import read_stamped
 from fastcnn.errors import DataError
 
-# Bytes, mtime and ctime in ns; the ctime tells of contents replaced under an old mtime (cp -p)
-Stamp = tuple[int, int, int]
 WAS_READABLE = "it was readable when it was scanned"
 
 
 @dataclass(frozen=True)
+class Images:
+    """Labelled images: `pixels` uint8 (N, H, W, 3), maybe memory-mapped; `labels` int64 (N,)."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of an image."""
+        return self.pixels.shape[1], self.pixels.shape[2]
+
+    def take(self, chosen: np.ndarray) -> "Images":
+        """Return a copy in memory of the images at the int64 positions `chosen`."""
+        return Images(self.pixels_of(chosen), self.labels[chosen])
+
+    def pixels_of(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return a copy in memory of images, uint8 (n, H, W, 3)."""
+        return np.array(np.asarray(self.pixels)[samples])
+
+
+@dataclass(frozen=True)
 class Files:
-    """Labelled image files, all readable when they were scanned (scan.py).
+    """Labelled image files, which are decoded anew every epoch; all were readable when they were
+    scanned (scan.py).
 
     paths: (N,) str, relative to `root`. labels: int64 (N,). stamps: int64 (N, 3), and hashes: uint8
     (N, 32), sha256 of the contents, which must not change. shapes: int32 (N, 2), height and width,
@@ -90,30 +113,33 @@ class Files:
         return np.stack(images) if images else np.empty((0, *self.sides, 3), np.uint8)
 
 
-def read_file(path: str | Path, length: int) -> bytes:
-    """Return the `length` bytes of a file; raises BadImageError as read_stamped, and for one that
-    has another length."""
-    data, (now, _, _) = read_stamped(path, length)
-    if len(data) != length:
-        raise BadImageError(f"changed: {length} bytes when it was listed, {now} now")
-    return data
+@dataclass(frozen=True)
+class LeftOut:
+    """Images that a reader left out: `bad`, path and reason of each unreadable one; `grey`, how
+    many had no colours (--grayscale drop). `unread`: the bad ones whose very bytes could not be
+    read, which may succeed another time though the file stays the same."""
+
+    bad: tuple[tuple[str, str], ...] = ()
+    grey: int = 0
+    unread: tuple[str, ...] = ()
 
 
-def read_stamped(path: str | Path, length: int) -> tuple[bytes, Stamp]:
-    """Return the bytes of a file, at most one more than `length`, and its stamp after they were
-    read; never mapped: a file cut meanwhile would kill the process.
+@dataclass(frozen=True)
+class Dataset:
+    """Images with the names of their classes; `labels` index into `classes`.
 
-    Raises BadImageError if it cannot be read.
+    `digest` is the sha256 (hex) of the images' contents, labels and class names, and, where `split`
+    drew a part of them, of the drawn indices. Of images from files, packed or not, the contents are
+    the files' bytes and what is seen of them. `loader` is --loader, or what auto comes to
+    here, which `why` then says in a line.
     """
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            data = os.read(file, length + 1)
-            while len(data) < length and (more := os.read(file, length - len(data))):
-                data += more
-            status = os.fstat(file)
-        finally:
-            os.close(file)
-    except OSError as error:
-        raise BadImageError(error.strerror or str(error)) from error
-    return data, (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+    name: str
+    classes: tuple[str, ...]
+    train: Images | Files
+    test: Images | Files
+    val: Images | Files | None
+    digest: str
+    left_out: LeftOut = LeftOut()
+    loader: Literal["resident", "dali", "torch"] = "resident"
+    why: str = ""

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import PurePosixPath
 
 from fastcnn.data.decode import EXTENSIONS
-from fastcnn.data.listing import Layout
-from fastcnn.data.paths import check_utf8
+from fastcnn.data.sources.base import Contents
+from fastcnn.data.sources.layout import listed
+from fastcnn.data.sources.paths import check_utf8
 from fastcnn.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def tiny_prefix(files: Iterable[str]) -> str | None:
     return None
 
 
-def tiny_layout(where: str, files: Iterable[str], read: Read) -> Layout:
+def tiny_layout(where: str, files: Iterable[str], read: Read) -> Contents:
     """Sort files, paths relative to the folder of wnids.txt, into splits and classes.
 
     Classes stand in the order of their wnids. Raises DataError, which names file and line, for a
@@ -84,7 +85,7 @@ def tiny_layout(where: str, files: Iterable[str], read: Read) -> Layout:
         "test": sorted(tested, key=lambda item: (item[1], item[0])),
     }
     words = read(WORDS) if WORDS in files else b""
-    return Layout(_names(where, words, labels), splits, others).refuse_useless(where)
+    return listed(where, _names(where, words, labels), splits, others)
 
 
 def _wnids(where: str, data: bytes) -> dict[str, int]:

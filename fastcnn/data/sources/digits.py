@@ -1,12 +1,14 @@
 """scikit-learn's handwritten digits: 1,797 grey images of 8x8, there without a download."""
 
-from functools import partial
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fastcnn.data.geometry import resize
-from fastcnn.data.listing import stratum
-from fastcnn.data.store import Contents, Dataset, fingerprint, pack
+from fastcnn.data.decode import resize
+from fastcnn.data.sources.base import Contents
+from fastcnn.data.sources.layout import stratum
 from fastcnn.errors import UsageError
 from fastcnn.text import first_line
 
@@ -14,12 +16,21 @@ CLASSES = tuple("0123456789")
 TEST_FRACTION = 0.2  # fixed, so that figures compare
 
 
-def load_digits(side: int) -> Dataset:
-    """Return the digits as RGB of `side` pixels a side, four fifths of each class to train.
+@dataclass(frozen=True)
+class Digits:
+    """The digits as RGB of `side` pixels a side, for they have no size of their own; four fifths of
+    each class to train. Raises UsageError where scikit-learn is missing or broken."""
 
-    Raises UsageError where scikit-learn is missing or broken.
-    """
-    return pack("digits", fingerprint("digits", side), partial(_contents, side))
+    side: int
+    name: str = "digits"
+    where: Path = Path("digits")
+    in_files: bool = False
+
+    def identity(self, seen: list[Any]) -> list[Any]:
+        return ["digits", self.side]
+
+    def contents(self) -> Contents:
+        return _contents(self.side)
 
 
 def _contents(side: int) -> Contents:
@@ -40,9 +51,10 @@ def _contents(side: int) -> Contents:
     )
     parts = {"train": np.setdiff1d(np.arange(len(labels)), held), "test": np.sort(held)}
     return Contents(
+        Path("digits"),
         CLASSES,
         {split: labels[chosen].astype(np.int64) for split, chosen in parts.items()},
-        (
+        blocks=(
             (split, range(len(chosen)), resize(pixels[chosen], side))
             for split, chosen in parts.items()
         ),

@@ -8,15 +8,14 @@ A single folder around either layout is looked through. Hidden files are left ou
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from fastcnn.data.decode import EXTENSIONS
 from fastcnn.data.draws import derive_seed
-from fastcnn.data.paths import check_utf8
-from fastcnn.data.store import SPLITS, check_labels
+from fastcnn.data.sources.base import SPLITS, Contents, check_labels
+from fastcnn.data.sources.paths import check_utf8
 from fastcnn.errors import DataError
 
 TEST_SPLIT_SEED = 0  # class folders are split alike in every run, whatever its seed
@@ -25,31 +24,23 @@ Parts = tuple[str, ...]
 Classes = dict[str, list[str]]  # class name → paths of its images, both sorted
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Classes in the order of their labels; per split the (path, label) of every image, paths
-    relative to the root; the number of files that are no images of a class."""
+def listed(
+    where: str, classes: Parts, splits: dict[str, list[tuple[str, int]]], ignored: int
+) -> Contents:
+    """Return what lies below `where`, not readable yet, from (path, label) of the images per split.
 
-    classes: tuple[str, ...]
-    splits: dict[str, list[tuple[str, int]]]
-    ignored: int
-
-    @property
-    def labels(self) -> dict[str, np.ndarray]:
-        """int64 (N,) per split."""
-        return {
-            split: np.array([label for _, label in items], dtype=np.int64)
-            for split, items in self.splits.items()
-        }
-
-    def refuse_useless(self, where: str) -> "Layout":
-        """Return the layout; raises DataError, which names `where`, for fewer than two classes
-        and for an empty split."""
-        try:
-            check_labels(self.classes, self.labels)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
-        return self
+    Raises DataError for fewer than two classes and for an empty split.
+    """
+    labels = {
+        split: np.array([label for _, label in items], dtype=np.int64)
+        for split, items in splits.items()
+    }
+    try:
+        check_labels(classes, labels)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    paths = {split: [path for path, _ in items] for split, items in splits.items()}
+    return Contents(Path(where), classes, labels, paths=paths, ignored=ignored)
 
 
 def normal_name(name: str) -> str:
@@ -59,7 +50,7 @@ def normal_name(name: str) -> str:
 
 def find_layout(
     where: str, files: Iterable[str], folders: Iterable[str], test_fraction: float
-) -> Layout:
+) -> Contents:
     """Sort the files below the root `where` into splits and classes.
 
     `folders` are those that exist, maybe empty. Raises DataError for a name that is not UTF-8, no
@@ -80,7 +71,7 @@ def find_layout(
         for split, found in splits.items()
     }
     ignored = len(seen) - sum(map(len, numbered.values()))
-    return Layout(classes, numbered, ignored).refuse_useless(where)
+    return listed(where, classes, numbered, ignored)
 
 
 def _visible(where: str, paths: Iterable[str]) -> list[Parts]:

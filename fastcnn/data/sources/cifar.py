@@ -9,7 +9,7 @@ import io
 import pickle
 import tarfile
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,9 @@ import numpy as np
 
 from fastcnn.cache import cache_dir
 from fastcnn.config import DataConfig
-from fastcnn.data.download import check_md5, download
-from fastcnn.data.geometry import resize
-from fastcnn.data.paths import given_path, kind_of
-from fastcnn.data.store import Block, Contents, Dataset, fingerprint, load_packed, pack
+from fastcnn.data.sources.base import Block, Contents, Packed, stamp_of
+from fastcnn.data.sources.download import check_md5, download
+from fastcnn.data.sources.paths import given_path, kind_of
 from fastcnn.errors import DataError
 from fastcnn.files import check_regular
 from fastcnn.text import first_line
@@ -41,58 +40,85 @@ Read = Callable[[str], bytes]  # the bytes of a batch by its file name
 Parse = Callable[[str, bytes], tuple[np.ndarray, np.ndarray]]
 
 
-def load_cifar10(config: DataConfig) -> Dataset:
-    """Return the 50,000 training and 10,000 test images.
+@dataclass(frozen=True)
+class Cifar10:
+    """The 50,000 training and 10,000 test images: `batches` in an archive with `md5`, or in the
+    folder `where`."""
 
-    Looked for in `config.data_dir` or, without one, in the cache folder's cifar10/, and downloaded
-    into it if missing; `config.data_dir` may also be the unpacked folder itself. Raises DataError
-    for an archive with another MD5, for batches that are not CIFAR-10's, for a `data_dir` that is
-    no folder and for a download that fails.
+    where: Path
+    batches: list[str]
+    md5: str | None = None
+    name: str = "cifar10"
+    in_files: bool = False
+
+    def identity(self, seen: list[Any]) -> list[Any]:
+        size = seen[0]
+        if self.md5 is not None:
+            return ["cifar10", self.md5, size]
+        try:
+            stamps = [stamp_of((self.where / name).stat()) for name in self.batches]
+        except OSError as error:
+            text = f"{error.filename}: {error.strerror}; unpack the archive again"
+            raise DataError(text) from error
+        return ["cifar10 folder", str(self.where.resolve()), stamps, size]
+
+    def contents(self) -> Contents:
+        """Raises DataError for batches that are not CIFAR-10's."""
+        read = self._read if self.md5 is None else _members(self.where, self.batches).__getitem__
+        return _contents(self.where, self.batches, read)
+
+    def _read(self, name: str) -> bytes:
+        try:
+            check_regular(self.where / name)
+            return (self.where / name).read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read {self.where / name}: {error.strerror}") from error
+
+
+def open_cifar10(config: DataConfig, packed: Packed) -> Cifar10:
+    """Return CIFAR-10, looked for in `config.data_dir` or, without one, in the cache folder's
+    cifar10/, and downloaded into it if missing; `config.data_dir` may also be the unpacked folder.
+
+    Raises DataError for an archive with another MD5, for a `data_dir` that is no folder and for a
+    download that fails.
     """
-    size = config.image_size
     if config.data_dir is not None:
-        return _from_data_dir("--data-dir", given_path("--data-dir", config.data_dir), size)
-    if (packed := _already_packed(size)) is not None:
-        return packed
-    return _from_data_dir("cache folder", cache_dir() / "cifar10", size)
+        return _found("--data-dir", given_path("--data-dir", config.data_dir))
+    folder = cache_dir() / "cifar10"
+    known = [_archive(folder / name) for name in (PYTHON_ARCHIVE, BINARY_ARCHIVE)]
+    return next((source for source in known if packed(source)), None) or _found(
+        "cache folder", folder
+    )
 
 
-def _from_data_dir(what: str, folder: Path, size: int | None) -> Dataset:
+def _archive(path: Path) -> Cifar10:
+    batches = PYTHON_BATCHES if path.name == PYTHON_ARCHIVE else BINARY_BATCHES
+    return Cifar10(path, batches, MD5[path.name])
+
+
+def _found(what: str, folder: Path) -> Cifar10:
     if kind_of(what, folder) not in ("folder", None):
         raise DataError(f"{what} {folder}: not a folder; give the one that holds the archive")
     for name in (PYTHON_ARCHIVE, BINARY_ARCHIVE):
         if kind_of(what, folder / name) == "file":
-            return _from_archive(folder / name, size)
+            check_md5(folder / name, MD5[name])
+            return _archive(folder / name)
     for name, batches in ((PYTHON_FOLDER, PYTHON_BATCHES), (BINARY_FOLDER, BINARY_BATCHES)):
         if kind_of(what, folder / name) == "folder":
-            return _from_folder(folder / name, batches, size)
+            return Cifar10(folder / name, batches)
         # any one of them: a folder that lacks some is an error, not a place to download to
         if any(kind_of(what, folder / batch) == "file" for batch in batches):
-            return _from_folder(folder, batches, size)
+            return Cifar10(folder, batches)
     otherwise = (
         f"put {PYTHON_ARCHIVE} into the folder of --data-dir, or take --data digits or --data PATH"
     )
     download("CIFAR-10", URL, folder / PYTHON_ARCHIVE, MD5[PYTHON_ARCHIVE], otherwise)
-    return _from_archive(folder / PYTHON_ARCHIVE, size)
+    return _archive(folder / PYTHON_ARCHIVE)
 
 
-def _already_packed(size: int | None) -> Dataset | None:
-    keys = [fingerprint("cifar10", md5, size) for md5 in MD5.values()]
-    found = (load_packed("cifar10", key) for key in keys)
-    return next((dataset for dataset in found if dataset is not None), None)
-
-
-def _from_archive(path: Path, size: int | None) -> Dataset:
-    expected = MD5[path.name]
-    check_md5(path, expected)
-    return pack(
-        "cifar10", fingerprint("cifar10", expected, size), partial(_read_archive, path, size)
-    )
-
-
-def _read_archive(path: Path, size: int | None) -> Contents:
-    binary = path.name == BINARY_ARCHIVE
-    folder, batches = (BINARY_FOLDER, BINARY_BATCHES) if binary else (PYTHON_FOLDER, PYTHON_BATCHES)
+def _members(path: Path, batches: list[str]) -> dict[str, bytes]:
+    """Return the batches of an archive by name."""
+    folder = BINARY_FOLDER if batches is BINARY_BATCHES else PYTHON_FOLDER
     found: dict[str, bytes] = {}
     with tarfile.open(path, mode="r:gz") as archive:
         for member in archive:
@@ -102,27 +128,10 @@ def _read_archive(path: Path, size: int | None) -> Contents:
     missing = [name for name in batches if name not in found]
     if missing:
         raise DataError(f"{path}: {folder}/{missing[0]} is missing")
-    return _contents(path, batches, found.__getitem__, size)
+    return found
 
 
-def _from_folder(folder: Path, batches: list[str], size: int | None) -> Dataset:
-    def read(name: str) -> bytes:
-        try:
-            check_regular(folder / name)
-            return (folder / name).read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read {folder / name}: {error.strerror}") from error
-
-    try:
-        status = [(folder / name).stat() for name in batches]
-    except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}; unpack the archive again") from error
-    stamps = [[s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in status]
-    key = fingerprint("cifar10 folder", str(folder.resolve()), stamps, size)
-    return pack("cifar10", key, partial(_contents, folder, batches, read, size))
-
-
-def _contents(where: Path, batches: list[str], read: Read, size: int | None) -> Contents:
+def _contents(where: Path, batches: list[str], read: Read) -> Contents:
     parse: Parse = parse_binary if batches is BINARY_BATCHES else parse_python
     parsed = [parse(f"{where}: {name}", read(name)) for name in batches]
     for name, (_, found) in zip(batches, parsed, strict=True):
@@ -130,10 +139,10 @@ def _contents(where: Path, batches: list[str], read: Read, size: int | None) -> 
             span = f"{found.min()} to {found.max()}"
             raise DataError(f"{where}: {name}: labels {span}, expected 0 to 9")
     labels = {"train": np.concatenate([found for _, found in parsed[:-1]]), "test": parsed[-1][1]}
-    return Contents(CLASSES, labels, _blocks([pixels for pixels, _ in parsed], size))
+    return Contents(where, CLASSES, labels, blocks=_blocks([pixels for pixels, _ in parsed]))
 
 
-def _blocks(batches: list[np.ndarray], size: int | None) -> Iterator[Block]:
+def _blocks(batches: list[np.ndarray]) -> Iterator[Block]:
     start = 0
     for number, planes in enumerate(batches):
         split, first = ("test", 0) if number == len(batches) - 1 else ("train", start)
@@ -141,7 +150,7 @@ def _blocks(batches: list[np.ndarray], size: int | None) -> Iterator[Block]:
         images = np.ascontiguousarray(planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         for at in range(0, len(images), 1000):
             part = images[at : at + 1000]
-            yield split, range(first + at, first + at + len(part)), resize(part, size or 32)
+            yield split, range(first + at, first + at + len(part)), part
 
 
 def parse_binary(where: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:

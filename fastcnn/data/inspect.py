@@ -5,9 +5,10 @@ Each returns plain values, fit for JSON, and has a function that puts them into 
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,19 +17,15 @@ import numpy as np
 
 from fastcnn.cache import cache_dir
 from fastcnn.config import DataConfig
-from fastcnn.data import load_dataset, path_of
+from fastcnn.data import load_dataset
 from fastcnn.data.draws import derive_seed
-from fastcnn.data.examine import Source, View, examine_all
-from fastcnn.data.folder import list_folder
-from fastcnn.data.left_out import advised_side
-from fastcnn.data.listing import Layout, find_layout
+from fastcnn.data.examine import View
+from fastcnn.data.images import Dataset
 from fastcnn.data.normalize import Normalization
-from fastcnn.data.progress import progress_bar
-from fastcnn.data.scan import Scan, scan
-from fastcnn.data.store import SLOW_IMAGES, Dataset
-from fastcnn.data.tar import list_tar
-from fastcnn.data.tiny_imagenet import list_tiny_folder, tiny_folder
-from fastcnn.data.zip import is_zip, list_zip
+from fastcnn.data.scan import scan_images
+from fastcnn.data.select import advised_side
+from fastcnn.data.sources import Archive, Contents, Folder, open_source
+from fastcnn.data.store import is_packed
 
 DIGITS_SIDE = 32  # of the digits, which have no size of their own
 SIZES_SHOWN = 5  # of the commonest sizes of images, in the text
@@ -44,84 +41,39 @@ def check(config: DataConfig) -> dict[str, Any]:
     data set with a name alone, which was checked when it was packed, `path`, `grey` and `odd` are
     None. Raises DataError for a layout that training would refuse too.
     """
-    path = path_of(config)
-    if path is None:
+    source = open_source(config, DIGITS_SIDE, partial(is_packed, config))
+    if not isinstance(source, Folder | Archive):
         dataset = load_dataset(config, DIGITS_SIDE)
-        return _report(
-            config, "data set by name", packed_counts(dataset), _packed_sizes(dataset), 0
-        )
-    kind, root, layout, found = _examined(path, config)
+        sizes = Counter({dataset.train.sides: sum(len(part) for _, part in parts_of(dataset))})
+        return _report(config, "data set by name", packed_counts(dataset), sizes, 0)
+    contents = source.contents()
+    found = scan_images(contents, View.of(config), keep_pixels=False).finish()
     readable = np.ones(len(found.grey), dtype=bool)
     readable[list(found.reasons)] = False
     sizes = Counter(map(tuple, found.shapes[readable].tolist()))
-    report = _report(config, kind, _counts(layout), sizes, layout.ignored)
-    report["path"] = str(root)
-    names = _names(layout)
+    counts = _counted(contents.classes, contents.labels)
+    report = _report(config, source.kind, counts, sizes, contents.ignored)
+    report["path"] = str(source.where)
+    names = contents.names
     report["grey"] = int(found.grey.sum())
     report["odd"] = int((readable & ~found.plain).sum())
     report["unreadable"] = [
         {"path": names[i], "reason": reason} for i, reason in sorted(found.reasons.items())
     ]
-    report["test_fraction"] = config.test_fraction if _is_split_by_fraction(layout) else None
+    report["test_fraction"] = config.test_fraction if _is_split_by_fraction(contents) else None
     return report | {"advice": _advice(report, sizes, config)}
 
 
-def _examined(path: Path, config: DataConfig) -> tuple[str, Path, Layout, Scan]:
-    """Return what the images lie in and where, their layout and, in its order, what is known of
-    them."""
-    if path.is_dir():
-        tiny = tiny_folder(path)
-        kind = "folder of Tiny ImageNet" if tiny else "image folder"
-        root = tiny or path
-        files, layout = list_tiny_folder(root) if tiny else _list_folder(root, config)
-        return kind, root, layout, scan(root, _names(layout), files, View.of(config))
-    listed = list_zip(path, config) if is_zip(path) else list_tar(path, config)
-    return "archive", path, listed[0], _scanned(*listed)
-
-
-def _list_folder(root: Path, config: DataConfig) -> tuple[dict[str, Any], Layout]:
-    files, folders = list_folder(root)
-    return files, find_layout(str(root), files, folders, config.test_fraction)
-
-
-def _scanned(layout: Layout, sources: Iterable[Source], mean_bytes: float) -> Scan:
-    """Examine the images of an archive, in its own order."""
-    first, count = {}, 0
-    for split, items in layout.splits.items():
-        first[split] = count
-        count += len(items)
-    found = Scan.of_nothing(count)
-    view = View(None, "stretch")
-    with progress_bar("examining images", count, announce=count > SLOW_IMAGES) as advance:
-        for records in examine_all(sources, view, mean_bytes, keep_pixels=False):
-            for source, record in records:
-                found.put(first[source.split] + source.position, record)
-            advance(len(records))
-    return found
-
-
-def _names(layout: Layout) -> list[str]:
-    return [path for items in layout.splits.values() for path, _ in items]
-
-
-def _is_split_by_fraction(layout: Layout) -> bool:
+def _is_split_by_fraction(contents: Contents) -> bool:
     """Return whether the same folders hold training and test images."""
     train, test = (
-        {path.rpartition("/")[0] for path, _ in layout.splits[split]} for split in ("train", "test")
+        {path.rpartition("/")[0] for path in contents.paths[split]} for split in ("train", "test")
     )
     return not train.isdisjoint(test)
 
 
-def _counts(layout: Layout) -> dict[str, dict[str, int]]:
-    return _counted(layout.classes, layout.labels)
-
-
 def packed_counts(dataset: Dataset) -> dict[str, dict[str, int]]:
     return _counted(dataset.classes, {name: part.labels for name, part in parts_of(dataset)})
-
-
-def _packed_sizes(dataset: Dataset) -> Counter[tuple[int, int]]:
-    return Counter({dataset.train.sides: sum(len(part) for _, part in parts_of(dataset))})
 
 
 def parts_of(dataset: Dataset) -> Iterator[tuple[str, Any]]:
