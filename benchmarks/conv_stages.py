@@ -43,9 +43,9 @@ def test_files(repository: Path) -> list[str]:
 
 def layer_words(on_gpu: bool) -> list[str]:
     """Of every layer, without torch.compile."""
-    if not on_gpu:
-        return ["--layers", "--arch", "cnn-a", "--batch-size", "4", "--rounds", "7"]
     words = ["--layers", "--rounds", "7", "--backends", "eager"]
+    if not on_gpu:
+        return [*words, "--arch", "cnn-a", "--batch-size", "4"]
     return [*words, "--arch", *NETWORKS, "--batch-size", *BATCHES]
 
 

@@ -29,6 +29,9 @@ SMALL_SHAPES = [shape for shape in SHAPES if math.prod(shape) <= 300]
 # apex#1768: a channels-last Welford was wrong here
 LARGE_SHAPE = (2, 65, 100, 100)
 
+# one network of each structure, for what the others would only repeat
+STRUCTURES = ["cnn-a", "tiny-b", "murgolo-improved", "mao-batchnorm", "vgg11", "resnet18"]
+
 # what is compiled with or without a GPU
 CUDA_ARCHS = "8.0;9.0+PTX"
 

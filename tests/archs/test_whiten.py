@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import STRUCTURES
 from torch import nn
 from torch.nn import functional as F
 
@@ -186,14 +187,14 @@ def new_networks(name, normalize, *options):
 
 
 CPU = torch.device("cpu")
-CASES = [(name, "zscore") for name in NETWORKS]
+CASES = [(name, "zscore") for name in STRUCTURES]
 MODES = ("unit", "centered", "mean-image", "levels")
 CASES += [(name, mode) for name in ("cnn-a", "vgg11") for mode in MODES]
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(("name", "normalize"), CASES)
-def test_every_network_starts_with_whitening_filters(name, normalize):
+def test_networks_start_with_whitening_filters(name, normalize):
     images, plain, white = new_networks(name, normalize, {}, {"whiten": True})
     first, drawn = first_convolution(white), plain.conv1.conv
     assert first is white.conv1.conv

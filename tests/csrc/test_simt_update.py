@@ -179,7 +179,6 @@ print("nothing wrong")
         ),
         ("static_cast<int64_t>(blockIdx.x - table.first_block[index])", "int64_t(blockIdx.x)"),
         ("fits(weight, 4)", "true"),
-        ("fits(grad, sizeof(G))", "true"),
         ("whole, count, step", "whole, count - 1, step"),
     ],
 )

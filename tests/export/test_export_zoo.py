@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import STRUCTURES
 from test_fold import RARE, draw_norms
 
 from fastcnn.archs import get_network
@@ -22,7 +23,6 @@ pytestmark = pytest.mark.full
 # one of each structure: a bias before the activation; even kernels that pad on one side alone, of
 # 64x64 images; 3x3 pools of stride 2; a norm behind a leaky ReLU; a norm in the classifier;
 # residuals and a mean over pixels; all of it at once
-DISTINCT = ["cnn-a", "tiny-b", "murgolo-improved", "mao-batchnorm", "vgg11", "resnet18", RARE]
 NORMALIZATION = Normalization("zscore", (0.5, 0.45, 0.4), (0.25, 0.24, 0.26))
 
 
@@ -84,6 +84,6 @@ def judge(network, folder):
     return found
 
 
-@pytest.mark.parametrize("network", DISTINCT, ids=named)
+@pytest.mark.parametrize("network", [*STRUCTURES, RARE], ids=named)
 def test_each_structure_computes_the_same(network, tmp_path):
     judge(network, tmp_path)

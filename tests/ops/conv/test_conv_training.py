@@ -135,7 +135,7 @@ def chained(kernels):
 
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore:Warning only once for all operators")
-@pytest.mark.parametrize("name", NARROWER)
+@pytest.mark.parametrize("name", ["vgg16", "mao-batchnorm"])
 def test_the_steps_leave_fp32_by_what_rounding_to_bf16_does(name, library, chained):
     """The mean distances from fp32 are at most those of torch's convolutions in bf16 times a
     factor, plus 0.01: of the loss and of all gradients at the same weights, 1.5; of the loss where

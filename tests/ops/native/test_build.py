@@ -536,7 +536,7 @@ def test_the_python_module_is_linked_to_the_library(source, cache):
     # in a process of its own: here, libraries of other tests bear the same name
     code = (
         "import pathlib, sys\n"
-        "from fastcnn.ops import build\n"
+        "from fastcnn.ops.native import build\n"
         f"module, reason = build.native_module(source=pathlib.Path({str(source)!r}))\n"
         "print(module.value(), repr(reason), module is sys.modules['fastcnn._native'])"
     )

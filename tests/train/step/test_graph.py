@@ -241,8 +241,8 @@ def test_a_long_run_does_not_grow(tmp_path, monkeypatch, graphed):
     monkeypatch.setattr(step, "recorder_for", lambda device, mode: found)
     sizes, original = [], loop.Training._record
 
-    def record(self, trained, evaluation):
-        original(self, trained, evaluation)
+    def record(self, trained, figures, seconds):
+        original(self, trained, figures, seconds)
         sizes.append(resident_bytes())
 
     monkeypatch.setattr(loop.Training, "_record", record)
