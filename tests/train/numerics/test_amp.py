@@ -19,6 +19,7 @@ from fastcnn.train.distributed import ALONE, Distributed
 from fastcnn.train.interrupt import Interrupted
 from fastcnn.train.numerics import amp
 from fastcnn.train.numerics.amp import Times
+from fastcnn.train.setup import prepare
 
 CPU = torch.device("cpu")
 SLOWER, FASTER = Times(0.8, 1.0), Times(1.0, 0.5)
@@ -216,6 +217,13 @@ def test_runs_that_begin_together_measure_once():
         thread.join()
     assert measured == [0]
     assert found == [Times(1.0, 2.0)] * 3
+
+
+def test_a_format_without_amp_is_told_to_do_nothing():
+    options = TORCH | {"data": "digits", "arch": "cnn-a", "train_subset": 64, "device": "cpu"}
+    notes = prepare(resolve(options | {"amp_dtype": "bf16"})).notes
+    assert notes == ["--amp-dtype bf16: changes nothing without --amp"]
+    assert prepare(resolve(options)).notes == []
 
 
 # runs

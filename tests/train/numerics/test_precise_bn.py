@@ -1,6 +1,7 @@
 """Precise batch norm: statistics of the weights as they are, taken from training images."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.optim.swa_utils import update_bn
 
 from fastcnn.archs.layers import ConvNormAct, LinearNormAct
 from fastcnn.archs.spec import Conv, Linear, Pool
-from fastcnn.data.loaders import Loader, LoaderOptions
+from fastcnn.config import options_by_name
 from fastcnn.recipes import resolve
 from fastcnn.train import loop
 from fastcnn.train.numerics.precise_bn import (
@@ -95,15 +96,6 @@ def test_an_interruption_leaves_the_statistics_as_they_were():
     assert all(map(torch.equal, before, running(model)))
 
 
-class Sizes(Loader):
-    """A loader of which only the sizes are asked."""
-
-    def begin(self):
-        raise NotImplementedError
-
-    batch = begin
-
-
 @pytest.mark.parametrize(
     ("images", "batch_size", "world", "count"),
     [
@@ -117,9 +109,8 @@ class Sizes(Loader):
     ],
 )
 def test_whole_batches_of_some_images(images, batch_size, world, count):
-    options = LoaderOptions(batch_size, torch.device("cpu"), 0, True, False, world=world)
-    loader = Sizes(images, options)
-    assert batches_of(loader) == count
+    sizes = SimpleNamespace(taken=images, step_images=batch_size * world)
+    assert batches_of(sizes) == count
 
 
 @pytest.mark.parametrize(
@@ -149,6 +140,12 @@ def test_when_statistics_are_taken_anew(options, taken):
 )
 def test_by_the_steps_of_an_epoch(mode, steps, taken):
     assert wanted(mode, steps) is taken
+
+
+def test_the_help_names_its_figures():
+    told = options_by_name()["precise_bn"].help
+    assert f"{IMAGES:,} training images" in told
+    assert f"fewer than {FEW_STEPS} steps" in told
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.5])
